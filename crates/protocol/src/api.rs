@@ -1,0 +1,250 @@
+//! What operators and the agent say to each other: HTTP with JSON.
+//!
+//! | request | body | answer |
+//! |---------|------|--------|
+//! | `GET /v1/host` | | [`Host`] |
+//! | `GET /v1/vms` | | list of [`Vm`] |
+//! | `POST /v1/vms` | [`crate::vm::VmDefinition`] | [`Vm`] |
+//! | `GET`, `DELETE /v1/vms/{name}` | | [`Vm`] |
+//! | `POST /v1/vms/{name}/start`, `pause`, `resume` | | [`Vm`] |
+//! | `POST /v1/vms/{name}/stop` | [`StopRequest`] | [`Vm`] |
+//! | `GET /v1/vms/{name}/console` | upgrade to [`CONSOLE_PROTOCOL`] | raw bytes both ways |
+//! | `POST /v1/vms/{name}/compare` | [`crate::migration::MoveRequest`] | [`Comparison`] |
+//! | `POST /v1/vms/{name}/move` | [`crate::migration::MoveRequest`] | [`crate::migration::Migration`] |
+//! | `GET /v1/migrations` | | list of [`crate::migration::Migration`] |
+//! | `GET /v1/migrations/{id}` | | [`crate::migration::Migration`] |
+//! | `GET /v1/migrations/{id}/events` | | server-sent events, each a [`crate::migration::Migration`]; ends after the outcome |
+//! | `POST /v1/migrations/{id}/cancel` | | [`crate::migration::Migration`] |
+//! | `GET`, `POST /v1/switches` | [`Switch`] | list of [`Switch`], [`Switch`] |
+//! | `DELETE /v1/switches/{name}` | | |
+//! | `GET /v1/hosts` | | list of [`PairedHost`] |
+//! | `POST /v1/hosts/invite` | | [`Invitation`] |
+//! | `POST /v1/hosts/pair` | [`PairRequest`] | [`PairedHost`] |
+//! | `DELETE /v1/hosts/{name}` | | |
+//! | `GET`, `POST /v1/operators` | [`OperatorRequest`] | list of [`Operator`], [`Operator`] |
+//! | `DELETE /v1/operators/{name}` | | |
+//! | `GET /v1/openapi.json` | | OpenAPI 3.1 |
+//!
+//! Every failure is a [`Failure`] with a status of 400 and above.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::id::{Epoch, HostName, MigrationId, SwitchName, VmName};
+use crate::migration::Problem;
+use crate::vm::VmDefinition;
+
+/// The agent's socket for commands on its own host.
+pub const SOCKET_PATH: &str = "/run/limosa/limosad.sock";
+/// The agent's TCP port for peers, data channels and remote operators.
+pub const PORT: u16 = 6600;
+/// Largest JSON body of a request, in bytes.
+pub const BODY_BYTES_MAX: usize = 1 << 20;
+/// Name in the `Upgrade` header of a console connection.
+pub const CONSOLE_PROTOCOL: &str = "limosa-console";
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Failure {
+    /// Which kind of failure
+    pub code: FailureCode,
+    /// What went wrong and what to do, in whole words
+    pub message: String,
+    /// Each single problem, when a check found several
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
+}
+
+/// Kinds of failure that callers treat differently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureCode {
+    /// The request itself is wrong (400)
+    BadRequest,
+    /// The caller may not do this (403)
+    Forbidden,
+    /// Nothing of that name (404)
+    NotFound,
+    /// The present condition does not allow it (409)
+    Conflict,
+    /// Checks found problems; nothing was touched (422)
+    Problems,
+    /// Something that should work did not (500)
+    Internal,
+    /// Another host did not answer (502)
+    PeerFailed,
+}
+
+/// What a host is and can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// Its name
+    pub name: HostName,
+    /// Version of its agent
+    pub version: String,
+    /// Oldest and newest peer protocol it speaks
+    pub peer_versions: (u32, u32),
+    /// Its certificate's fingerprint
+    pub fingerprint: String,
+    /// QEMU in use
+    pub qemu: Qemu,
+    /// Memory of the host, in bytes
+    pub memory_bytes: u64,
+    /// Memory not in use, in bytes
+    pub memory_free_bytes: u64,
+    /// Virtual switches
+    pub switches: Vec<SwitchName>,
+}
+
+/// QEMU of a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Qemu {
+    /// The program
+    #[schema(value_type = String)]
+    pub binary: PathBuf,
+    /// Its version
+    pub version: String,
+    /// "kvm" or "tcg"
+    pub accelerator: String,
+    /// Why that accelerator was chosen
+    pub accelerator_reason: String,
+}
+
+/// Whether and how a VM runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Power {
+    /// No QEMU
+    Off,
+    /// vCPUs run
+    Running,
+    /// vCPUs are stopped by an operator
+    Paused,
+    /// On its way to another host
+    MovingOut,
+    /// On its way from another host
+    MovingIn,
+    /// A hand-over waits for the other host; both copies are stopped
+    InDoubt,
+    /// QEMU reports a fault (disk error, guest panic)
+    Fault,
+}
+
+/// A VM as the agent sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Everything that makes it
+    pub definition: VmDefinition,
+    /// Whether and how it runs
+    pub power: Power,
+    /// Grows with each owner
+    pub epoch: Epoch,
+    /// Process of its QEMU
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// "kvm" or "tcg", when it runs
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<String>,
+    /// Its migration under way
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationId>,
+    /// Addresses it was seen to use, newest first
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub addresses: Vec<std::net::IpAddr>,
+    /// What is wrong, when something is
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
+}
+
+/// How to stop a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Turn it off at once; the guest is not asked
+    #[serde(default)]
+    pub force: bool,
+    /// How long to wait for the guest, in seconds
+    #[serde(default = "default_stop_timeout")]
+    pub timeout_seconds: u32,
+}
+
+fn default_stop_timeout() -> u32 {
+    60
+}
+
+/// What stands against a move; empty when nothing does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Comparison {
+    /// The VM
+    pub vm: VmName,
+    /// The host it was compared with
+    pub to: HostName,
+    /// Everything that was found
+    pub problems: Vec<Problem>,
+}
+
+/// A virtual switch: a Linux bridge made by the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Switch {
+    /// Its name
+    pub name: SwitchName,
+    /// Network interface of the host that joins it to a network
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplink: Option<String>,
+    /// The bridge's name; given by the agent
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+}
+
+/// A host that this one trusts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PairedHost {
+    /// Its name
+    pub name: HostName,
+    /// Where its agent answers, `ADDRESS:PORT`; missing when it was the one that called
+    pub address: String,
+    /// Its certificate's fingerprint
+    pub fingerprint: String,
+}
+
+/// A one-time code with which another host may pair.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Invitation {
+    /// To be typed at the other host
+    pub code: String,
+    /// End of its life, in seconds since 1970
+    pub expires_unix_s: u64,
+}
+
+/// Wish to pair with another host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PairRequest {
+    /// `ADDRESS` or `ADDRESS:PORT` of the other agent
+    pub address: String,
+    /// The code that the other host shows
+    pub code: String,
+}
+
+/// Wish to let an operator's certificate in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OperatorRequest {
+    /// Name for the operator
+    pub name: HostName,
+    /// The operator's certificate, PEM
+    pub certificate_pem: String,
+}
+
+/// An operator who may command this agent from afar.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Operator {
+    /// Name of the operator
+    pub name: HostName,
+    /// The certificate's fingerprint
+    pub fingerprint: String,
+}

@@ -1,0 +1,197 @@
+//! What two agents say to each other on the control link: HTTPS with JSON.
+//!
+//! The source asks, the destination answers:
+//!
+//! | # | request | body | answer |
+//! |--:|---------|------|--------|
+//! | 1 | `POST /peer/v1/compare` | [`Offer`] | [`OfferAnswer`] |
+//! | 2 | `POST /peer/v1/migrations` | [`Offer`] | [`OfferAnswer`]; no problems: place is made |
+//! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}` | bytes | |
+//! | 4 | `POST /peer/v1/migrations/{id}/receive` | [`Receive`] | [`Receiving`]; channels may connect |
+//! | 5 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`Ready`] once it is durable |
+//! | 6 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`Running`]; may be repeated |
+//! | – | `POST /peer/v1/migrations/{id}/abort` | [`Abort`] | [`PeerView`]; refused after commit |
+//! | – | `GET /peer/v1/migrations/{id}` | | [`PeerView`] |
+//! | – | `GET /peer/v1/offers/{id}` | | [`SourceView`]: the destination asks back after a restart |
+//!
+//! **Invariant.** Only the answer [`Ready`] allows the source to commit, only
+//! [`Commit`] allows the destination to run.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{Epoch, HostName, MigrationId};
+use crate::migration::{MoveRequest, Problem};
+use crate::vm::VmDefinition;
+
+/// Name of the ALPN protocol of data channels and return paths.
+pub const CHANNEL_ALPN: &[u8] = b"limosa-channel/1";
+/// Largest [`ChannelHello`], in bytes of JSON.
+pub const CHANNEL_HELLO_BYTES_MAX: u16 = 1024;
+/// Most data channels of one migration.
+pub const CHANNEL_COUNT_MAX: u8 = 16;
+/// Largest file that travels beside the disks (kernel, initial RAM disk), in bytes.
+pub const FILE_BYTES_MAX: u64 = 512 << 20;
+
+/// A VM is offered to the destination.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Peer protocol of the source
+    pub peer_version: u32,
+    /// The migration
+    pub migration: MigrationId,
+    /// Name of the source
+    pub source: HostName,
+    /// The epoch at which the source owns the VM
+    pub epoch: Epoch,
+    /// The VM as it is at the source
+    pub definition: VmDefinition,
+    /// What the operator asked for
+    pub request: MoveRequest,
+    /// Whether guest RAM moves too; otherwise the VM is off
+    pub running: bool,
+    /// Version of the source's QEMU: major, minor, micro
+    pub qemu_version: (u32, u32, u32),
+    /// "kvm" or "tcg"
+    pub accelerator: String,
+    /// CPU features that the guest sees, when known
+    pub cpu_features: Vec<String>,
+    /// Facts of each disk, in the definition's order
+    pub disks: Vec<DiskFacts>,
+    /// Files that travel beside the disks: name and size
+    pub files: Vec<(String, u64)>,
+}
+
+/// What the destination must know of a disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskFacts {
+    /// Size that the guest sees, in bytes
+    pub virtual_bytes: u64,
+    /// Bytes in use at the source
+    pub allocated_bytes: u64,
+}
+
+/// What the destination says of an offer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OfferAnswer {
+    /// Everything that stands against it
+    pub problems: Vec<Problem>,
+}
+
+/// Everything is in place: get ready for channels.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Receive {
+    /// Data channels that the source will open
+    pub channel_count: u8,
+}
+
+/// The destination waits for channels.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Receiving {
+    /// Presented by each channel; a secret of this migration
+    pub token: String,
+}
+
+/// First message of a channel, after its TLS handshake: be16 length, then JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ChannelHello {
+    /// The migration
+    pub migration: MigrationId,
+    /// The token of [`Receiving`]
+    pub token: String,
+    /// What this connection is for
+    pub role: ChannelRole,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ChannelRole {
+    /// Frames from the source to the destination
+    Channel(u8),
+    /// Acknowledgements from the destination to the source
+    ReturnPath,
+}
+
+/// Everything was sent: is it there?
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReadyRequest {
+    /// Digest of RAM, read again at the source, with full verification
+    pub full_ram_digest: Option<String>,
+    /// Digests of each disk's content, read again at the source
+    pub full_disk_digests: Option<Vec<String>>,
+    /// The guest is to stay paused
+    pub paused: bool,
+    /// Addresses the guest was seen to use
+    pub addresses: Vec<std::net::IpAddr>,
+}
+
+/// The destination holds the whole VM and has recorded so durably.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The epoch at which it will own the VM
+    pub epoch: Epoch,
+}
+
+/// The source has handed over, durably.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The epoch handed over
+    pub epoch: Epoch,
+}
+
+/// The destination owns the VM and runs it (or keeps it paused, as it was).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Running {
+    /// The epoch at which it owns the VM
+    pub epoch: Epoch,
+}
+
+/// The source gives up.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Abort {
+    /// Why
+    pub reason: String,
+}
+
+/// Where the destination's half stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "record")]
+pub enum PeerView {
+    /// Never heard of it, or forgotten: it holds nothing and ran nothing
+    Unknown,
+    /// It receives
+    Preparing {
+        /// Peer's last error, if it already failed
+        failed: Option<String>,
+    },
+    /// It holds everything and waits for the commit
+    Ready {
+        /// Epoch it would own
+        epoch: Epoch,
+    },
+    /// It owns the VM
+    Owner {
+        /// Epoch it owns
+        epoch: Epoch,
+    },
+    /// It gave up, ran nothing and never will
+    Declined {
+        /// Why
+        reason: String,
+    },
+}
+
+/// Where the source's half stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "record")]
+pub enum SourceView {
+    /// Never heard of it, or it ended without a commit: do not run
+    Unknown,
+    /// Under way, not committed
+    Offered,
+    /// Committed: run
+    HandedOver {
+        /// Epoch handed over
+        epoch: Epoch,
+    },
+}
