@@ -1,0 +1,220 @@
+//! The peers that may come in, by the fingerprint of their certificate.
+//!
+//! ```text
+//! agent's durable store ──replace_all──► TrustStore ◄──lookup── TLS handshakes
+//! pairing ──────────────────insert─────►     │
+//! operator ─────────────────remove─────►     └─ clones share one set
+//! ```
+//!
+//! In memory only: the agent keeps the list durably and fills this at its start.
+//!
+//! **Invariants.** One fingerprint has one name and one name has one
+//! fingerprint. A name that is taken never moves to another certificate by
+//! itself: that would let whoever pairs next take the place of an old peer.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use serde::{Deserialize, Serialize};
+
+use crate::Fingerprint;
+
+/// Longest certificate that is kept, in bytes; ours have about 500.
+pub const DER_BYTES_MAX: usize = 64 << 10;
+
+/// What a peer may do. See `docs/security.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Another host: may offer and receive migrations.
+    Host,
+    /// A person or program: may use the API as the local administrator does.
+    Operator,
+}
+
+/// A peer whose certificate is pinned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrustedPeer {
+    /// The name it gave when it was paired, or that the operator gave it.
+    pub name: String,
+    /// What it is recognised by.
+    pub fingerprint: Fingerprint,
+    /// What it may do.
+    pub role: Role,
+    /// Its certificate, for display and export; trust comes from the fingerprint.
+    #[serde(with = "crate::hex::der")]
+    pub certificate_der: Vec<u8>,
+}
+
+impl TrustedPeer {
+    /// A peer with the fingerprint of this certificate.
+    #[must_use]
+    pub fn new(name: String, role: Role, certificate_der: Vec<u8>) -> Self {
+        let fingerprint = Fingerprint::of_certificate(&certificate_der);
+        Self { name, fingerprint, role, certificate_der }
+    }
+}
+
+/// Why a peer was not added.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TrustError {
+    /// Another certificate holds this name. Remove that peer first.
+    #[error(
+        "the name {name:?} belongs to another certificate ({fingerprint}): if that peer is gone \
+         or was installed anew, remove it first, then pair again"
+    )]
+    NameTaken {
+        /// The name both want.
+        name: String,
+        /// The certificate that has it.
+        fingerprint: Fingerprint,
+    },
+    /// The record does not fit itself; the store it came from is damaged.
+    #[error("the certificate kept for {name:?} does not have the fingerprint {fingerprint}")]
+    Damaged {
+        /// The peer's name.
+        name: String,
+        /// The fingerprint in the record.
+        fingerprint: Fingerprint,
+    },
+}
+
+type Peers = HashMap<Fingerprint, TrustedPeer>;
+
+/// The set of trusted peers. Clones share it; a change is seen by the next
+/// handshake. Connections that are already open are the caller's to close.
+#[derive(Debug, Clone, Default)]
+pub struct TrustStore {
+    peers: Arc<RwLock<Peers>>,
+}
+
+impl TrustStore {
+    /// An empty store: nobody may come in.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts these peers in place of all former ones; on an error nothing changes.
+    pub fn replace_all(
+        &self,
+        peers: impl IntoIterator<Item = TrustedPeer>,
+    ) -> Result<(), TrustError> {
+        let mut fresh = Peers::new();
+        for peer in peers {
+            add(&mut fresh, peer)?;
+        }
+        *self.peers.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        Ok(())
+    }
+
+    /// Trusts a peer from now on. A peer that is known already (by its
+    /// fingerprint) takes the new name and role.
+    pub fn insert(&self, peer: TrustedPeer) -> Result<(), TrustError> {
+        add(&mut self.peers.write().unwrap_or_else(PoisonError::into_inner), peer)
+    }
+
+    /// Trusts a peer no more; returns what was removed.
+    pub fn remove(&self, name: &str) -> Option<TrustedPeer> {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        let fingerprint = peers.values().find(|peer| peer.name == name)?.fingerprint;
+        peers.remove(&fingerprint)
+    }
+
+    /// The peer with this fingerprint, if it is trusted.
+    #[must_use]
+    pub fn lookup(&self, fingerprint: &Fingerprint) -> Option<TrustedPeer> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).get(fingerprint).cloned()
+    }
+
+    /// Whether a peer with this fingerprint may come in.
+    #[must_use]
+    pub fn contains(&self, fingerprint: &Fingerprint) -> bool {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).contains_key(fingerprint)
+    }
+
+    /// The peer with this name, if there is one.
+    #[must_use]
+    pub fn by_name(&self, name: &str) -> Option<TrustedPeer> {
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        peers.values().find(|peer| peer.name == name).cloned()
+    }
+
+    /// All peers, sorted by name.
+    #[must_use]
+    pub fn peers(&self) -> Vec<TrustedPeer> {
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let mut peers: Vec<_> = peers.values().cloned().collect();
+        peers.sort_by(|one, other| one.name.cmp(&other.name));
+        peers
+    }
+}
+
+/// Checks before it changes: a refused peer leaves the set as it was.
+fn add(peers: &mut Peers, peer: TrustedPeer) -> Result<(), TrustError> {
+    let TrustedPeer { name, fingerprint, certificate_der, .. } = &peer;
+    if Fingerprint::of_certificate(certificate_der) != *fingerprint {
+        return Err(TrustError::Damaged { name: name.clone(), fingerprint: *fingerprint });
+    }
+    let holder = peers.values().find(|other| other.name == *name);
+    if let Some(holder) = holder.filter(|holder| holder.fingerprint != *fingerprint) {
+        let fingerprint = holder.fingerprint;
+        return Err(TrustError::NameTaken { name: name.clone(), fingerprint });
+    }
+    peers.insert(peer.fingerprint, peer);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(name: &str, certificate: &[u8]) -> TrustedPeer {
+        TrustedPeer::new(name.to_owned(), Role::Host, certificate.to_vec())
+    }
+
+    /// Goal: a newcomer cannot take the name of a peer; the peer itself may be renamed.
+    #[test]
+    fn a_name_stays_with_its_certificate() {
+        let store = TrustStore::new();
+        store.insert(peer("one", b"first")).unwrap();
+        assert!(matches!(
+            store.insert(peer("one", b"second")),
+            Err(TrustError::NameTaken { fingerprint, .. })
+                if fingerprint == Fingerprint::of_certificate(b"first")
+        ));
+        assert_eq!(store.peers(), [peer("one", b"first")]);
+
+        store.insert(peer("uno", b"first")).unwrap();
+        assert_eq!(store.by_name("one"), None);
+        store.insert(peer("one", b"second")).unwrap();
+        assert_eq!(store.remove("uno"), Some(peer("uno", b"first")));
+        assert_eq!(store.lookup(&Fingerprint::of_certificate(b"first")), None);
+    }
+
+    /// Goal: a damaged list is refused as a whole and leaves the old one.
+    #[test]
+    fn a_damaged_list_changes_nothing() {
+        let store = TrustStore::new();
+        store.insert(peer("one", b"first")).unwrap();
+        let mut damaged = peer("two", b"second");
+        damaged.certificate_der.push(0);
+        assert!(matches!(
+            store.replace_all([peer("three", b"third"), damaged]),
+            Err(TrustError::Damaged { .. })
+        ));
+        assert!(store.replace_all([peer("x", b"third"), peer("x", b"fourth")]).is_err());
+        assert_eq!(store.peers(), [peer("one", b"first")]);
+    }
+
+    /// Goal: a peer survives the agent's durable store.
+    #[test]
+    fn a_peer_round_trips_as_json() {
+        let before = peer("one", b"first");
+        let json = serde_json::to_string(&before).unwrap();
+        assert_eq!(serde_json::from_str::<TrustedPeer>(&json).unwrap(), before);
+        let long = "0".repeat(2 * DER_BYTES_MAX + 2);
+        let json = json.replace(r#""certificate_der":""#, &format!(r#""certificate_der":"{long}"#));
+        assert!(serde_json::from_str::<TrustedPeer>(&json).is_err());
+    }
+}
