@@ -123,7 +123,7 @@ pub fn peer_fingerprint(connection: &CommonState) -> Option<Fingerprint> {
 /// The peer's certificate; `None` before the handshake's end.
 #[must_use]
 pub fn peer_certificate(connection: &CommonState) -> Option<&CertificateDer<'static>> {
-    // While handshaking the certificate is there, but not yet judged.
+    // Rustls tells it once the signature is checked; we need not rely on when.
     if connection.is_handshaking() {
         return None;
     }

@@ -1,6 +1,8 @@
 //! Whole handshakes over in-memory pipes: who gets in, and that nobody else
 //! reads or says a single byte.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up may panic")]
+
 use std::io::{Read, Write};
 use std::sync::Arc;
 
