@@ -1,2 +1,159 @@
-//! Placeholder.
-fn main() {}
+//! `limosa-lab`: hosts from namespaces, real guests, stories from end to end.
+//!
+//! ```text
+//! main ─► lab (net, host) ─► limosad, limosa      the product, only by its programs
+//!   │      └► capture, client                     the view from outside
+//!   ├► scenario   stories: make test
+//!   └► report     terminal and timeline: make demo
+//! ```
+
+mod capture;
+mod client;
+mod exec;
+mod heartbeat;
+mod host;
+mod lab;
+mod namespace;
+mod net;
+mod paths;
+mod record;
+mod scenario;
+mod signals;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+use crate::lab::{Lab, Plan};
+
+/// Hosts from namespaces for demonstrations and tests of Limosa.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    order: Order,
+}
+
+#[derive(Debug, Subcommand)]
+enum Order {
+    /// Build a lab that stays
+    Up {
+        /// Speed of each migration link in Mbit/s, repeatable; 0 is without limit
+        #[arg(long = "link", default_value = "1000")]
+        links_mbit: Vec<u32>,
+        /// Number of hosts
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
+        hosts: u8,
+    },
+    /// Take down the lab that stays, and everything that dead runs left behind
+    Down {
+        /// Take down this one only
+        #[arg(long)]
+        id: Option<String>,
+    },
+    /// Run a command in a host of the lab that stays
+    Enter {
+        /// Which lab, when there are several
+        #[arg(long)]
+        id: Option<String>,
+        /// Short name of the host
+        host: String,
+        /// The command; a shell when missing
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Run one story
+    Story {
+        /// Its name
+        name: String,
+    },
+    /// Run all stories
+    Stories {
+        /// Only those whose name contains this
+        #[arg(long)]
+        only: Option<String>,
+        /// Only say which there are
+        #[arg(long)]
+        list: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match signals::install().and_then(|()| perform(arguments.order)) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "limosa-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(order: Order) -> Result<ExitCode> {
+    match order {
+        Order::Up { links_mbit, hosts } => up(&links_mbit, hosts)?,
+        Order::Down { id } => down(id.as_deref())?,
+        Order::Enter { id, host, command } => return enter(id.as_deref(), &host, &command),
+        Order::Stories { list: true, .. } => {
+            for story in scenario::all() {
+                print_line(&format!("{:<28} {}", story.name, story.proves));
+            }
+        }
+        Order::Stories { only, list: false } => {
+            let count = scenario::run_all(only.as_deref())?;
+            // No further line: the count is the last one.
+            return Ok(if count.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Order::Story { name } => {
+            let named = scenario::all().into_iter().find(|story| story.name == name);
+            let story = named.with_context(|| format!("there is no story {name}"))?;
+            scenario::run_one(story, &paths::lab_dir().join("failed").join(&name))?;
+            print_line(&format!("{name}: passed"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn up(links_mbit: &[u32], hosts: u8) -> Result<()> {
+    let names = ["a", "b", "c", "d"];
+    let plan = Plan {
+        hosts: names[..usize::from(hosts)]
+            .iter()
+            .map(|name| (*name, host::Storage::Folder))
+            .collect(),
+        links_mbit: links_mbit.iter().map(|mbit| (*mbit > 0).then_some(*mbit)).collect(),
+    };
+    let id = Lab::up(&plan)?.keep()?;
+    print_line(&format!(
+        "lab {id} is up; try: limosa-lab enter a -- ip address; then: limosa-lab down"
+    ));
+    Ok(())
+}
+
+fn down(id: Option<&str>) -> Result<()> {
+    record::remove_leftovers();
+    let chosen = |record: &record::Record| match id {
+        Some(id) => record.id == id,
+        None => record.owner.is_none(),
+    };
+    for record in record::Record::all().into_iter().filter(chosen) {
+        record.teardown().with_context(|| format!("taking down lab {}", record.id))?;
+        print_line(&format!("lab {} is down", record.id));
+    }
+    Ok(())
+}
+
+fn enter(id: Option<&str>, host: &str, words: &[String]) -> Result<ExitCode> {
+    let lab = Lab::attach(id)?;
+    let known = lab.hosts().iter().find(|known| known.name() == host);
+    let host = known.with_context(|| format!("the lab has no host {host}"))?;
+    let status = host.interactive(words).status().context("entering the host")?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}
+
+/// Writes a line to the standard output; a reader who left is no failure.
+fn print_line(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

@@ -1,0 +1,158 @@
+//! Sees every frame of a VM at the switch ports of the hosts: the outside view
+//! of a migration.
+//!
+//! ```text
+//! host a ── lan-a ─┐ thread: frames that enter here from the VM ─┐
+//!                  ├ switch                                      ├─► Trace
+//! host b ── lan-b ─┘ thread: frames that enter here from the VM ─┘
+//! ```
+//!
+//! The kernel stamps each frame as it enters; both ports share one clock, so
+//! that times at the two hosts can be compared directly.
+
+mod socket;
+pub mod trace;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, ensure};
+
+pub use trace::{Frame, Kind, Trace};
+
+use crate::heartbeat;
+use crate::net::Net;
+
+/// Most frames that one capture keeps; at 1,000 a second, over an hour.
+pub const FRAME_COUNT_MAX: usize = 4_000_000;
+/// EtherType of RARP, which hypervisors send to announce a moved VM.
+const RARP: [u8; 2] = [0x80, 0x35];
+/// EtherType of ARP.
+const ARP: [u8; 2] = [0x08, 0x06];
+
+/// A capture that goes on until it is stopped or dropped.
+#[derive(Debug)]
+pub struct Capture {
+    frames: Arc<Mutex<Vec<Frame>>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<Result<u32>>>,
+    hosts: Vec<String>,
+}
+
+impl Capture {
+    /// Begins to record all frames that come from `mac`, at all hosts' ports.
+    pub fn start(net: &Net, mac: [u8; 6]) -> Result<Self> {
+        let mut capture = Self {
+            frames: Arc::default(),
+            stop: Arc::default(),
+            threads: Vec::new(),
+            hosts: net.hosts.iter().map(|(name, _)| name.clone()).collect(),
+        };
+        for (index, name) in capture.hosts.iter().enumerate() {
+            let host = u8::try_from(index).context("too many hosts")?;
+            let port = format!("lan-{name}");
+            // Opened here and not in the thread that reads, so that nothing is
+            // missed after the return.
+            let socket = net.switch.enter(move || socket::PortSocket::open(&port))?;
+            let (frames, stop) = (Arc::clone(&capture.frames), Arc::clone(&capture.stop));
+            let thread = std::thread::Builder::new()
+                .name(format!("lab-capture-{name}"))
+                .spawn(move || record(&socket, host, mac, &frames, &stop))?;
+            capture.threads.push(thread);
+        }
+        Ok(capture)
+    }
+
+    /// What was seen so far, in order of time.
+    pub fn so_far(&self) -> Trace {
+        let frames = self.frames.lock().map(|frames| frames.clone()).unwrap_or_default();
+        Trace::new(self.hosts.clone(), frames)
+    }
+
+    /// Ends the capture. Fails when the kernel had to drop frames, because a
+    /// silence would then prove nothing.
+    pub fn stop(mut self) -> Result<Trace> {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let dropped = thread.join().map_err(|_| anyhow::anyhow!("a capture panicked"))??;
+            ensure!(dropped == 0, "the capture lost {dropped} frames");
+        }
+        Ok(self.so_far())
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Reads until told to stop; returns how many frames the kernel dropped.
+fn record(
+    socket: &socket::PortSocket,
+    host: u8,
+    mac: [u8; 6],
+    frames: &Mutex<Vec<Frame>>,
+    stop: &AtomicBool,
+) -> Result<u32> {
+    let mut buffer = [0; socket::SNAP_BYTES];
+    loop {
+        // Looked at before reading, so that all that came before the stop counts.
+        let stopping = stop.load(Ordering::Relaxed);
+        let Some(received) = socket.receive(&mut buffer)? else {
+            if stopping {
+                return socket.dropped();
+            }
+            continue;
+        };
+        let Some(kind) = classify(&buffer[..received.kept_bytes], mac) else { continue };
+        let frame = Frame { at_ns: received.at_ns, host, bytes: received.bytes, kind };
+        let mut frames = frames.lock().map_err(|_| anyhow::anyhow!("a capture panicked"))?;
+        ensure!(frames.len() < FRAME_COUNT_MAX, "the capture is full");
+        frames.push(frame);
+    }
+}
+
+/// What a frame is, when it comes from `mac`.
+fn classify(frame: &[u8], mac: [u8; 6]) -> Option<Kind> {
+    if frame.get(6..12)? != mac {
+        return None;
+    }
+    if let Some(sequence) = heartbeat::sequence_in_frame(frame) {
+        return Some(Kind::Heartbeat { sequence });
+    }
+    let ethertype = frame.get(12..14)?;
+    let is_announcement = ethertype == RARP || (ethertype == ARP && is_gratuitous(frame));
+    Some(if is_announcement { Kind::Announcement } else { Kind::Other })
+}
+
+/// Whether an ARP frame tells its sender's own address.
+fn is_gratuitous(frame: &[u8]) -> bool {
+    matches!((frame.get(28..32), frame.get(38..42)), (Some(sender), Some(target)) if sender == target)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+
+    /// Goal: only the VM's own frames count, each as what it is.
+    #[test]
+    fn frames_are_classified() {
+        let frame =
+            |ethertype: [u8; 2], body: &[u8]| [&[0xff; 6], &MAC[..], &ethertype, body].concat();
+        assert_eq!(classify(&frame(RARP, &[0; 28]), MAC), Some(Kind::Announcement));
+        assert_eq!(classify(&frame(ARP, &[0; 28]), MAC), Some(Kind::Announcement));
+        let mut question = [0; 28];
+        question[27] = 9;
+        assert_eq!(classify(&frame(ARP, &question), MAC), Some(Kind::Other));
+        assert_eq!(classify(&frame([0x08, 0x00], &[0; 40]), MAC), Some(Kind::Other));
+        assert_eq!(classify(&frame(RARP, &[0; 28]), [0; 6]), None);
+        assert_eq!(classify(&[0; 7], MAC), None);
+    }
+}

@@ -1,0 +1,377 @@
+//! A lab host: namespaces held by one long-lived process, private folders, and
+//! an agent that believes it is alone on a machine.
+//!
+//! ```text
+//! holder (sleep)   network + mount + UTS + control group namespaces
+//!   /var/lib/limosa ◄── WORK/HOST/lib   (or a small ext4 of its own)
+//!   /run/limosa     ◄── WORK/HOST/run
+//!   /etc/limosa     ◄── WORK/HOST/etc
+//!   WORK/HOST/log       logs of the agent, also after its end
+//! ```
+//!
+//! **Invariant.** The product is touched only through its programs.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal};
+use serde::de::DeserializeOwned;
+
+use crate::namespace::Namespace;
+use crate::record::Record;
+use crate::{exec, paths};
+
+/// Longest time for one `limosa` command, in seconds; a move may take long.
+pub const LIMOSA_TIMEOUT_S: u32 = 600;
+/// Longest time for an agent to answer after its start, in milliseconds.
+const AGENT_START_TIMEOUT_MS: u64 = 20_000;
+/// Longest time for an agent to end by itself, in milliseconds.
+const AGENT_STOP_TIMEOUT_MS: u64 = 20_000;
+/// Where the agent's socket appears in a host.
+const AGENT_SOCKET: &str = "limosad.sock";
+
+/// What a host's `/var/lib/limosa` lies on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// A folder on the machine's disk
+    Folder,
+    /// A file system of its own that can become full
+    Limited {
+        /// Its size in MiB
+        mib: u32,
+    },
+}
+
+/// A host that is up.
+#[derive(Debug)]
+pub struct Host {
+    name: String,
+    namespace: Namespace,
+    dir: PathBuf,
+    holder: Pid,
+    agent: Option<Child>,
+}
+
+impl Host {
+    /// Makes the host's folders and starts its holder.
+    pub fn create(record: &Record, index: usize, storage: Storage) -> Result<Self> {
+        let (name, namespace) = &record.net.hosts[index];
+        let dir = record.work.join(name);
+        for part in ["lib", "run", "etc", "log"] {
+            std::fs::create_dir_all(dir.join(part))?;
+        }
+        // The mount points must exist; they are never removed, as removing one
+        // would unmount it in every other lab.
+        for place in ["/var/lib/limosa", "/run/limosa", "/etc/limosa"] {
+            std::fs::create_dir_all(place).with_context(|| format!("making {place}"))?;
+        }
+        if let Storage::Limited { mib } = storage {
+            let image = dir.join("lib.ext4");
+            File::create(&image)?.set_len(u64::from(mib) << 20)?;
+            exec::run("mkfs.ext4", &["-q", "-F", "-m", "0", &image.to_string_lossy()])?;
+        }
+        let cgroup = record.cgroups.first().map(|parent| parent.join(name));
+        if let Some(cgroup) = &cgroup {
+            std::fs::create_dir_all(cgroup)
+                .with_context(|| format!("making {}", cgroup.display()))?;
+        }
+        let holder = start_holder(namespace, &dir, name, cgroup.as_deref(), storage)
+            .with_context(|| format!("starting host {name}"))?;
+        std::fs::write(dir.join("holder"), holder.as_raw_nonzero().to_string())?;
+        Ok(Self { name: name.clone(), namespace: namespace.clone(), dir, holder, agent: None })
+    }
+
+    /// A host of a lab that another process has built.
+    pub fn attach(record: &Record, index: usize) -> Result<Self> {
+        let (name, namespace) = &record.net.hosts[index];
+        let dir = record.work.join(name);
+        let written = std::fs::read_to_string(dir.join("holder")).context("host has no holder")?;
+        let holder = Pid::from_raw(written.trim().parse()?).context("bad holder")?;
+        ensure!(namespace.pids().contains(&holder), "the holder of host {name} is gone");
+        Ok(Self { name: name.clone(), namespace: namespace.clone(), dir, holder, agent: None })
+    }
+
+    /// Its short name, also its host name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its network namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// What the host sees as `/var/lib/limosa`; empty here when it is [`Storage::Limited`].
+    pub fn lib_dir(&self) -> PathBuf {
+        self.dir.join("lib")
+    }
+
+    /// Logs of the host.
+    pub fn log_dir(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+
+    /// A command that runs within the host, not yet started.
+    pub fn command(&self, limit_s: u32, program: impl AsRef<OsStr>) -> Command {
+        let mut command = exec::limited(limit_s, "nsenter");
+        command.args(self.nsenter_args()).arg("--").arg(program);
+        command
+    }
+
+    /// A command within the host for somebody at a terminal; a shell when `words` is empty.
+    pub fn interactive(&self, words: &[String]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(self.nsenter_args()).arg("--");
+        if words.is_empty() {
+            command.arg("sh")
+        } else {
+            command.args(words)
+        };
+        command
+    }
+
+    /// Runs a command within the host and returns its standard output.
+    pub fn run(&self, words: &[&str]) -> Result<String> {
+        let (program, args) = words.split_first().context("no command")?;
+        let mut command = self.command(exec::COMMAND_TIMEOUT_S, program);
+        command.args(args);
+        let output = exec::output(&mut command)?;
+        exec::stdout_of(&command, &output)
+    }
+
+    /// Starts a command within the host that ends by itself or is killed later.
+    pub fn spawn(&self, words: &[&str], log: &str) -> Result<Child> {
+        let (program, args) = words.split_first().context("no command")?;
+        let log = File::options().create(true).append(true).open(self.log_dir().join(log))?;
+        let mut command = Command::new("nsenter");
+        command.args(self.nsenter_args()).arg("--").arg(program).args(args);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        command.spawn().with_context(|| format!("starting {program}"))
+    }
+
+    /// Starts `limosad` with that configuration and waits until it answers.
+    ///
+    /// - `config`: text of `/etc/limosa/limosad.toml`.
+    /// - `environment`: further variables, such as points of failure.
+    pub fn start_agent(&mut self, config: &str, environment: &[(&str, &str)]) -> Result<()> {
+        ensure!(self.agent.is_none(), "the agent of host {} runs already", self.name);
+        std::fs::write(self.dir.join("etc/limosad.toml"), config)?;
+        let program = paths::product("limosad")?;
+        let log = File::options().create(true).append(true).open(self.agent_log_path())?;
+        let mut command = Command::new("nsenter");
+        command.args(self.nsenter_args()).args(["--", "sh", "-c"]).arg(
+            "mkdir -p /sys/fs/cgroup/limosad 2>/dev/null && \
+             echo $$ >/sys/fs/cgroup/limosad/cgroup.procs 2>/dev/null; exec \"$0\"",
+        );
+        command.arg(&program).envs(environment.iter().copied());
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        self.agent = Some(command.spawn().context("starting limosad")?);
+        self.wait_for_agent()
+    }
+
+    /// Process of the agent.
+    pub fn agent_pid(&self) -> Option<Pid> {
+        self.agent.as_ref().and_then(|child| Pid::from_raw(i32::try_from(child.id()).ok()?))
+    }
+
+    /// Kills the agent at once, as a crash would. Its VMs go on.
+    pub fn kill_agent(&mut self) -> Result<()> {
+        let Some(mut child) = self.agent.take() else { return Ok(()) };
+        child.kill().context("killing limosad")?;
+        child.wait().context("waiting for limosad").map(drop)
+    }
+
+    /// Asks the agent to end and waits for it.
+    pub fn stop_agent(&mut self) -> Result<ExitStatus> {
+        let pid = self.agent_pid().context("no agent runs")?;
+        let mut child = self.agent.take().context("no agent runs")?;
+        rustix::process::kill_process(pid, Signal::TERM)?;
+        let deadline = Instant::now() + Duration::from_millis(AGENT_STOP_TIMEOUT_MS);
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                child.kill()?;
+                child.wait()?;
+                bail!("limosad of host {} did not end on SIGTERM", self.name);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether the agent has ended without being asked; then how.
+    pub fn agent_ended(&mut self) -> Result<Option<ExitStatus>> {
+        match self.agent.as_mut() {
+            None => Ok(None),
+            Some(child) => child.try_wait().context("looking at limosad"),
+        }
+    }
+
+    /// All that the agent has logged.
+    pub fn agent_log(&self) -> String {
+        std::fs::read(self.agent_log_path()).map_or_else(|_| String::new(), |log| exec::lossy(&log))
+    }
+
+    /// Runs `limosa` within the host; it may fail.
+    pub fn try_limosa(&self, args: &[&str]) -> Result<Output> {
+        let mut command = self.command(LIMOSA_TIMEOUT_S, paths::product("limosa")?);
+        exec::output(command.args(args))
+    }
+
+    /// Runs `limosa` within the host and returns what it prints.
+    pub fn limosa(&self, args: &[&str]) -> Result<String> {
+        let mut command = self.command(LIMOSA_TIMEOUT_S, paths::product("limosa")?);
+        command.args(args);
+        let output = exec::output(&mut command)?;
+        exec::stdout_of(&command, &output).with_context(|| format!("on host {}", self.name))
+    }
+
+    /// Runs `limosa … --json` within the host and reads its answer.
+    pub fn limosa_json<T: DeserializeOwned>(&self, args: &[&str]) -> Result<T> {
+        let text = self.limosa(&[args, &["--json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| {
+            format!("limosa {} answered: {}", args.join(" "), exec::tail(&text, 500))
+        })
+    }
+
+    /// Processes of QEMU in the host.
+    pub fn qemu_pids(&self) -> Vec<Pid> {
+        let mut pids = self.namespace.pids();
+        pids.retain(|pid| {
+            let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()));
+            name.is_ok_and(|name| name.starts_with("qemu-system"))
+        });
+        pids
+    }
+
+    /// Kills every QEMU in the host; returns how many there were.
+    pub fn kill_qemu(&self) -> usize {
+        let pids = self.qemu_pids();
+        for pid in &pids {
+            // It may have ended meanwhile.
+            let _ = rustix::process::kill_process(*pid, Signal::KILL);
+        }
+        pids.len()
+    }
+
+    /// What a VM that is gone should not have left here, one line each.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        let mut found: Vec<String> =
+            self.qemu_pids().iter().map(|pid| format!("QEMU runs: process {pid:?}")).collect();
+        let files = self.run(&["find", "/var/lib/limosa/vms", "-mindepth", "1"]);
+        // Without any VM ever, the folder may not exist.
+        found.extend(files.unwrap_or_default().lines().map(|path| format!("file {path}")));
+        let taps =
+            self.namespace.run(&["sh", "-c", "ls -d /sys/class/net/*/tun_flags 2>/dev/null; :"])?;
+        found.extend(taps.lines().map(|path| format!("TAP {path}")));
+        Ok(found)
+    }
+
+    /// Fails when a VM has left anything here. Waits a little for what is just ending.
+    pub fn assert_clean(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let found = self.leftovers()?;
+            if found.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("left behind on host {}:\n  {}", self.name, found.join("\n  "));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn nsenter_args(&self) -> Vec<String> {
+        let pid = self.holder.as_raw_nonzero();
+        vec!["-t".into(), pid.to_string(), "-m".into(), "-n".into(), "-u".into(), "-C".into()]
+    }
+
+    fn agent_log_path(&self) -> PathBuf {
+        self.log_dir().join("limosad.log")
+    }
+
+    fn wait_for_agent(&mut self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_millis(AGENT_START_TIMEOUT_MS);
+        let socket = self.dir.join("run").join(AGENT_SOCKET);
+        loop {
+            if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+                return Ok(());
+            }
+            let ended = self.agent_ended()?;
+            if ended.is_some() || Instant::now() > deadline {
+                let log = self.agent_log();
+                let how = ended.map_or("does not answer".to_owned(), |status| status.to_string());
+                self.kill_agent()?;
+                bail!("limosad of host {}: {how}: {}", self.name, exec::tail(&log, 2_000));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // Only to reap it; the lab's teardown kills whatever else is left.
+        let _ = self.kill_agent();
+    }
+}
+
+/// Starts the process that holds a host's namespaces.
+fn start_holder(
+    namespace: &Namespace,
+    dir: &Path,
+    name: &str,
+    cgroup: Option<&Path>,
+    storage: Storage,
+) -> Result<Pid> {
+    let library = match storage {
+        Storage::Folder => "mount --bind \"$DIR/lib\" /var/lib/limosa",
+        Storage::Limited { .. } => "mount -o loop \"$DIR/lib.ext4\" /var/lib/limosa",
+    };
+    let inside = format!(
+        "set -e; {library}; mount --bind \"$DIR/run\" /run/limosa; \
+         mount --bind \"$DIR/etc\" /etc/limosa; hostname \"$NAME\"; \
+         if [ -n \"$CGROUP\" ]; then mount -t cgroup2 none /sys/fs/cgroup; \
+         mkdir /sys/fs/cgroup/host; echo $$ > /sys/fs/cgroup/host/cgroup.procs; fi; \
+         echo ready; exec sleep infinity >/dev/null 2>&1"
+    );
+    // The control group first: its namespace is rooted where it is made.
+    let outside = "[ -z \"$CGROUP\" ] || echo $$ > \"$CGROUP/cgroup.procs\"; \
+                   exec ip netns exec \"$NETNS\" unshare --mount --uts --cgroup \
+                   --propagation private sh -c \"$INSIDE\"";
+    let mut child = Command::new("sh")
+        .args(["-c", outside])
+        .env("DIR", dir)
+        .env("NAME", name)
+        .env("CGROUP", cgroup.unwrap_or(Path::new("")))
+        .env("NETNS", namespace.name())
+        .env("INSIDE", inside)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(File::create(dir.join("log/holder.log"))?)
+        .process_group(0)
+        .spawn()
+        .context("starting the holder")?;
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process")?;
+    let mut line = String::new();
+    let stdout = child.stdout.take().context("no output")?;
+    BufReader::new(stdout).read_line(&mut line)?;
+    if line.trim() != "ready" {
+        // It has ended already, or ends with its namespace.
+        let said = std::fs::read_to_string(dir.join("log/holder.log")).unwrap_or_default();
+        let _ = child.kill();
+        let _ = child.wait();
+        bail!("the holder said {line:?}: {}", said.trim());
+    }
+    // Reaps the holder when it is killed, so that no zombie stays in a long run.
+    std::thread::Builder::new().name("lab-reaper".to_owned()).spawn(move || child.wait())?;
+    Ok(pid)
+}

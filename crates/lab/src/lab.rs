@@ -1,0 +1,195 @@
+//! A lab: hosts and a client, joined by networks, made and taken down as one.
+//!
+//! **Invariants.** Everything is named in the [`Record`] before it is made.
+//! Dropping a lab takes all of it down, whatever happened in between.
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::host::{Host, Storage};
+use crate::namespace::Namespace;
+use crate::net::Net;
+use crate::record::{self, Record};
+use crate::{paths, signals};
+
+/// What a lab is to consist of.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Hosts by short name, with their storage
+    pub hosts: Vec<(&'static str, Storage)>,
+    /// Speed of each migration link, in Mbit/s; `None` is as fast as it goes
+    pub links_mbit: Vec<Option<u32>>,
+}
+
+impl Default for Plan {
+    /// Two hosts and one link of 1 Gbit/s.
+    fn default() -> Self {
+        Self {
+            hosts: vec![("a", Storage::Folder), ("b", Storage::Folder)],
+            links_mbit: vec![Some(1000)],
+        }
+    }
+}
+
+/// A lab that is up.
+#[derive(Debug)]
+pub struct Lab {
+    record: Record,
+    hosts: Vec<Host>,
+    stays: bool,
+}
+
+impl Lab {
+    /// Builds a lab. Needs root.
+    pub fn up(plan: &Plan) -> Result<Self> {
+        ensure!(rustix::process::geteuid().is_root(), "the lab makes namespaces: run it as root");
+        record::remove_leftovers();
+        let record = Self::plan_record(plan)?;
+        record.save()?;
+        signals::watch(record.clone());
+        // From here on, dropping it takes everything down.
+        let mut lab = Self { record, hosts: Vec::new(), stays: false };
+        lab.build(plan).context("building the lab")?;
+        Ok(lab)
+    }
+
+    /// The lab of that record, or the only one that was meant to stay.
+    pub fn attach(id: Option<&str>) -> Result<Self> {
+        let mut records = Record::all();
+        records.retain(|record| match id {
+            Some(id) => record.id == id,
+            None => record.owner.is_none(),
+        });
+        ensure!(records.len() < 2, "several labs are up: choose one with --id");
+        let record = records.pop().context("no lab is up: start one with `limosa-lab up`")?;
+        let hosts = (0..record.net.hosts.len())
+            .map(|index| Host::attach(&record, index))
+            .collect::<Result<_>>()?;
+        Ok(Self { record, hosts, stays: true })
+    }
+
+    /// Lets the lab stay after the end of this process, until it is taken down.
+    pub fn keep(mut self) -> Result<String> {
+        self.record.owner = None;
+        self.record.save()?;
+        signals::forget(&self.record.id);
+        self.stays = true;
+        Ok(self.record.id.clone())
+    }
+
+    /// Takes the lab down and tells what went wrong in that.
+    pub fn down(mut self) -> Result<()> {
+        self.stays = true;
+        self.hosts.clear();
+        signals::forget(&self.record.id);
+        self.record.teardown()
+    }
+
+    /// Its short name.
+    pub fn id(&self) -> &str {
+        &self.record.id
+    }
+
+    /// A host by its short name; panics when the plan had no such host.
+    pub fn host(&self, name: &str) -> &Host {
+        let found = self.hosts.iter().find(|host| host.name() == name);
+        found.expect("stories name only hosts of their own plan")
+    }
+
+    /// Like [`Lab::host`], to start and stop its agent.
+    pub fn host_mut(&mut self, name: &str) -> &mut Host {
+        let found = self.hosts.iter_mut().find(|host| host.name() == name);
+        found.expect("stories name only hosts of their own plan")
+    }
+
+    /// All hosts.
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// All hosts, to start and stop their agents.
+    pub fn hosts_mut(&mut self) -> &mut [Host] {
+        &mut self.hosts
+    }
+
+    /// Its networks.
+    pub fn net(&self) -> &Net {
+        &self.record.net
+    }
+
+    /// The outside client's namespace.
+    pub fn client(&self) -> &Namespace {
+        &self.record.net.client
+    }
+
+    /// Folder of this run's files.
+    pub fn work(&self) -> &Path {
+        &self.record.work
+    }
+
+    /// Copies all logs into `folder`.
+    pub fn save_logs(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder)?;
+        for host in &self.hosts {
+            let logs = std::fs::read_dir(host.log_dir())?;
+            for entry in logs.flatten() {
+                let name = format!("{}-{}", host.name(), entry.file_name().to_string_lossy());
+                std::fs::copy(entry.path(), folder.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn plan_record(plan: &Plan) -> Result<Record> {
+        let id = fresh_id()?;
+        let names: Vec<_> = plan.hosts.iter().map(|(name, _)| *name).collect();
+        let pid = rustix::process::getpid();
+        let started = record::start_ticks(pid).context("reading our own start time")?;
+        let root = record::cgroup_root();
+        Ok(Record {
+            owner: Some((pid.as_raw_nonzero().get(), started)),
+            net: Net::named(&id, &names, plan.links_mbit.len())?,
+            cgroups: root.into_iter().map(|root| root.join(format!("limosa-lab-{id}"))).collect(),
+            work: paths::lab_dir().join("work").join(&id),
+            id,
+        })
+    }
+
+    fn build(&mut self, plan: &Plan) -> Result<()> {
+        std::fs::create_dir_all(&self.record.work)
+            .with_context(|| format!("making {}", self.record.work.display()))?;
+        self.record.net.create()?;
+        for (link, mbit) in plan.links_mbit.iter().enumerate() {
+            if mbit.is_some() {
+                self.record.net.set_speed(link, *mbit)?;
+            }
+        }
+        for (index, (_, storage)) in plan.hosts.iter().enumerate() {
+            self.hosts.push(Host::create(&self.record, index, *storage)?);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if !self.stays {
+            self.hosts.clear();
+            signals::forget(&self.record.id);
+            // The record stays when this fails, and the next run tries again.
+            let _ = self.record.teardown();
+        }
+    }
+}
+
+/// A name that no other run on this machine has now.
+fn fresh_id() -> Result<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
+    let mix = now.as_nanos() ^ (u128::from(std::process::id()) << 20);
+    let id = format!("{:05x}", mix & 0xf_ffff);
+    let taken = PathBuf::from(paths::RECORDS).join(format!("{id}.json")).exists();
+    ensure!(!taken, "the name {id} is taken: try again");
+    Ok(id)
+}

@@ -1,0 +1,121 @@
+//! Stories: each one builds a lab, does something to it and says what must hold.
+//!
+//! ```text
+//! story ─► Lab::up(plan) ─► run(&mut lab) ─► passed, or logs kept and shown ─► down
+//! ```
+//!
+//! **Invariant.** A story never asserts how long something takes; it asserts
+//! what is there, what is gone and what a user noticed.
+
+mod itself;
+
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::lab::{Lab, Plan};
+use crate::{exec, paths};
+
+/// Longest part of one log that is shown for a story that failed, in bytes.
+const SHOWN_LOG_BYTES_MAX: usize = 3_000;
+
+/// One story.
+#[derive(Debug)]
+pub struct Story {
+    /// By which it is chosen
+    pub name: &'static str,
+    /// What it proves, in one sentence
+    pub proves: &'static str,
+    /// The lab that it needs
+    pub plan: fn() -> Plan,
+    /// What happens
+    pub run: fn(&mut Lab) -> Result<()>,
+}
+
+/// All stories of `make test`, in their order.
+pub fn all() -> Vec<&'static Story> {
+    [itself::STORIES].into_iter().flatten().collect()
+}
+
+/// How a run of stories ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Stories whose assertions all held
+    pub passed: usize,
+    /// Stories that ended with an error or a panic
+    pub failed: usize,
+}
+
+/// Runs those stories whose name contains `only`, one after the other.
+pub fn run_all(only: Option<&str>) -> Result<Count> {
+    let chosen: Vec<_> = all()
+        .into_iter()
+        .filter(|story| only.is_none_or(|only| story.name.contains(only)))
+        .collect();
+    anyhow::ensure!(
+        !chosen.is_empty(),
+        "no story is called like that; see `limosa-lab stories --list`"
+    );
+    let failed_dir = paths::lab_dir().join("failed");
+    if failed_dir.exists() {
+        std::fs::remove_dir_all(&failed_dir).context("removing the logs of the last run")?;
+    }
+    let mut count = Count::default();
+    for story in chosen {
+        let started = Instant::now();
+        let kept = failed_dir.join(story.name);
+        match run_one(story, &kept) {
+            Ok(()) => {
+                count.passed += 1;
+                say(story, "passed", started.elapsed());
+            }
+            Err(error) => {
+                count.failed += 1;
+                say(story, "FAILED", started.elapsed());
+                crate::print_line(&format!("      {error:#}"));
+                show_logs(&kept);
+            }
+        }
+    }
+    crate::print_line(&format!("{} passed, {} failed", count.passed, count.failed));
+    Ok(count)
+}
+
+/// Runs one story in a lab of its own. Logs go to `kept` when it fails.
+pub fn run_one(story: &Story, kept: &Path) -> Result<()> {
+    let mut lab = Lab::up(&(story.plan)())?;
+    // A panic must not leave the lab standing, nor end the other stories.
+    let ended = std::panic::catch_unwind(AssertUnwindSafe(|| (story.run)(&mut lab)))
+        .unwrap_or_else(|cause| Err(anyhow!("panicked: {}", panic_text(cause.as_ref()))));
+    if ended.is_err() {
+        lab.save_logs(kept).context("keeping the logs")?;
+    }
+    let down = lab.down();
+    ended?;
+    down.context("taking the lab down")
+}
+
+fn panic_text(cause: &(dyn std::any::Any + Send)) -> String {
+    let text = cause.downcast_ref::<String>().cloned();
+    text.or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+fn say(story: &Story, ended: &str, took: Duration) {
+    crate::print_line(&format!("{ended} {:>6.1} s  {}", took.as_secs_f64(), story.name));
+}
+
+fn show_logs(dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let Ok(log) = std::fs::read(&path) else { continue };
+        let text = exec::lossy(&log);
+        let shown = exec::tail(&text, SHOWN_LOG_BYTES_MAX);
+        if !shown.is_empty() {
+            crate::print_line(&format!("      --- end of {}\n{shown}", path.display()));
+        }
+    }
+}
