@@ -100,7 +100,7 @@ pub struct Initiator {
 pub struct Responder {
     /// What the initiator must send.
     expected: blake3::Hash,
-    peer_name: HostName,
+    peer: Party,
 }
 
 impl Initiator {
@@ -172,16 +172,24 @@ impl Responder {
         })?;
         let mac = HexArray(*macs.responder.as_bytes());
         let answer = Answer { element, name: own.name, mac };
-        Ok((Self { expected: macs.initiator, peer_name: peer.name }, answer))
+        Ok((Self { expected: macs.initiator, peer }, answer))
+    }
+
+    /// The only certificate that this pairing can end in trust for. Whoever
+    /// brings the confirmation must be on a connection that showed it.
+    #[must_use]
+    pub fn peer_fingerprint(&self) -> Fingerprint {
+        self.peer.fingerprint
     }
 
     /// Checks the confirmation. On `Ok` the initiator knows the code: use the
-    /// invitation up, then trust the certificate under the returned name.
+    /// invitation up, then trust the certificate of
+    /// [`peer_fingerprint`](Self::peer_fingerprint) under the returned name.
     pub fn finish(self, confirmation: &Confirmation) -> Result<String, PairingError> {
         if self.expected != blake3::Hash::from_bytes(confirmation.mac.0) {
             return Err(PairingError::NotConfirmed);
         }
-        Ok(self.peer_name.into())
+        Ok(self.peer.name.into())
     }
 }
 
@@ -193,7 +201,7 @@ impl fmt::Debug for Initiator {
 
 impl fmt::Debug for Responder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Responder").field("peer", &self.peer_name).finish_non_exhaustive()
+        f.debug_struct("Responder").field("peer", &self.peer.fingerprint).finish_non_exhaustive()
     }
 }
 

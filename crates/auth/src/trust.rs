@@ -15,6 +15,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 
 use crate::Fingerprint;
@@ -53,6 +55,26 @@ impl TrustedPeer {
         let fingerprint = Fingerprint::of_certificate(&certificate_der);
         Self { name, fingerprint, role, certificate_der }
     }
+}
+
+/// A text that an operator gave as a certificate, and is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a certificate: expected one in PEM, as the other side has it in identity.crt")]
+pub struct BadCertificate;
+
+/// The DER of the one certificate in a PEM text, to be trusted.
+///
+/// A text with several is refused: it would not be clear which one is meant.
+pub fn certificate_from_pem(pem: &str) -> Result<Vec<u8>, BadCertificate> {
+    if pem.len() > 2 * DER_BYTES_MAX {
+        return Err(BadCertificate);
+    }
+    let mut certificates = CertificateDer::pem_slice_iter(pem.as_bytes());
+    let (Some(Ok(certificate)), None) = (certificates.next(), certificates.next()) else {
+        return Err(BadCertificate);
+    };
+    rustls::server::ParsedCertificate::try_from(&certificate).map_err(|_| BadCertificate)?;
+    Ok(certificate.to_vec())
 }
 
 /// Why a peer was not added.
@@ -205,6 +227,24 @@ mod tests {
         ));
         assert!(store.replace_all([peer("x", b"third"), peer("x", b"fourth")]).is_err());
         assert_eq!(store.peers(), [peer("one", b"first")]);
+    }
+
+    /// Goal: exactly one certificate is taken from a text, and nothing that is none.
+    #[test]
+    fn a_certificate_is_read_from_pem() {
+        let folder = tempfile::tempdir().unwrap();
+        let identity = crate::Identity::load_or_create(folder.path(), "alice").unwrap();
+        let read = |name| std::fs::read_to_string(folder.path().join(name)).unwrap();
+        let (certificate, key) = (read("identity.crt"), read("identity.key"));
+        assert_eq!(
+            certificate_from_pem(&certificate).unwrap(),
+            identity.certificate_der().to_vec()
+        );
+        let twice = certificate.repeat(2);
+        let no_certificate = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        for bad in ["", &key, &twice, &certificate[..200], no_certificate] {
+            assert_eq!(certificate_from_pem(bad), Err(BadCertificate), "{bad}");
+        }
     }
 
     /// Goal: a peer survives the agent's durable store.

@@ -30,6 +30,7 @@ fn the_right_code_pairs() {
     let (responder, answer) = respond("1234-5678", ONE, &wire(&offer));
     let (confirmation, responder_name) = initiator.finish(&wire(&answer)).unwrap();
     assert_eq!(responder_name, "two");
+    assert_eq!(responder.peer_fingerprint(), ONE);
     assert_eq!(responder.finish(&wire(&confirmation)).unwrap(), "one");
 }
 
