@@ -1,0 +1,47 @@
+# Everything that a developer runs. The lab's own targets need root, because
+# they make network namespaces; each says so.
+
+CARGO ?= cargo
+BIN = target/debug
+RELEASE = target/release
+
+.PHONY: build release demo test unit lint bench soak clean
+
+build:
+	$(CARGO) build --workspace
+
+release:
+	$(CARGO) build --workspace --release
+
+# Two hosts, one VM with a disk and a client; there and back again.
+demo: release
+	scripts/install-packages demo
+	$(RELEASE)/limosa-lab demo
+
+test: build unit
+	$(BIN)/limosa-lab stories
+
+unit:
+	scripts/install-packages test
+	$(CARGO) test --workspace
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --all-features check; \
+	else echo "cargo-deny is not installed: deny.toml was not checked"; fi
+
+# Against stock QEMU on the same link; figures, not assertions.
+bench: release
+	scripts/install-packages test
+	$(RELEASE)/limosa-lab bench
+
+# Hours of moves and faults.
+soak: release
+	scripts/install-packages test
+	$(RELEASE)/limosa-lab soak
+
+clean:
+	-test ! -x $(BIN)/limosa-lab || $(BIN)/limosa-lab down
+	$(CARGO) clean
+	rm -rf .lab
