@@ -17,6 +17,7 @@ mod namespace;
 mod net;
 mod paths;
 mod record;
+mod report;
 mod scenario;
 mod signals;
 

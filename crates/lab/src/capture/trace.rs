@@ -73,6 +73,11 @@ impl Trace {
         &self.frames
     }
 
+    /// Name of the host with that index.
+    pub fn host_name(&self, index: u8) -> Option<&str> {
+        self.hosts.get(usize::from(index)).map(String::as_str)
+    }
+
     /// The part between two moments, in nanoseconds since 1970.
     #[must_use]
     pub fn between(&self, from_ns: u64, to_ns: u64) -> Self {
