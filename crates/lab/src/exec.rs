@@ -9,21 +9,21 @@ use std::process::{Command, Output, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Longest time for one ordinary command, in seconds.
-pub const COMMAND_TIMEOUT_S: u32 = 60;
+pub(crate) const COMMAND_TIMEOUT_S: u32 = 60;
 /// Exit code by which `timeout` says that it killed the command.
 const TIMED_OUT_CODE: i32 = 124;
 /// Longest part of a command's output that an error repeats, in bytes.
 const SHOWN_BYTES_MAX: usize = 4_000;
 
 /// A command that is killed after `limit_s` seconds.
-pub fn limited(limit_s: u32, program: impl AsRef<OsStr>) -> Command {
+pub(crate) fn limited(limit_s: u32, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("timeout");
     command.arg("-k").arg("2").arg(limit_s.to_string()).arg(program).stdin(Stdio::null());
     command
 }
 
 /// Runs `program` with `args` and returns what it wrote to its standard output.
-pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String> {
+pub(crate) fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String> {
     let mut command = limited(COMMAND_TIMEOUT_S, program);
     command.args(args);
     let output = output(&mut command)?;
@@ -31,7 +31,7 @@ pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String> {
 }
 
 /// Runs a command that may fail; an error only when it could not run at all.
-pub fn output(command: &mut Command) -> Result<Output> {
+pub(crate) fn output(command: &mut Command) -> Result<Output> {
     let output = command.output().with_context(|| format!("starting {}", shown(command)))?;
     if output.status.code() == Some(TIMED_OUT_CODE) {
         bail!("took too long and was killed: {}", shown(command));
@@ -40,7 +40,7 @@ pub fn output(command: &mut Command) -> Result<Output> {
 }
 
 /// The standard output of a command that succeeded; else an error with all it said.
-pub fn stdout_of(command: &Command, output: &Output) -> Result<String> {
+pub(crate) fn stdout_of(command: &Command, output: &Output) -> Result<String> {
     if !output.status.success() {
         bail!(
             "{} ended with {}: {}",
@@ -53,12 +53,12 @@ pub fn stdout_of(command: &Command, output: &Output) -> Result<String> {
 }
 
 /// Bytes as text, whatever they are.
-pub fn lossy(bytes: &[u8]) -> String {
+pub(crate) fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// The last `bytes_max` bytes of a text, from the beginning of a character.
-pub fn tail(text: &str, bytes_max: usize) -> &str {
+pub(crate) fn tail(text: &str, bytes_max: usize) -> &str {
     let mut start = text.len().saturating_sub(bytes_max);
     while !text.is_char_boundary(start) {
         start += 1;

@@ -10,9 +10,9 @@
 //! What follows is not looked at.
 
 /// UDP port of the client to which heartbeats go.
-pub const PORT: u16 = 7003;
+pub(crate) const PORT: u16 = 7003;
 /// Beginning of each heartbeat.
-pub const MAGIC: [u8; 4] = *b"LMHB";
+pub(crate) const MAGIC: [u8; 4] = *b"LMHB";
 /// Bytes of an Ethernet header.
 const ETHERNET_BYTES: usize = 14;
 /// Bytes of a UDP header.
@@ -21,13 +21,13 @@ const UDP_BYTES: usize = 8;
 const UDP: u8 = 17;
 
 /// The sequence number in a heartbeat's payload.
-pub fn sequence(payload: &[u8]) -> Option<u64> {
+pub(crate) fn sequence(payload: &[u8]) -> Option<u64> {
     let rest = payload.strip_prefix(&MAGIC)?;
     Some(u64::from_le_bytes(rest.get(..8)?.try_into().ok()?))
 }
 
 /// The sequence number when a whole Ethernet frame is a heartbeat.
-pub fn sequence_in_frame(frame: &[u8]) -> Option<u64> {
+pub(crate) fn sequence_in_frame(frame: &[u8]) -> Option<u64> {
     let kind = u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]);
     let packet = frame.get(ETHERNET_BYTES..)?;
     let datagram = match kind {

@@ -25,10 +25,10 @@ use serde::de::DeserializeOwned;
 
 use crate::namespace::Namespace;
 use crate::record::Record;
-use crate::{exec, paths};
+use crate::{api, exec, paths};
 
 /// Longest time for one `limosa` command, in seconds; a move may take long.
-pub const LIMOSA_TIMEOUT_S: u32 = 600;
+pub(crate) const LIMOSA_TIMEOUT_S: u32 = 600;
 /// Longest time for an agent to answer after its start, in milliseconds.
 const AGENT_START_TIMEOUT_MS: u64 = 20_000;
 /// Longest time for an agent to end by itself, in milliseconds.
@@ -38,7 +38,7 @@ const AGENT_SOCKET: &str = "limosad.sock";
 
 /// What a host's `/var/lib/limosa` lies on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Storage {
+pub(crate) enum Storage {
     /// A folder on the machine's disk
     Folder,
     /// A file system of its own that can become full
@@ -50,7 +50,7 @@ pub enum Storage {
 
 /// A host that is up.
 #[derive(Debug)]
-pub struct Host {
+pub(crate) struct Host {
     name: String,
     namespace: Namespace,
     dir: PathBuf,
@@ -60,7 +60,7 @@ pub struct Host {
 
 impl Host {
     /// Makes the host's folders and starts its holder.
-    pub fn create(record: &Record, index: usize, storage: Storage) -> Result<Self> {
+    pub(crate) fn create(record: &Record, index: usize, storage: Storage) -> Result<Self> {
         let (name, namespace) = &record.net.hosts[index];
         let dir = record.work.join(name);
         for part in ["lib", "run", "etc", "log"] {
@@ -88,7 +88,7 @@ impl Host {
     }
 
     /// A host of a lab that another process has built.
-    pub fn attach(record: &Record, index: usize) -> Result<Self> {
+    pub(crate) fn attach(record: &Record, index: usize) -> Result<Self> {
         let (name, namespace) = &record.net.hosts[index];
         let dir = record.work.join(name);
         let written = std::fs::read_to_string(dir.join("holder")).context("host has no holder")?;
@@ -98,34 +98,29 @@ impl Host {
     }
 
     /// Its short name, also its host name.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Its network namespace.
-    pub fn namespace(&self) -> &Namespace {
+    pub(crate) fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
-    /// What the host sees as `/var/lib/limosa`; empty here when it is [`Storage::Limited`].
-    pub fn lib_dir(&self) -> PathBuf {
-        self.dir.join("lib")
-    }
-
     /// Logs of the host.
-    pub fn log_dir(&self) -> PathBuf {
+    pub(crate) fn log_dir(&self) -> PathBuf {
         self.dir.join("log")
     }
 
     /// A command that runs within the host, not yet started.
-    pub fn command(&self, limit_s: u32, program: impl AsRef<OsStr>) -> Command {
+    pub(crate) fn command(&self, limit_s: u32, program: impl AsRef<OsStr>) -> Command {
         let mut command = exec::limited(limit_s, "nsenter");
         command.args(self.nsenter_args()).arg("--").arg(program);
         command
     }
 
     /// A command within the host for somebody at a terminal; a shell when `words` is empty.
-    pub fn interactive(&self, words: &[String]) -> Command {
+    pub(crate) fn interactive(&self, words: &[String]) -> Command {
         let mut command = Command::new("nsenter");
         command.args(self.nsenter_args()).arg("--");
         if words.is_empty() {
@@ -137,7 +132,7 @@ impl Host {
     }
 
     /// Runs a command within the host and returns its standard output.
-    pub fn run(&self, words: &[&str]) -> Result<String> {
+    pub(crate) fn run(&self, words: &[&str]) -> Result<String> {
         let (program, args) = words.split_first().context("no command")?;
         let mut command = self.command(exec::COMMAND_TIMEOUT_S, program);
         command.args(args);
@@ -145,21 +140,11 @@ impl Host {
         exec::stdout_of(&command, &output)
     }
 
-    /// Starts a command within the host that ends by itself or is killed later.
-    pub fn spawn(&self, words: &[&str], log: &str) -> Result<Child> {
-        let (program, args) = words.split_first().context("no command")?;
-        let log = File::options().create(true).append(true).open(self.log_dir().join(log))?;
-        let mut command = Command::new("nsenter");
-        command.args(self.nsenter_args()).arg("--").arg(program).args(args);
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
-        command.spawn().with_context(|| format!("starting {program}"))
-    }
-
     /// Starts `limosad` with that configuration and waits until it answers.
     ///
     /// - `config`: text of `/etc/limosa/limosad.toml`.
     /// - `environment`: further variables, such as points of failure.
-    pub fn start_agent(&mut self, config: &str, environment: &[(&str, &str)]) -> Result<()> {
+    pub(crate) fn start_agent(&mut self, config: &str, environment: &[(&str, &str)]) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent of host {} runs already", self.name);
         std::fs::write(self.dir.join("etc/limosad.toml"), config)?;
         let program = paths::product("limosad")?;
@@ -175,22 +160,17 @@ impl Host {
         self.wait_for_agent()
     }
 
-    /// Process of the agent.
-    pub fn agent_pid(&self) -> Option<Pid> {
-        self.agent.as_ref().and_then(|child| Pid::from_raw(i32::try_from(child.id()).ok()?))
-    }
-
     /// Kills the agent at once, as a crash would. Its VMs go on.
-    pub fn kill_agent(&mut self) -> Result<()> {
+    pub(crate) fn kill_agent(&mut self) -> Result<()> {
         let Some(mut child) = self.agent.take() else { return Ok(()) };
         child.kill().context("killing limosad")?;
         child.wait().context("waiting for limosad").map(drop)
     }
 
     /// Asks the agent to end and waits for it.
-    pub fn stop_agent(&mut self) -> Result<ExitStatus> {
-        let pid = self.agent_pid().context("no agent runs")?;
+    pub(crate) fn stop_agent(&mut self) -> Result<ExitStatus> {
         let mut child = self.agent.take().context("no agent runs")?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process")?;
         rustix::process::kill_process(pid, Signal::TERM)?;
         let deadline = Instant::now() + Duration::from_millis(AGENT_STOP_TIMEOUT_MS);
         loop {
@@ -207,7 +187,7 @@ impl Host {
     }
 
     /// Whether the agent has ended without being asked; then how.
-    pub fn agent_ended(&mut self) -> Result<Option<ExitStatus>> {
+    pub(crate) fn agent_ended(&mut self) -> Result<Option<ExitStatus>> {
         match self.agent.as_mut() {
             None => Ok(None),
             Some(child) => child.try_wait().context("looking at limosad"),
@@ -215,18 +195,29 @@ impl Host {
     }
 
     /// All that the agent has logged.
-    pub fn agent_log(&self) -> String {
+    pub(crate) fn agent_log(&self) -> String {
         std::fs::read(self.agent_log_path()).map_or_else(|_| String::new(), |log| exec::lossy(&log))
     }
 
+    /// Asks the host's agent over its socket.
+    pub(crate) fn api<B: serde::Serialize>(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<api::Answer> {
+        api::ask(&self.agent_socket(), method, path, body)
+            .with_context(|| format!("asking the agent of host {}", self.name))
+    }
+
     /// Runs `limosa` within the host; it may fail.
-    pub fn try_limosa(&self, args: &[&str]) -> Result<Output> {
+    pub(crate) fn try_limosa(&self, args: &[&str]) -> Result<Output> {
         let mut command = self.command(LIMOSA_TIMEOUT_S, paths::product("limosa")?);
         exec::output(command.args(args))
     }
 
     /// Runs `limosa` within the host and returns what it prints.
-    pub fn limosa(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn limosa(&self, args: &[&str]) -> Result<String> {
         let mut command = self.command(LIMOSA_TIMEOUT_S, paths::product("limosa")?);
         command.args(args);
         let output = exec::output(&mut command)?;
@@ -234,7 +225,7 @@ impl Host {
     }
 
     /// Runs `limosa … --json` within the host and reads its answer.
-    pub fn limosa_json<T: DeserializeOwned>(&self, args: &[&str]) -> Result<T> {
+    pub(crate) fn limosa_json<T: DeserializeOwned>(&self, args: &[&str]) -> Result<T> {
         let text = self.limosa(&[args, &["--json"]].concat())?;
         serde_json::from_str(&text).with_context(|| {
             format!("limosa {} answered: {}", args.join(" "), exec::tail(&text, 500))
@@ -242,7 +233,7 @@ impl Host {
     }
 
     /// Processes of QEMU in the host.
-    pub fn qemu_pids(&self) -> Vec<Pid> {
+    pub(crate) fn qemu_pids(&self) -> Vec<Pid> {
         let mut pids = self.namespace.pids();
         pids.retain(|pid| {
             let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()));
@@ -252,7 +243,7 @@ impl Host {
     }
 
     /// Kills every QEMU in the host; returns how many there were.
-    pub fn kill_qemu(&self) -> usize {
+    pub(crate) fn kill_qemu(&self) -> usize {
         let pids = self.qemu_pids();
         for pid in &pids {
             // It may have ended meanwhile.
@@ -262,7 +253,7 @@ impl Host {
     }
 
     /// What a VM that is gone should not have left here, one line each.
-    pub fn leftovers(&self) -> Result<Vec<String>> {
+    pub(crate) fn leftovers(&self) -> Result<Vec<String>> {
         let mut found: Vec<String> =
             self.qemu_pids().iter().map(|pid| format!("QEMU runs: process {pid:?}")).collect();
         let files = self.run(&["find", "/var/lib/limosa/vms", "-mindepth", "1"]);
@@ -275,7 +266,7 @@ impl Host {
     }
 
     /// Fails when a VM has left anything here. Waits a little for what is just ending.
-    pub fn assert_clean(&self) -> Result<()> {
+    pub(crate) fn assert_clean(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let found = self.leftovers()?;
@@ -294,13 +285,17 @@ impl Host {
         vec!["-t".into(), pid.to_string(), "-m".into(), "-n".into(), "-u".into(), "-C".into()]
     }
 
+    fn agent_socket(&self) -> PathBuf {
+        self.dir.join("run").join(AGENT_SOCKET)
+    }
+
     fn agent_log_path(&self) -> PathBuf {
         self.log_dir().join("limosad.log")
     }
 
     fn wait_for_agent(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_millis(AGENT_START_TIMEOUT_MS);
-        let socket = self.dir.join("run").join(AGENT_SOCKET);
+        let socket = self.agent_socket();
         loop {
             if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
                 return Ok(());

@@ -16,7 +16,7 @@ use crate::{paths, signals};
 
 /// What a lab is to consist of.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// Hosts by short name, with their storage
     pub hosts: Vec<(&'static str, Storage)>,
     /// Speed of each migration link, in Mbit/s; `None` is as fast as it goes
@@ -35,7 +35,7 @@ impl Default for Plan {
 
 /// A lab that is up.
 #[derive(Debug)]
-pub struct Lab {
+pub(crate) struct Lab {
     record: Record,
     hosts: Vec<Host>,
     stays: bool,
@@ -43,7 +43,7 @@ pub struct Lab {
 
 impl Lab {
     /// Builds a lab. Needs root.
-    pub fn up(plan: &Plan) -> Result<Self> {
+    pub(crate) fn up(plan: &Plan) -> Result<Self> {
         ensure!(rustix::process::geteuid().is_root(), "the lab makes namespaces: run it as root");
         record::remove_leftovers();
         let record = Self::plan_record(plan)?;
@@ -56,7 +56,7 @@ impl Lab {
     }
 
     /// The lab of that record, or the only one that was meant to stay.
-    pub fn attach(id: Option<&str>) -> Result<Self> {
+    pub(crate) fn attach(id: Option<&str>) -> Result<Self> {
         let mut records = Record::all();
         records.retain(|record| match id {
             Some(id) => record.id == id,
@@ -71,7 +71,7 @@ impl Lab {
     }
 
     /// Lets the lab stay after the end of this process, until it is taken down.
-    pub fn keep(mut self) -> Result<String> {
+    pub(crate) fn keep(mut self) -> Result<String> {
         self.record.owner = None;
         self.record.save()?;
         signals::forget(&self.record.id);
@@ -80,57 +80,47 @@ impl Lab {
     }
 
     /// Takes the lab down and tells what went wrong in that.
-    pub fn down(mut self) -> Result<()> {
+    pub(crate) fn down(mut self) -> Result<()> {
         self.stays = true;
         self.hosts.clear();
         signals::forget(&self.record.id);
         self.record.teardown()
     }
 
-    /// Its short name.
-    pub fn id(&self) -> &str {
-        &self.record.id
-    }
-
     /// A host by its short name; panics when the plan had no such host.
-    pub fn host(&self, name: &str) -> &Host {
+    pub(crate) fn host(&self, name: &str) -> &Host {
         let found = self.hosts.iter().find(|host| host.name() == name);
         found.expect("stories name only hosts of their own plan")
     }
 
     /// Like [`Lab::host`], to start and stop its agent.
-    pub fn host_mut(&mut self, name: &str) -> &mut Host {
+    pub(crate) fn host_mut(&mut self, name: &str) -> &mut Host {
         let found = self.hosts.iter_mut().find(|host| host.name() == name);
         found.expect("stories name only hosts of their own plan")
     }
 
     /// All hosts.
-    pub fn hosts(&self) -> &[Host] {
+    pub(crate) fn hosts(&self) -> &[Host] {
         &self.hosts
     }
 
     /// All hosts, to start and stop their agents.
-    pub fn hosts_mut(&mut self) -> &mut [Host] {
+    pub(crate) fn hosts_mut(&mut self) -> &mut [Host] {
         &mut self.hosts
     }
 
     /// Its networks.
-    pub fn net(&self) -> &Net {
+    pub(crate) fn net(&self) -> &Net {
         &self.record.net
     }
 
     /// The outside client's namespace.
-    pub fn client(&self) -> &Namespace {
+    pub(crate) fn client(&self) -> &Namespace {
         &self.record.net.client
     }
 
-    /// Folder of this run's files.
-    pub fn work(&self) -> &Path {
-        &self.record.work
-    }
-
     /// Copies all logs into `folder`.
-    pub fn save_logs(&self, folder: &Path) -> Result<()> {
+    pub(crate) fn save_logs(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder)?;
         for host in &self.hosts {
             let logs = std::fs::read_dir(host.log_dir())?;

@@ -7,8 +7,10 @@
 //!   └► report     terminal and timeline: make demo
 //! ```
 
+mod api;
 mod capture;
 mod client;
+mod demo;
 mod exec;
 mod heartbeat;
 mod host;
@@ -20,6 +22,7 @@ mod record;
 mod report;
 mod scenario;
 mod signals;
+mod soak;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -65,6 +68,14 @@ enum Order {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Show a VM that moves there and back, with a report
+    Demo,
+    /// Run all stories over and over
+    Soak {
+        /// For how long
+        #[arg(long, default_value_t = 120)]
+        minutes: u32,
+    },
     /// Run one story
     Story {
         /// Its name
@@ -97,6 +108,8 @@ fn perform(order: Order) -> Result<ExitCode> {
         Order::Up { links_mbit, hosts } => up(&links_mbit, hosts)?,
         Order::Down { id } => down(id.as_deref())?,
         Order::Enter { id, host, command } => return enter(id.as_deref(), &host, &command),
+        Order::Demo => demo::run()?,
+        Order::Soak { minutes } => soak::run(minutes)?,
         Order::Stories { list: true, .. } => {
             for story in scenario::all() {
                 print_line(&format!("{:<28} {}", story.name, story.proves));

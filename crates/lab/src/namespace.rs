@@ -16,26 +16,26 @@ use serde::{Deserialize, Serialize};
 use crate::exec;
 
 /// Beginning of the names of all namespaces of the lab.
-pub const PREFIX: &str = "lm-";
+pub(crate) const PREFIX: &str = "lm-";
 /// Longest time for killed processes to be gone, in milliseconds.
 const EMPTY_TIMEOUT_MS: u64 = 10_000;
 
 /// A named network namespace made by the lab.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Namespace {
+pub(crate) struct Namespace {
     name: String,
 }
 
 impl Namespace {
     /// The namespace of that name; [`Namespace::create`] makes it.
-    pub fn named(name: String) -> Result<Self> {
+    pub(crate) fn named(name: String) -> Result<Self> {
         ensure!(name.starts_with(PREFIX), "{name} is not a namespace of the lab");
         Ok(Self { name })
     }
 
     /// Makes it, with loopback up and IPv6 addresses usable at once.
-    pub fn create(&self) -> Result<()> {
+    pub(crate) fn create(&self) -> Result<()> {
         exec::run("ip", &["netns", "add", &self.name])?;
         self.ip(&["link", "set", "lo", "up"])?;
         // Duplicate address detection would keep every new address silent for a second.
@@ -46,27 +46,27 @@ impl Namespace {
     }
 
     /// Its name.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Runs `ip` on it.
-    pub fn ip(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn ip(&self, args: &[&str]) -> Result<String> {
         exec::run("ip", &[&["-n", &self.name], args].concat())
     }
 
     /// Runs `tc` on it.
-    pub fn tc(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn tc(&self, args: &[&str]) -> Result<String> {
         exec::run("tc", &[&["-n", &self.name], args].concat())
     }
 
     /// Runs a command in it.
-    pub fn run(&self, words: &[&str]) -> Result<String> {
+    pub(crate) fn run(&self, words: &[&str]) -> Result<String> {
         exec::run("ip", &[&["netns", "exec", &self.name], words].concat())
     }
 
     /// Starts a thread in it. Sockets opened there belong to it for ever.
-    pub fn thread<T: Send + 'static>(
+    pub(crate) fn thread<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -88,7 +88,7 @@ impl Namespace {
     }
 
     /// Does one thing in it and waits for the end of it.
-    pub fn enter<T: Send + 'static>(
+    pub(crate) fn enter<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -98,12 +98,12 @@ impl Namespace {
     }
 
     /// Whether it exists.
-    pub fn exists(&self) -> bool {
+    pub(crate) fn exists(&self) -> bool {
         self.path().exists()
     }
 
     /// Processes that live in it; empty when it does not exist.
-    pub fn pids(&self) -> Vec<Pid> {
+    pub(crate) fn pids(&self) -> Vec<Pid> {
         let Ok(own) = std::fs::metadata("/proc/self/ns/net") else { return Vec::new() };
         match std::fs::metadata(self.path()) {
             // The name can outlive a failed mount: then it is a plain file, and
@@ -114,7 +114,7 @@ impl Namespace {
     }
 
     /// Kills all processes in it and deletes it. Does nothing when it is gone.
-    pub fn destroy(&self) -> Result<()> {
+    pub(crate) fn destroy(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_millis(EMPTY_TIMEOUT_MS);
         loop {
             let pids = self.pids();

@@ -23,39 +23,39 @@ use crate::exec;
 use crate::namespace::Namespace;
 
 /// Most hosts of a lab.
-pub const HOST_COUNT_MAX: usize = 8;
+pub(crate) const HOST_COUNT_MAX: usize = 8;
 /// Most migration links of a lab.
-pub const LINK_COUNT_MAX: usize = 4;
+pub(crate) const LINK_COUNT_MAX: usize = 4;
 /// Longest burst that a link's shaper lets through at full speed, in KiB.
 const BURST_KIB: u32 = 256;
 
 /// The client's addresses on the VM network.
-pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 100);
+pub(crate) const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 100);
 /// See [`CLIENT_V4`].
-pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x100);
+pub(crate) const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x100);
 /// Host part of IPv4 networks in the lab, in bits.
-pub const PREFIX_V4_BITS: u8 = 24;
+pub(crate) const PREFIX_V4_BITS: u8 = 24;
 /// Host part of IPv6 networks in the lab, in bits.
-pub const PREFIX_V6_BITS: u8 = 64;
+pub(crate) const PREFIX_V6_BITS: u8 = 64;
 
 /// The IPv4 address of the n-th guest (from 0) on the VM network.
-pub fn guest_v4(n: u8) -> IpAddr {
+pub(crate) fn guest_v4(n: u8) -> IpAddr {
     Ipv4Addr::new(10, 78, 0, 10 + n).into()
 }
 
 /// The IPv6 address of the n-th guest (from 0) on the VM network.
-pub fn guest_v6(n: u8) -> IpAddr {
+pub(crate) fn guest_v6(n: u8) -> IpAddr {
     Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x10 + u16::from(n)).into()
 }
 
 /// The address of the n-th host (from 0) on a migration link.
-pub fn host_v4(host: usize, link: usize) -> Result<Ipv4Addr> {
+pub(crate) fn host_v4(host: usize, link: usize) -> Result<Ipv4Addr> {
     Ok(Ipv4Addr::new(10, 77, u8::try_from(link)?, u8::try_from(host + 1)?))
 }
 
 /// How a link is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cut {
+pub(crate) enum Cut {
     /// The cable is out: the host sees its interface without carrier.
     Cable,
     /// The switch drops every frame and nobody is told.
@@ -64,7 +64,7 @@ pub enum Cut {
 
 /// Names of everything that makes up a lab's networks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Net {
+pub(crate) struct Net {
     /// Holds the bridges
     pub switch: Namespace,
     /// Holds the outside client
@@ -77,7 +77,7 @@ pub struct Net {
 
 impl Net {
     /// Names for a lab; nothing is made yet.
-    pub fn named(id: &str, hosts: &[&str], link_count: usize) -> Result<Self> {
+    pub(crate) fn named(id: &str, hosts: &[&str], link_count: usize) -> Result<Self> {
         ensure!(hosts.len() <= HOST_COUNT_MAX, "a lab has at most {HOST_COUNT_MAX} hosts");
         ensure!(link_count <= LINK_COUNT_MAX, "a lab has at most {LINK_COUNT_MAX} links");
         let named =
@@ -94,7 +94,7 @@ impl Net {
     }
 
     /// Makes namespaces, bridges, cables and addresses.
-    pub fn create(&self) -> Result<()> {
+    pub(crate) fn create(&self) -> Result<()> {
         for namespace in self.namespaces() {
             namespace.create()?;
         }
@@ -131,7 +131,7 @@ impl Net {
 
     /// Sets the speed of a migration link in both directions, also while it is
     /// in use; `None` takes the limit away.
-    pub fn set_speed(&self, link: usize, mbit: Option<u32>) -> Result<()> {
+    pub(crate) fn set_speed(&self, link: usize, mbit: Option<u32>) -> Result<()> {
         ensure!(link < self.link_count, "the lab has no link {link}");
         let name = link_name(link);
         for (host, namespace) in &self.hosts {
@@ -142,7 +142,7 @@ impl Net {
     }
 
     /// Breaks one host's end of a migration link.
-    pub fn cut(&self, link: usize, host: &str, how: Cut) -> Result<()> {
+    pub(crate) fn cut(&self, link: usize, host: &str, how: Cut) -> Result<()> {
         let port = self.port(link, host)?;
         match how {
             Cut::Cable => self.switch.ip(&["link", "set", &port, "down"]),
@@ -152,7 +152,7 @@ impl Net {
     }
 
     /// Mends one host's end of a migration link, however it was broken.
-    pub fn restore(&self, link: usize, host: &str) -> Result<()> {
+    pub(crate) fn restore(&self, link: usize, host: &str) -> Result<()> {
         let port = self.port(link, host)?;
         // The state of a port can be set only while it is up.
         self.switch.ip(&["link", "set", &port, "up"])?;
@@ -160,7 +160,7 @@ impl Net {
     }
 
     /// Bytes that a host has received and sent on a migration link.
-    pub fn link_bytes(&self, link: usize, host: &str) -> Result<(u64, u64)> {
+    pub(crate) fn link_bytes(&self, link: usize, host: &str) -> Result<(u64, u64)> {
         let port = self.port(link, host)?;
         let text = self.switch.ip(&["-j", "-s", "link", "show", "dev", &port])?;
         let told: serde_json::Value = serde_json::from_str(&text).context("reading ip's JSON")?;
@@ -172,7 +172,7 @@ impl Net {
     }
 
     /// All namespaces, hosts first: their processes must go before the bridges.
-    pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
+    pub(crate) fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
         self.hosts.iter().map(|(_, namespace)| namespace).chain([&self.client, &self.switch])
     }
 
@@ -227,7 +227,7 @@ impl Net {
 }
 
 /// Name of a migration link: its bridge, and its interface in each host.
-pub fn link_name(link: usize) -> String {
+pub(crate) fn link_name(link: usize) -> String {
     format!("mig{link}")
 }
 

@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 /// Records of runs that are alive. On a tmpfs, as namespaces do not outlive a boot either.
-pub const RECORDS: &str = "/run/limosa-lab";
+pub(crate) const RECORDS: &str = "/run/limosa-lab";
 
 /// The folder of everything the lab keeps: `LIMOSA_LAB_DIR`, else `.lab` in the workspace.
-pub fn lab_dir() -> PathBuf {
+pub(crate) fn lab_dir() -> PathBuf {
     if let Some(dir) = std::env::var_os("LIMOSA_LAB_DIR") {
         return PathBuf::from(dir);
     }
@@ -28,12 +28,12 @@ pub fn lab_dir() -> PathBuf {
 }
 
 /// The folder of guests and packages: `LIMOSA_LAB_CACHE`, else in [`lab_dir`].
-pub fn cache_dir() -> PathBuf {
+pub(crate) fn cache_dir() -> PathBuf {
     std::env::var_os("LIMOSA_LAB_CACHE").map_or_else(|| lab_dir().join("cache"), PathBuf::from)
 }
 
 /// A program of the product: in `LIMOSA_BIN_DIR`, else beside this one.
-pub fn product(name: &str) -> Result<PathBuf> {
+pub(crate) fn product(name: &str) -> Result<PathBuf> {
     let dir = match std::env::var_os("LIMOSA_BIN_DIR") {
         Some(dir) => PathBuf::from(dir),
         None => {

@@ -22,7 +22,7 @@ use crate::paths;
 
 /// Everything of one run that outlives its process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     /// Short name, unique on this machine
     pub id: String,
     /// Process of the run and its start time in clock ticks since boot;
@@ -38,7 +38,7 @@ pub struct Record {
 
 impl Record {
     /// Writes the record.
-    pub fn save(&self) -> Result<()> {
+    pub(crate) fn save(&self) -> Result<()> {
         std::fs::create_dir_all(paths::RECORDS).context("making the folder of records")?;
         let path = self.path();
         // A half-written record must never be read: write aside, then rename.
@@ -49,7 +49,7 @@ impl Record {
     }
 
     /// All records on this machine. Unreadable ones are left out.
-    pub fn all() -> Vec<Self> {
+    pub(crate) fn all() -> Vec<Self> {
         let Ok(entries) = std::fs::read_dir(paths::RECORDS) else { return Vec::new() };
         entries
             .filter_map(|entry| {
@@ -61,14 +61,14 @@ impl Record {
     }
 
     /// Whether the run still goes on, or the lab is meant to stay.
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.owner.is_none_or(|(pid, started)| {
             Pid::from_raw(pid).and_then(start_ticks).is_some_and(|now| now == started)
         })
     }
 
     /// Takes away everything of the run. May be repeated.
-    pub fn teardown(&self) -> Result<()> {
+    pub(crate) fn teardown(&self) -> Result<()> {
         for namespace in self.net.namespaces() {
             namespace.destroy()?;
         }
@@ -93,13 +93,13 @@ impl Record {
 }
 
 /// Takes away what runs left behind that are dead. Returns their names.
-pub fn remove_leftovers() -> Vec<String> {
+pub(crate) fn remove_leftovers() -> Vec<String> {
     let dead = Record::all().into_iter().filter(|record| !record.is_alive());
     dead.filter_map(|record| record.teardown().is_ok().then_some(record.id)).collect()
 }
 
 /// When a process started, in clock ticks since boot: with its number, its identity.
-pub fn start_ticks(pid: Pid) -> Option<u64> {
+pub(crate) fn start_ticks(pid: Pid) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
     // The second field is the name in brackets and may hold anything.
     let (_, fields) = stat.rsplit_once(')')?;
@@ -107,7 +107,7 @@ pub fn start_ticks(pid: Pid) -> Option<u64> {
 }
 
 /// The mount point of the unified control group hierarchy, if there is one.
-pub fn cgroup_root() -> Option<PathBuf> {
+pub(crate) fn cgroup_root() -> Option<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/mounts").ok()?;
     mounts.lines().find_map(|line| {
         let mut fields = line.split(' ').skip(1);

@@ -24,7 +24,7 @@ extern "C" fn on_signal(signal: libc::c_int) {
 }
 
 /// Begins to watch. Call once, before the first lab is made.
-pub fn install() -> Result<()> {
+pub(crate) fn install() -> Result<()> {
     let (read, write): (OwnedFd, OwnedFd) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("making a pipe")?;
     PIPE.store(write.into_raw_fd(), Ordering::Relaxed);
@@ -48,14 +48,14 @@ pub fn install() -> Result<()> {
 }
 
 /// Adds a run that must be taken down.
-pub fn watch(record: Record) {
+pub(crate) fn watch(record: Record) {
     if let Ok(mut records) = RECORDS.lock() {
         records.push(record);
     }
 }
 
 /// Forgets a run that is gone, or that is meant to stay.
-pub fn forget(id: &str) {
+pub(crate) fn forget(id: &str) {
     if let Ok(mut records) = RECORDS.lock() {
         records.retain(|record| record.id != id);
     }

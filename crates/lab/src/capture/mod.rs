@@ -11,7 +11,7 @@
 //! that times at the two hosts can be compared directly.
 
 mod socket;
-pub mod trace;
+pub(crate) mod trace;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,13 +19,13 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, ensure};
 
-pub use trace::{Frame, Kind, Trace};
+pub(crate) use trace::{Frame, Kind, Trace};
 
 use crate::heartbeat;
 use crate::net::Net;
 
 /// Most frames that one capture keeps; at 1,000 a second, over an hour.
-pub const FRAME_COUNT_MAX: usize = 4_000_000;
+pub(crate) const FRAME_COUNT_MAX: usize = 4_000_000;
 /// EtherType of RARP, which hypervisors send to announce a moved VM.
 const RARP: [u8; 2] = [0x80, 0x35];
 /// EtherType of ARP.
@@ -33,7 +33,7 @@ const ARP: [u8; 2] = [0x08, 0x06];
 
 /// A capture that goes on until it is stopped or dropped.
 #[derive(Debug)]
-pub struct Capture {
+pub(crate) struct Capture {
     frames: Arc<Mutex<Vec<Frame>>>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Result<u32>>>,
@@ -42,7 +42,7 @@ pub struct Capture {
 
 impl Capture {
     /// Begins to record all frames that come from `mac`, at all hosts' ports.
-    pub fn start(net: &Net, mac: [u8; 6]) -> Result<Self> {
+    pub(crate) fn start(net: &Net, mac: [u8; 6]) -> Result<Self> {
         let mut capture = Self {
             frames: Arc::default(),
             stop: Arc::default(),
@@ -65,14 +65,14 @@ impl Capture {
     }
 
     /// What was seen so far, in order of time.
-    pub fn so_far(&self) -> Trace {
+    pub(crate) fn so_far(&self) -> Trace {
         let frames = self.frames.lock().map(|frames| frames.clone()).unwrap_or_default();
         Trace::new(self.hosts.clone(), frames)
     }
 
     /// Ends the capture. Fails when the kernel had to drop frames, because a
     /// silence would then prove nothing.
-    pub fn stop(mut self) -> Result<Trace> {
+    pub(crate) fn stop(mut self) -> Result<Trace> {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             let dropped = thread.join().map_err(|_| anyhow::anyhow!("a capture panicked"))??;

@@ -38,7 +38,7 @@ pub(super) struct Received {
 impl PortSocket {
     /// Opens it on an interface of this thread's network namespace.
     pub(super) fn open(interface: &str) -> Result<Self> {
-        let every = libc::c_int::from((libc::ETH_P_ALL as u16).to_be());
+        let every = u16::try_from(libc::ETH_P_ALL)?.to_be();
         // SAFETY: a plain system call without pointers.
         let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         ensure!(raw >= 0, "opening a packet socket: {}", io::Error::last_os_error());
@@ -58,9 +58,9 @@ impl PortSocket {
         // SAFETY: all-zero bytes are a valid sockaddr_ll.
         let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
         address.sll_family = u16::try_from(libc::AF_PACKET)?;
-        address.sll_protocol = u16::try_from(every)?;
+        address.sll_protocol = every;
         address.sll_ifindex = i32::try_from(index)?;
-        let length = libc::socklen_t::try_from(mem::size_of_val(&address))?;
+        let length = libc::socklen_t::try_from(size_of_val(&address))?;
         // SAFETY: `address` is initialised and `length` is its size.
         let done =
             unsafe { libc::bind(socket.fd.as_raw_fd(), (&raw const address).cast(), length) };
@@ -98,7 +98,7 @@ impl PortSocket {
     /// Frames that the kernel dropped since the last question.
     pub(super) fn dropped(&self) -> Result<u32> {
         let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
-        let mut length = libc::socklen_t::try_from(mem::size_of_val(&stats))?;
+        let mut length = libc::socklen_t::try_from(size_of_val(&stats))?;
         // SAFETY: `stats` has `length` bytes and outlives the call.
         let done = unsafe {
             libc::getsockopt(
@@ -118,7 +118,7 @@ impl PortSocket {
     }
 
     fn set_raw<T>(&self, level: libc::c_int, option: libc::c_int, value: &T) -> Result<()> {
-        let length = libc::socklen_t::try_from(mem::size_of::<T>())?;
+        let length = libc::socklen_t::try_from(size_of::<T>())?;
         let value: *const T = value;
         // SAFETY: `value` is initialised, has `length` bytes and outlives the call.
         let done =

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 /// One frame of the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frame {
+pub(crate) struct Frame {
     /// When it left its host, in nanoseconds since 1970
     pub at_ns: u64,
     /// At which host's port, by index
@@ -26,7 +26,7 @@ pub struct Frame {
 /// What a frame was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A sign of life from the guest's own program
     Heartbeat {
         /// Counted by the guest from 0
@@ -40,7 +40,7 @@ pub enum Kind {
 
 /// A time without frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Silence {
+pub(crate) struct Silence {
     /// The last frame before it, in nanoseconds since 1970
     pub from_ns: u64,
     /// The first frame after it, in nanoseconds since 1970
@@ -49,38 +49,38 @@ pub struct Silence {
 
 impl Silence {
     /// How long it lasted, in milliseconds.
-    pub fn ms(&self) -> f64 {
+    pub(crate) fn ms(&self) -> f64 {
         std::time::Duration::from_nanos(self.to_ns.saturating_sub(self.from_ns)).as_secs_f64() * 1e3
     }
 }
 
 /// All frames of one VM, in order of time.
 #[derive(Debug, Clone, Default)]
-pub struct Trace {
+pub(crate) struct Trace {
     hosts: Vec<String>,
     frames: Vec<Frame>,
 }
 
 impl Trace {
     /// Orders what several ports saw.
-    pub fn new(hosts: Vec<String>, mut frames: Vec<Frame>) -> Self {
+    pub(crate) fn new(hosts: Vec<String>, mut frames: Vec<Frame>) -> Self {
         frames.sort_by_key(|frame| frame.at_ns);
         Self { hosts, frames }
     }
 
     /// All frames, in order of time.
-    pub fn frames(&self) -> &[Frame] {
+    pub(crate) fn frames(&self) -> &[Frame] {
         &self.frames
     }
 
     /// Name of the host with that index.
-    pub fn host_name(&self, index: u8) -> Option<&str> {
+    pub(crate) fn host_name(&self, index: u8) -> Option<&str> {
         self.hosts.get(usize::from(index)).map(String::as_str)
     }
 
     /// The part between two moments, in nanoseconds since 1970.
     #[must_use]
-    pub fn between(&self, from_ns: u64, to_ns: u64) -> Self {
+    pub(crate) fn between(&self, from_ns: u64, to_ns: u64) -> Self {
         let inside = |frame: &&Frame| (from_ns..=to_ns).contains(&frame.at_ns);
         Self {
             hosts: self.hosts.clone(),
@@ -89,12 +89,13 @@ impl Trace {
     }
 
     /// Number of heartbeats seen.
-    pub fn heartbeat_count(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn heartbeat_count(&self) -> usize {
         self.heartbeats().count()
     }
 
     /// Numbers missing between the first and the last heartbeat seen.
-    pub fn lost_heartbeats(&self) -> Vec<u64> {
+    pub(crate) fn lost_heartbeats(&self) -> Vec<u64> {
         let mut seen: Vec<_> = self.heartbeats().map(|(_, sequence)| sequence).collect();
         seen.sort_unstable();
         seen.windows(2).flat_map(|pair| (pair[0] + 1)..pair[1]).collect()
@@ -102,7 +103,7 @@ impl Trace {
 
     /// Whether any heartbeat was seen twice, or one came from another host
     /// after the VM's heartbeats had begun at a later one: two running copies.
-    pub fn two_copies(&self) -> bool {
+    pub(crate) fn two_copies(&self) -> bool {
         let mut seen = std::collections::HashSet::new();
         let mut highest = None;
         self.heartbeats().any(|(_, sequence)| {
@@ -117,7 +118,7 @@ impl Trace {
     ///
     /// Announcements do not count as life, because the hypervisor sends them,
     /// not the guest. `None` when it was not heard at both.
-    pub fn blackout(&self, from: &str, to: &str) -> Option<Silence> {
+    pub(crate) fn blackout(&self, from: &str, to: &str) -> Option<Silence> {
         let index = |name: &str| {
             self.hosts.iter().position(|host| host == name).and_then(|at| u8::try_from(at).ok())
         };
@@ -129,7 +130,7 @@ impl Trace {
     }
 
     /// The longest time without a sign of the guest.
-    pub fn longest_silence(&self) -> Option<Silence> {
+    pub(crate) fn longest_silence(&self) -> Option<Silence> {
         let alive: Vec<_> = self
             .frames
             .iter()

@@ -12,7 +12,7 @@
 //! of migrations: whatever it notices, a user would have noticed.
 
 mod echo;
-pub mod status;
+pub(crate) mod status;
 mod tally;
 
 use std::net::IpAddr;
@@ -23,22 +23,22 @@ use std::thread::JoinHandle;
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use tally::Tally;
+pub(crate) use tally::Tally;
 
 use crate::namespace::Namespace;
 
 /// TCP port of the guest that sends back what it gets.
-pub const TCP_ECHO_PORT: u16 = 7000;
+pub(crate) const TCP_ECHO_PORT: u16 = 7000;
 /// UDP port of the guest that sends back what it gets.
-pub const UDP_ECHO_PORT: u16 = 7001;
+pub(crate) const UDP_ECHO_PORT: u16 = 7001;
 /// TCP port of the guest that tells how it is.
-pub const STATUS_PORT: u16 = 7002;
+pub(crate) const STATUS_PORT: u16 = 7002;
 /// Most TCP sessions of one client.
-pub const SESSION_COUNT_MAX: usize = 64;
+pub(crate) const SESSION_COUNT_MAX: usize = 64;
 
 /// What to talk to, and how much.
 #[derive(Debug, Clone, Copy)]
-pub struct Talk {
+pub(crate) struct Talk {
     /// Address of the guest
     pub guest: IpAddr,
     /// Number of TCP sessions kept open
@@ -49,14 +49,14 @@ pub struct Talk {
 
 impl Talk {
     /// Four sessions, each with an exchange every 5 ms.
-    pub fn with(guest: IpAddr) -> Self {
+    pub(crate) fn with(guest: IpAddr) -> Self {
         Self { guest, sessions: 4, pause_ms: 5 }
     }
 }
 
 /// All that the client noticed.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Noticed {
+pub(crate) struct Noticed {
     /// Each TCP session
     pub tcp: Vec<Tally>,
     /// The UDP exchange
@@ -67,17 +67,17 @@ pub struct Noticed {
 
 impl Noticed {
     /// TCP connections that broke, in all sessions.
-    pub fn resets(&self) -> u64 {
+    pub(crate) fn resets(&self) -> u64 {
         self.tcp.iter().map(|tally| tally.broken).sum()
     }
 
     /// Longest time without an answer on any TCP session, in milliseconds.
-    pub fn longest_tcp_gap_ms(&self) -> f64 {
+    pub(crate) fn longest_tcp_gap_ms(&self) -> f64 {
         self.tcp.iter().map(|tally| tally.longest_gap_ms).fold(0.0, f64::max)
     }
 
     /// Fails when a user would have noticed more than a short pause.
-    pub fn assert_undisturbed(&self) -> Result<()> {
+    pub(crate) fn assert_undisturbed(&self) -> Result<()> {
         for (index, tally) in self.tcp.iter().enumerate() {
             ensure!(tally.exchanges > 0, "TCP session {index} never got an answer");
             ensure!(tally.wrong == 0, "TCP session {index} got {} wrong bytes", tally.wrong);
@@ -90,7 +90,7 @@ impl Noticed {
 
 /// A client that talks until it is stopped or dropped.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     stop: Arc<AtomicBool>,
     tallies: Vec<(Channel, Arc<Mutex<Tally>>)>,
     threads: Vec<JoinHandle<Result<()>>>,
@@ -106,11 +106,10 @@ enum Channel {
 
 impl Client {
     /// Begins to talk from that namespace.
-    pub fn start(namespace: &Namespace, talk: Talk) -> Result<Self> {
+    pub(crate) fn start(namespace: &Namespace, talk: Talk) -> Result<Self> {
         ensure!(talk.sessions <= SESSION_COUNT_MAX, "at most {SESSION_COUNT_MAX} sessions");
         let mut client = Self { stop: Arc::default(), tallies: Vec::new(), threads: Vec::new() };
-        client
-            .add(namespace, Channel::Beats, move |stop, tally| echo::receive_beats(stop, tally))?;
+        client.add(namespace, Channel::Beats, echo::receive_beats)?;
         client.add(namespace, Channel::Udp, move |stop, tally| echo::udp(talk, stop, tally))?;
         for index in 0..talk.sessions {
             client.add(namespace, Channel::Tcp, move |stop, tally| {
@@ -121,7 +120,7 @@ impl Client {
     }
 
     /// What it noticed so far.
-    pub fn so_far(&self) -> Noticed {
+    pub(crate) fn so_far(&self) -> Noticed {
         let mut noticed = Noticed::default();
         for (channel, tally) in &self.tallies {
             let tally = tally.lock().map(|tally| tally.clone()).unwrap_or_default();
@@ -135,7 +134,7 @@ impl Client {
     }
 
     /// Waits until every session has got an answer and heartbeats arrive.
-    pub fn wait_until_answered(&self, timeout: std::time::Duration) -> Result<()> {
+    pub(crate) fn wait_until_answered(&self, timeout: std::time::Duration) -> Result<()> {
         let deadline = std::time::Instant::now() + timeout;
         loop {
             let noticed = self.so_far();
@@ -152,7 +151,7 @@ impl Client {
     }
 
     /// Ends it. A gap that was open counts up to now.
-    pub fn stop(mut self) -> Result<Noticed> {
+    pub(crate) fn stop(mut self) -> Result<Noticed> {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             thread.join().map_err(|_| anyhow::anyhow!("a thread of the client panicked"))??;

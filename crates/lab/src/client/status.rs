@@ -15,7 +15,7 @@ const STATUS_BYTES_MAX: u64 = 1 << 20;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The guest's own report, as JSON.
-pub fn ask(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
+pub(crate) fn ask(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
     namespace.enter(move || {
         let address = SocketAddr::new(guest, super::STATUS_PORT);
         let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)
@@ -27,14 +27,14 @@ pub fn ask(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
         let mut text = String::new();
         match stream.take(STATUS_BYTES_MAX).read_to_string(&mut text) {
             // A guest that does not read the question resets after its answer.
-            Err(error) if text.is_empty() => return Err(error).context("reading the status"),
+            Err(error) if text.is_empty() => Err(error).context("reading the status"),
             _ => parse(&text),
         }
     })
 }
 
 /// Asks again and again until the guest answers; it may still be booting.
-pub fn wait(namespace: &Namespace, guest: IpAddr, timeout: Duration) -> Result<Value> {
+pub(crate) fn wait(namespace: &Namespace, guest: IpAddr, timeout: Duration) -> Result<Value> {
     let deadline = Instant::now() + timeout;
     loop {
         match ask(namespace, guest) {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts of one channel.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Tally {
+pub(crate) struct Tally {
     /// Right answers, or heartbeats
     pub exchanges: u64,
     /// Bytes of right answers

@@ -9,23 +9,23 @@ use crate::client::Noticed;
 
 /// The agent's words about one migration, as they came.
 #[derive(Debug, Clone, Default)]
-pub struct Gathered {
+pub(crate) struct Gathered {
     moments: Vec<(u64, Migration)>,
 }
 
 impl Gathered {
     /// Adds what the agent said at a moment, in milliseconds since 1970.
-    pub fn add(&mut self, at_unix_ms: u64, migration: Migration) {
+    pub(crate) fn add(&mut self, at_unix_ms: u64, migration: Migration) {
         self.moments.push((at_unix_ms, migration));
     }
 
     /// The last word.
-    pub fn last(&self) -> Option<&Migration> {
+    pub(crate) fn last(&self) -> Option<&Migration> {
         self.moments.last().map(|(_, migration)| migration)
     }
 
     /// Puts everything on one scale of time.
-    pub fn into_move(
+    pub(crate) fn into_move(
         self,
         trace: &Trace,
         noticed: Option<&Noticed>,

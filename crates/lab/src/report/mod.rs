@@ -10,20 +10,20 @@
 //! reads no clock. All times are milliseconds since the start of the move.
 
 mod canvas;
-pub mod gather;
+pub(crate) mod gather;
 mod page;
-pub mod terminal;
+pub(crate) mod terminal;
 mod timeline;
 mod words;
 
 use serde::{Deserialize, Serialize};
 
-pub use page::html;
-pub use timeline::svg;
+pub(crate) use page::html;
+pub(crate) use timeline::svg;
 
 /// Several moves of one VM.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// What was shown
     pub title: String,
     /// On what it ran: processors, accelerator, speed of the link
@@ -34,7 +34,7 @@ pub struct Report {
 
 /// One move.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Move {
+pub(crate) struct Move {
     /// The VM
     pub vm: String,
     /// Host that gave it
@@ -71,7 +71,7 @@ pub struct Move {
 
 /// A named stretch of time.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Span {
+pub(crate) struct Span {
     /// What it is
     pub name: String,
     /// Its begin
@@ -82,14 +82,14 @@ pub struct Span {
 
 impl Span {
     /// Its length.
-    pub fn ms(&self) -> f64 {
+    pub(crate) fn ms(&self) -> f64 {
         self.to_ms - self.from_ms
     }
 }
 
 /// A named length of time.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Part {
+pub(crate) struct Part {
     /// What was done
     pub name: String,
     /// How long
@@ -97,11 +97,11 @@ pub struct Part {
 }
 
 /// Kinds of bytes on the wire, in the order of [`Sample::wire_bytes`].
-pub const KINDS: [&str; 4] = ["disk", "memory", "device state", "framing"];
+pub(crate) const KINDS: [&str; 4] = ["disk", "memory", "device state", "framing"];
 
 /// A moment of the transfer. All bytes are counted from the start.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// When
     pub at_ms: f64,
     /// Bytes on the wire, by [`KINDS`]
@@ -114,7 +114,7 @@ pub struct Sample {
 
 /// What crossed, before and after packing.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub struct Pages {
+pub(crate) struct Pages {
     /// Pages of zeroes, not sent
     pub zero: u64,
     /// Pages that had not changed, not sent
@@ -137,7 +137,7 @@ pub struct Pages {
 
 /// A heartbeat of the guest.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub struct Beat {
+pub(crate) struct Beat {
     /// When it was seen
     pub at_ms: f64,
     /// Whether the destination's port saw it
@@ -146,7 +146,7 @@ pub struct Beat {
 
 /// What the outside client noticed.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub struct ClientNoticed {
+pub(crate) struct ClientNoticed {
     /// TCP sessions kept open
     pub sessions: u64,
     /// Answers checked

@@ -14,7 +14,7 @@ table{border-collapse:collapse;margin:4px 28px 20px}td,th{padding:4px 18px 4px 0
 th{font-weight:600;color:#17202c;white-space:nowrap}";
 
 /// The whole page.
-pub fn html(report: &Report) -> String {
+pub(crate) fn html(report: &Report) -> String {
     let mut body = String::new();
     for it in &report.moves {
         // Writing to a string cannot fail.

@@ -10,7 +10,7 @@ const BAR_WIDTH: f64 = 60.0;
 const BLOCKS: [char; 5] = ['░', '▓', '▒', '█', '░'];
 
 /// The whole report, ending with a line break.
-pub fn text(report: &Report) -> String {
+pub(crate) fn text(report: &Report) -> String {
     let mut text = format!("{}\n{}\n", report.title, report.machine);
     for it in &report.moves {
         // Writing to a string cannot fail.

@@ -43,7 +43,7 @@ text{font-family:'Inter','Segoe UI','DejaVu Sans',Helvetica,Arial,sans-serif;fon
 .d0{fill:#7a2018}.d1{fill:#c9762b}.d2{fill:#8a63b0}.d3{fill:#2f6db3}.d4{fill:#4e8a5a}";
 
 /// The picture of one move.
-pub fn svg(it: &Move) -> String {
+pub(crate) fn svg(it: &Move) -> String {
     let mut canvas = Canvas::default();
     canvas.rect(0.0, 0.0, WIDTH, HEIGHT, "back");
     let across = Scale { from: 0.0, to: it.total_ms.max(1.0) };
@@ -146,7 +146,7 @@ fn trimmed(number: f64) -> String {
 fn rates(samples: &[Sample]) -> Vec<(f64, f64, [f64; 4])> {
     let stride = samples.len() / POINT_COUNT_MAX + 1;
     let mut kept: Vec<&Sample> = samples.iter().step_by(stride).collect();
-    if let Some(last) = samples.last().filter(|_| (samples.len() - 1) % stride != 0) {
+    if let Some(last) = samples.last().filter(|_| !(samples.len() - 1).is_multiple_of(stride)) {
         kept.push(last);
     }
     let between = |pair: &[&Sample]| {
@@ -232,9 +232,8 @@ fn progress(canvas: &mut Canvas, it: &Move, across: Scale) {
         canvas.text(LEFT - 8.0, y + 4.0, Anchor::End, "small", &trimmed(percent));
     }
     let stride = it.samples.len() / POINT_COUNT_MAX + 1;
-    let curves: [(&str, fn(&Sample) -> (u64, u64)); 2] =
-        [("l0", |sample| sample.disk), ("l1", |sample| sample.memory)];
-    for (class, pick) in curves {
+    for (class, is_disk) in [("l0", true), ("l1", false)] {
+        let pick = |sample: &Sample| if is_disk { sample.disk } else { sample.memory };
         let points: Vec<_> = it
             .samples
             .iter()
@@ -270,7 +269,7 @@ fn beats(canvas: &mut Canvas, it: &Move, across: Scale) {
     time_ticks(canvas, BEATS, across, 0.0);
     // There may be a hundred thousand: marks on whole pixels, one for each, and
     // neighbours drawn as one.
-    for lane in 0..2 {
+    for (lane, y) in lanes.into_iter().enumerate() {
         let mut pixels: Vec<f64> = it
             .beats
             .iter()
@@ -280,7 +279,7 @@ fn beats(canvas: &mut Canvas, it: &Move, across: Scale) {
         pixels.dedup();
         for run in pixels.chunk_by(|one, next| next - one <= 1.0) {
             let width = run[run.len() - 1] - run[0] + 1.0;
-            canvas.rect(run[0], lanes[lane] - 8.0, width, 16.0, &format!("b{lane}"));
+            canvas.rect(run[0], y - 8.0, width, 16.0, &format!("b{lane}"));
         }
     }
     let mut notes = vec![format!(

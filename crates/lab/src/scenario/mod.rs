@@ -7,7 +7,13 @@
 //! **Invariant.** A story never asserts how long something takes; it asserts
 //! what is there, what is gone and what a user noticed.
 
+mod faults;
 mod itself;
+mod moves;
+pub(crate) mod scene;
+pub(crate) mod steps;
+mod strangers;
+pub(crate) mod tiny;
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -23,7 +29,7 @@ const SHOWN_LOG_BYTES_MAX: usize = 3_000;
 
 /// One story.
 #[derive(Debug)]
-pub struct Story {
+pub(crate) struct Story {
     /// By which it is chosen
     pub name: &'static str,
     /// What it proves, in one sentence
@@ -35,21 +41,32 @@ pub struct Story {
 }
 
 /// All stories of `make test`, in their order.
-pub fn all() -> Vec<&'static Story> {
-    [itself::STORIES].into_iter().flatten().collect()
+pub(crate) fn all() -> Vec<&'static Story> {
+    [itself::STORIES, strangers::STORIES, moves::STORIES, faults::STORIES]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// How a run of stories ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Count {
+pub(crate) struct Count {
     /// Stories whose assertions all held
     pub passed: usize,
     /// Stories that ended with an error or a panic
     pub failed: usize,
 }
 
+/// A QEMU of another version than the machine's, fetched once into the cache.
+fn other_qemu() -> Result<PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/fetch-qemu");
+    let cache = paths::cache_dir();
+    let told = exec::run(&script.to_string_lossy(), &[cache.as_os_str()])?;
+    Ok(PathBuf::from(told.trim()))
+}
+
 /// Runs those stories whose name contains `only`, one after the other.
-pub fn run_all(only: Option<&str>) -> Result<Count> {
+pub(crate) fn run_all(only: Option<&str>) -> Result<Count> {
     let chosen: Vec<_> = all()
         .into_iter()
         .filter(|story| only.is_none_or(|only| story.name.contains(only)))
@@ -84,7 +101,7 @@ pub fn run_all(only: Option<&str>) -> Result<Count> {
 }
 
 /// Runs one story in a lab of its own. Logs go to `kept` when it fails.
-pub fn run_one(story: &Story, kept: &Path) -> Result<()> {
+pub(crate) fn run_one(story: &Story, kept: &Path) -> Result<()> {
     let mut lab = Lab::up(&(story.plan)())?;
     // A panic must not leave the lab standing, nor end the other stories.
     let ended = std::panic::catch_unwind(AssertUnwindSafe(|| (story.run)(&mut lab)))

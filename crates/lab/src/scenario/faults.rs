@@ -1,0 +1,185 @@
+//! Stories of moves that something ends early: the VM runs at exactly one
+//! place, its checks pass, and nothing is left behind at the other.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use limosa_protocol::api::Power;
+use limosa_protocol::migration::{Migration, Outcome, Phase};
+use serde_json::Value;
+
+use super::scene::{self, Scene};
+use super::steps::{self, Wanted};
+use super::{Story, tiny};
+use crate::host::Storage;
+use crate::lab::{Lab, Plan};
+use crate::net::Cut;
+
+/// Slow enough for every phase with bytes in it to be met.
+const SLOW_LINK_MBIT: u32 = 200;
+/// Longest time for both hosts to agree after a fault.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
+
+fn slow() -> Plan {
+    Plan { links_mbit: vec![Some(SLOW_LINK_MBIT)], ..Plan::default() }
+}
+
+/// A story of one fault in one phase.
+const fn fault(name: &'static str, proves: &'static str, run: fn(&mut Lab) -> Result<()>) -> Story {
+    Story { name, proves, plan: slow, run }
+}
+
+const STAYS: &str = "cancelled in this phase, the VM stays as if nothing was";
+const DESTINATION: &str = "the destination's agent dies in this phase: the VM runs at one place";
+const SOURCE: &str = "the source's agent dies in this phase: the VM runs at one place";
+
+pub(super) const STORIES: &[Story] = &[
+    fault("cancel-prepare", STAYS, |lab| cancel(lab, Phase::Prepare)),
+    fault("cancel-mirror", STAYS, |lab| cancel(lab, Phase::Mirror)),
+    fault("cancel-pre-copy", STAYS, |lab| cancel(lab, Phase::PreCopy)),
+    fault("cancel-switchover", STAYS, |lab| cancel(lab, Phase::Switchover)),
+    fault("destination-agent-dies-prepare", DESTINATION, |lab| {
+        agent_dies(lab, "b", Phase::Prepare)
+    }),
+    fault("destination-agent-dies-mirror", DESTINATION, |lab| agent_dies(lab, "b", Phase::Mirror)),
+    fault("destination-agent-dies-pre-copy", DESTINATION, |lab| {
+        agent_dies(lab, "b", Phase::PreCopy)
+    }),
+    fault("destination-agent-dies-switchover", DESTINATION, |lab| {
+        agent_dies(lab, "b", Phase::Switchover)
+    }),
+    fault("destination-agent-dies-retire", DESTINATION, |lab| agent_dies(lab, "b", Phase::Retire)),
+    fault("source-agent-dies-prepare", SOURCE, |lab| agent_dies(lab, "a", Phase::Prepare)),
+    fault("source-agent-dies-mirror", SOURCE, |lab| agent_dies(lab, "a", Phase::Mirror)),
+    fault("source-agent-dies-pre-copy", SOURCE, |lab| agent_dies(lab, "a", Phase::PreCopy)),
+    fault("source-agent-dies-switchover", SOURCE, |lab| agent_dies(lab, "a", Phase::Switchover)),
+    fault("source-agent-dies-retire", SOURCE, |lab| agent_dies(lab, "a", Phase::Retire)),
+    fault(
+        "destination-qemu-dies",
+        "the destination's QEMU dies: the VM goes on at the source",
+        destination_qemu_dies,
+    ),
+    fault(
+        "source-qemu-dies",
+        "the source's QEMU dies: the VM is off at the source, and nowhere else",
+        source_qemu_dies,
+    ),
+    fault("link-cut", "the cable is pulled: the VM goes on at the source", |lab| {
+        link_breaks(lab, Cut::Cable)
+    }),
+    fault(
+        "link-silent",
+        "the link drops everything silently: the VM goes on at the source",
+        |lab| link_breaks(lab, Cut::Silent),
+    ),
+    Story {
+        name: "destination-full",
+        proves: "the destination's disk becomes full meanwhile: the VM goes on at the source",
+        plan: || Plan {
+            hosts: vec![("a", Storage::Folder), ("b", Storage::Limited { mib: 512 })],
+            ..slow()
+        },
+        run: destination_full,
+    },
+];
+
+/// A scene with a move under way that has come to that phase.
+fn moving(lab: &mut Lab, phase: Phase) -> Result<(Scene, Migration)> {
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let begun = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    let migration = steps::wait_for_phase(lab.host("a"), &begun, phase)?;
+    Ok((scene, migration))
+}
+
+/// Waits for the outcome and fails unless the VM stayed; says why it stayed.
+fn stayed(lab: &Lab, migration: &Migration) -> Result<String> {
+    let gathered = steps::follow(lab.host("a"), migration, SETTLE_TIMEOUT)?;
+    let last = gathered.last().context("nothing was said")?;
+    if last.outcome != Some(Outcome::Stayed) {
+        bail!("the outcome is {:?}, {:?}", last.outcome, last.reason);
+    }
+    last.reason.clone().context("no reason was given")
+}
+
+fn cancel(lab: &mut Lab, phase: Phase) -> Result<()> {
+    let (scene, migration) = moving(lab, phase)?;
+    let path = format!("/v1/migrations/{}/cancel", migration.id);
+    let answer = lab.host("a").api::<Value>("POST", &path, None)?;
+    let gathered = steps::follow(lab.host("a"), &migration, SETTLE_TIMEOUT)?;
+    let last = gathered.last().context("nothing was said")?;
+    // Past the commit point a cancel comes too late; before, it must work.
+    let at = match last.outcome {
+        Some(Outcome::Stayed) => "a",
+        Some(Outcome::Moved) if phase >= Phase::Switchover => "b",
+        other => bail!("the outcome is {other:?} after a cancel ({answer:?}): {:?}", last.reason),
+    };
+    let vm = scene.vm.clone();
+    let trace = scene.end(lab, at)?.1;
+    if at == "a" {
+        ensure!(trace.blackout("a", "b").is_none(), "the VM was heard at b");
+        // And it can still move afterwards.
+        lab.net().set_speed(0, None)?;
+        steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
+        steps::assert_only_at(lab, &vm, "b")?;
+    }
+    Ok(())
+}
+
+fn agent_dies(lab: &mut Lab, host: &str, phase: Phase) -> Result<()> {
+    let (scene, _) = moving(lab, phase)?;
+    lab.host_mut(host).kill_agent()?;
+    // The other one must come to terms with it alone for a while.
+    std::thread::sleep(Duration::from_secs(2));
+    let config = steps::agent_config(lab.host(host), None, "");
+    lab.host_mut(host).start_agent(&config, &[])?;
+    let owner = steps::wait_for_owner(lab, &scene.vm, SETTLE_TIMEOUT)?;
+    if phase <= Phase::PreCopy {
+        ensure!(owner == "a", "the VM is at {owner} although nothing was committed");
+    }
+    scene.end(lab, &owner).map(drop)
+}
+
+fn destination_qemu_dies(lab: &mut Lab) -> Result<()> {
+    let (scene, migration) = moving(lab, Phase::Mirror)?;
+    ensure!(lab.host("b").kill_qemu() > 0, "b had no QEMU yet");
+    stayed(lab, &migration)?;
+    scene.end(lab, "a").map(drop)
+}
+
+fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
+    let (scene, migration) = moving(lab, Phase::Mirror)?;
+    ensure!(lab.host("a").kill_qemu() == 1, "a had no QEMU");
+    stayed(lab, &migration)?;
+    lab.host("b").assert_clean()?;
+    ensure!(steps::look(lab.host("b"), &scene.vm)?.is_none(), "b still tells of the VM");
+    let vm = steps::look(lab.host("a"), &scene.vm)?.context("a does not know the VM any more")?;
+    ensure!(matches!(vm.power, Power::Off | Power::Fault), "a says that it is {:?}", vm.power);
+    steps::power(lab.host("a"), &scene.vm, "start").context("starting it again")?;
+    crate::client::status::wait(lab.client(), crate::net::guest_v4(0), scene::BOOT_TIMEOUT)?;
+    scene::guest_is_well(lab).context("after the restart").map(drop)
+}
+
+fn link_breaks(lab: &mut Lab, how: Cut) -> Result<()> {
+    let (scene, migration) = moving(lab, Phase::Mirror)?;
+    lab.net().cut(0, "b", how)?;
+    stayed(lab, &migration)?;
+    lab.net().restore(0, "b")?;
+    let vm = scene.vm.clone();
+    scene.end(lab, "a")?;
+    lab.net().set_speed(0, None)?;
+    steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
+    steps::assert_only_at(lab, &vm, "b")
+}
+
+fn destination_full(lab: &mut Lab) -> Result<()> {
+    let wanted = Wanted { disks: vec![("qcow2", 384)], ..tiny::heavy()? };
+    let scene = Scene::set(lab, &wanted)?;
+    let begun = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    let migration = steps::wait_for_phase(lab.host("a"), &begun, Phase::Mirror)?;
+    let fill = "dd if=/dev/zero of=/var/lib/limosa/fill bs=1M 2>/dev/null || :";
+    lab.host("b").run(&["sh", "-c", fill])?;
+    let reason = stayed(lab, &migration)?;
+    ensure!(reason.to_lowercase().contains("space"), "the reason does not tell of space: {reason}");
+    lab.host("b").run(&["rm", "/var/lib/limosa/fill"])?;
+    scene.end(lab, "a").map(drop)
+}

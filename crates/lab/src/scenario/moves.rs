@@ -1,0 +1,250 @@
+//! Stories of moves that go well.
+
+use anyhow::{Context, Result, ensure};
+use limosa_protocol::api::Power;
+use serde_json::Value;
+
+use super::scene::{self, Scene};
+use super::steps::{self, Wanted};
+use super::{Story, tiny};
+use crate::host::Storage;
+use crate::lab::{Lab, Plan};
+
+/// How often the VM goes there and back in the long story.
+const ROUND_TRIPS: usize = 10;
+
+pub(super) const STORIES: &[Story] = &[
+    Story {
+        name: "move-there-and-back",
+        proves: "a working VM moves with its disk and comes back; no user notices more than a pause",
+        plan: Plan::default,
+        run: |lab| there_and_back(lab, tiny::working, 1),
+    },
+    Story {
+        name: "move-ten-times",
+        proves: "a VM under load moves there and back ten times without a wrong byte or a reset",
+        plan: Plan::default,
+        run: |lab| there_and_back(lab, tiny::working, ROUND_TRIPS),
+    },
+    Story {
+        name: "move-raw-disk",
+        proves: "a raw disk moves as a qcow2 disk does",
+        plan: Plan::default,
+        run: |lab| {
+            there_and_back(lab, || Ok(Wanted { disks: vec![("raw", 192)], ..tiny::working()? }), 1)
+        },
+    },
+    Story {
+        name: "move-three-disks-four-vcpus",
+        proves: "several disks of both formats and several vCPUs move together",
+        plan: Plan::default,
+        run: |lab| {
+            let disks = vec![("raw", 96), ("qcow2", 64), ("raw", 64)];
+            there_and_back(lab, || Ok(Wanted { disks, vcpus: 4, ..tiny::working()? }), 1)
+        },
+    },
+    Story {
+        name: "move-4-gib",
+        proves: "a large memory moves, and what was never touched costs nothing",
+        plan: Plan::default,
+        run: |lab| there_and_back(lab, || Ok(Wanted { memory_mib: 4096, ..tiny::working()? }), 1),
+    },
+    Story {
+        name: "move-two-links-unused",
+        proves: "a second network between the hosts does not disturb a move",
+        plan: || Plan { links_mbit: vec![Some(1000), Some(1000)], ..Plan::default() },
+        run: |lab| there_and_back(lab, tiny::working, 1),
+    },
+    Story {
+        name: "move-paused",
+        proves: "a paused VM is paused after its move, and resumes there as if nothing was",
+        plan: Plan::default,
+        run: paused,
+    },
+    Story {
+        name: "move-off",
+        proves: "a VM that is off moves with its disk and starts at the destination",
+        plan: Plan::default,
+        run: off,
+    },
+    Story {
+        name: "move-by-command",
+        proves: "one command moves a VM, and lists and shows agree about it",
+        plan: Plan::default,
+        run: by_command,
+    },
+    Story {
+        name: "move-qemu-7-and-10",
+        proves: "a VM moves between QEMU 7.2 and 10.x and back",
+        plan: Plan::default,
+        run: other_qemu,
+    },
+    Story {
+        name: "agent-restart-keeps-vms",
+        proves: "a VM goes on while its agent is stopped or killed, is found again, and moves",
+        plan: Plan::default,
+        run: agent_restart,
+    },
+    Story {
+        name: "move-compare-says-why-not",
+        proves: "what stands against a move is said before anything is touched",
+        plan: || Plan {
+            hosts: vec![("a", Storage::Folder), ("b", Storage::Limited { mib: 64 })],
+            ..Plan::default()
+        },
+        run: compare,
+    },
+];
+
+fn there_and_back(
+    lab: &mut Lab,
+    wanted: impl FnOnce() -> Result<Wanted>,
+    times: usize,
+) -> Result<()> {
+    let wanted = wanted()?;
+    let scene = Scene::set(lab, &wanted)?;
+    for time in 1..=times {
+        for (from, to) in [("a", "b"), ("b", "a")] {
+            steps::move_vm(lab, &wanted.name, from, to)
+                .with_context(|| format!("time {time} of {times}"))?;
+            steps::assert_only_at(lab, &wanted.name, to)?;
+            scene::guest_is_well(lab).with_context(|| format!("after time {time} to {to}"))?;
+        }
+    }
+    scene.end(lab, "a").map(drop)
+}
+
+fn paused(lab: &mut Lab) -> Result<()> {
+    let wanted = tiny::working()?;
+    let scene = Scene::set(lab, &wanted)?;
+    steps::power(lab.host("a"), &wanted.name, "pause")?;
+    // Frames that were on their way may still come.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let before = scene.so_far().1.frames().len();
+    steps::move_vm(lab, &wanted.name, "a", "b")?;
+    let vm = steps::look(lab.host("b"), &wanted.name)?.context("it is not at b")?;
+    ensure!(vm.power == Power::Paused, "it is {:?} after the move", vm.power);
+    lab.host("a").assert_clean()?;
+    let trace = scene.so_far().1;
+    let lively = |frame: &&crate::capture::Frame| frame.kind != crate::capture::Kind::Announcement;
+    let told = trace.frames()[before..].iter().filter(lively).count();
+    ensure!(told == 0, "a paused VM sent {told} frames");
+    steps::power(lab.host("b"), &wanted.name, "resume")?;
+    scene.end(lab, "b").map(drop)
+}
+
+fn off(lab: &mut Lab) -> Result<()> {
+    let wanted = tiny::working()?;
+    steps::agents_ready(lab)?;
+    steps::create(lab.host("a"), &wanted)?;
+    steps::move_vm(lab, &wanted.name, "a", "b")?;
+    let vm = steps::look(lab.host("b"), &wanted.name)?.context("it is not at b")?;
+    ensure!(vm.power == Power::Off, "it is {:?} after the move", vm.power);
+    ensure!(steps::look(lab.host("a"), &wanted.name)?.is_none(), "it is still at a");
+    lab.host("a").assert_clean()?;
+    steps::power(lab.host("b"), &wanted.name, "start")?;
+    let guest = crate::net::guest_v4(0);
+    crate::client::status::wait(lab.client(), guest, scene::BOOT_TIMEOUT)?;
+    scene::guest_is_well(lab).map(drop)
+}
+
+fn by_command(lab: &mut Lab) -> Result<()> {
+    let wanted = tiny::working()?;
+    let scene = Scene::set(lab, &wanted)?;
+    lab.host("a").limosa(&["vm", "move", &wanted.name, "--to", "b"])?;
+    let listed = lab.host("b").limosa(&["vm", "list"])?;
+    ensure!(listed.contains(&wanted.name), "b does not list it: {listed}");
+    let listed = lab.host("a").limosa(&["vm", "list"])?;
+    ensure!(!listed.contains(&wanted.name), "a still lists it: {listed}");
+    let migrations: Vec<Value> = lab.host("a").limosa_json(&["migration", "list"])?;
+    ensure!(migrations.len() == 1, "a tells of {} migrations", migrations.len());
+    ensure!(migrations[0]["outcome"] == "moved", "a tells: {}", migrations[0]);
+    let refused = lab.host("a").try_limosa(&["vm", "move", &wanted.name, "--to", "b"])?;
+    ensure!(!refused.status.success(), "a moves what it does not have");
+    scene.end(lab, "b").map(drop)
+}
+
+fn other_qemu(lab: &mut Lab) -> Result<()> {
+    let other = super::other_qemu()?;
+    let folder = other.parent().context("QEMU lies in no folder")?.to_owned();
+    let host = lab.host("b");
+    // Into a place that QEMU's unprivileged user can reach, wherever the clone is.
+    host.run(&["mkdir", "-p", "/etc/limosa/qemu"])?;
+    host.run(&["mount", "--bind", &folder.to_string_lossy(), "/etc/limosa/qemu"])?;
+    let binary = "/etc/limosa/qemu/qemu-system-x86_64";
+    let config = steps::agent_config(host, Some(binary), "");
+    lab.host_mut("b").start_agent(&config, &[])?;
+    let config = steps::agent_config(lab.host("a"), None, "");
+    lab.host_mut("a").start_agent(&config, &[])?;
+    steps::join(lab)?;
+    let versions: Vec<Value> = lab
+        .hosts()
+        .iter()
+        .map(|host| host.api::<Value>("GET", "/v1/host", None)?.read())
+        .collect::<Result<_>>()?;
+    let version = |index: usize| versions[index]["qemu"]["version"].to_string();
+    ensure!(version(0) != version(1), "both hosts have QEMU {}", version(0));
+    // A machine type that both know: that of the older one.
+    let wanted = Wanted { machine: "pc-q35-7.2".to_owned(), ..tiny::working()? };
+    let scene = Scene::on_ready_hosts(lab, &wanted)?;
+    for (from, to) in [("a", "b"), ("b", "a"), ("a", "b")] {
+        steps::move_vm(lab, &wanted.name, from, to)?;
+        steps::assert_only_at(lab, &wanted.name, to)?;
+        scene::guest_is_well(lab).with_context(|| format!("after the move to {to}"))?;
+    }
+    scene.end(lab, "b").map(drop)
+}
+
+fn agent_restart(lab: &mut Lab) -> Result<()> {
+    let wanted = tiny::working()?;
+    let scene = Scene::set(lab, &wanted)?;
+    let before = lab.host("a").qemu_pids();
+    for is_killed in [false, true] {
+        if is_killed {
+            lab.host_mut("a").kill_agent()?;
+        } else {
+            let status = lab.host_mut("a").stop_agent()?;
+            ensure!(status.success(), "limosad ended with {status} on SIGTERM");
+        }
+        scene::guest_is_well(lab).context("while the agent is down")?;
+        let config = steps::agent_config(lab.host("a"), None, "");
+        lab.host_mut("a").start_agent(&config, &[])?;
+        steps::assert_only_at(lab, &wanted.name, "a")?;
+        ensure!(lab.host("a").qemu_pids() == before, "QEMU is another one");
+    }
+    steps::move_vm(lab, &wanted.name, "a", "b")?;
+    scene.end(lab, "b").map(drop)
+}
+
+fn compare(lab: &mut Lab) -> Result<()> {
+    let wanted = Wanted { disks: vec![("qcow2", 192)], ..tiny::working()? };
+    let scene = Scene::set(lab, &wanted)?;
+    let switch = format!("/v1/switches/{}", steps::SWITCH);
+    let removed = lab.host("b").api::<Value>("DELETE", &switch, None)?;
+    ensure!(removed.status < 300, "the switch was not removed: {removed:?}");
+    let path = format!("/v1/vms/{}/compare", wanted.name);
+    let request = serde_json::json!({"to": "b"});
+    let told: Value = lab.host("a").api("POST", &path, Some(&request))?.read()?;
+    let problems = told["problems"].as_array().context("no list of problems")?;
+    let codes: Vec<_> = problems.iter().filter_map(|problem| problem["code"].as_str()).collect();
+    ensure!(codes.contains(&"switch-missing"), "the missing switch is not told: {told}");
+    ensure!(codes.contains(&"no-space"), "the lack of space is not told: {told}");
+    for problem in problems {
+        ensure!(
+            problem["mend"].as_str().is_some_and(|mend| !mend.is_empty()),
+            "no mend: {problem}"
+        );
+    }
+    let path = format!("/v1/vms/{}/move", wanted.name);
+    let refused = lab.host("a").api("POST", &path, Some(&request))?;
+    if refused.status < 400 {
+        let migration = refused.read()?;
+        let ended = steps::follow(lab.host("a"), &migration, steps::MOVE_TIMEOUT)?;
+        let last = ended.last().context("nothing was said")?;
+        ensure!(
+            last.outcome == Some(limosa_protocol::migration::Outcome::Stayed),
+            "it moved: {last:?}"
+        );
+    }
+    scene.end(lab, "a").map(drop)
+}

@@ -1,0 +1,82 @@
+//! The usual beginning and end of a story: a VM that works, watched from outside.
+//!
+//! ```text
+//! Scene::set ─► agents, pair, VM, client, capture ─► story ─► Scene::end: all must be well
+//! ```
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::steps::{self, Wanted};
+use crate::capture::{Capture, Trace};
+use crate::client::{self, Client, Noticed, Talk};
+use crate::lab::Lab;
+use crate::net;
+
+/// Longest time for a tiny guest to boot without KVM on a busy machine.
+pub(crate) const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Time in which a guest shows that it goes on, after everything.
+const AFTERWARDS: Duration = Duration::from_millis(1500);
+
+/// A VM that works on the first host.
+#[derive(Debug)]
+pub(crate) struct Scene {
+    /// Its name
+    pub vm: String,
+    client: Client,
+    capture: Capture,
+}
+
+impl Scene {
+    /// Brings everything up and waits until the guest talks to the client.
+    pub(crate) fn set(lab: &mut Lab, wanted: &Wanted) -> Result<Self> {
+        steps::agents_ready(lab)?;
+        Self::on_ready_hosts(lab, wanted)
+    }
+
+    /// The same on hosts whose agents run and are paired.
+    pub(crate) fn on_ready_hosts(lab: &Lab, wanted: &Wanted) -> Result<Self> {
+        let capture = Capture::start(lab.net(), steps::MAC)?;
+        steps::create_and_start(&lab.hosts()[0], wanted)?;
+        client::status::wait(lab.client(), net::guest_v4(0), BOOT_TIMEOUT)
+            .context("the guest did not come up")?;
+        let client = Client::start(lab.client(), Talk::with(net::guest_v4(0)))?;
+        client.wait_until_answered(BOOT_TIMEOUT)?;
+        Ok(Self { vm: wanted.name.clone(), client, capture })
+    }
+
+    /// What the outside has seen so far.
+    pub(crate) fn so_far(&self) -> (Noticed, Trace) {
+        (self.client.so_far(), self.capture.so_far())
+    }
+
+    /// Ends it. Fails unless the VM runs at that host only, goes on living there,
+    /// says that all is well, and no user noticed more than a pause.
+    pub(crate) fn end(self, lab: &Lab, at: &str) -> Result<(Noticed, Trace)> {
+        steps::assert_only_at(lab, &self.vm, at)?;
+        guest_is_well(lab)?;
+        let before = self.client.so_far();
+        std::thread::sleep(AFTERWARDS);
+        let after = self.client.so_far();
+        for (index, (before, after)) in before.tcp.iter().zip(&after.tcp).enumerate() {
+            ensure!(after.exchanges > before.exchanges, "TCP session {index} stands still");
+        }
+        ensure!(after.heartbeats.exchanges > before.heartbeats.exchanges, "the heart stands still");
+        let status = guest_is_well(lab)?;
+        let noticed = self.client.stop()?;
+        let trace = self.capture.stop()?;
+        noticed.assert_undisturbed().with_context(|| format!("the guest says {status}"))?;
+        ensure!(!trace.two_copies(), "two copies of the VM were running");
+        Ok((noticed, trace))
+    }
+}
+
+/// The guest's own report; fails when anything is wrong inside.
+pub(crate) fn guest_is_well(lab: &Lab) -> Result<serde_json::Value> {
+    let status = client::status::wait(lab.client(), net::guest_v4(0), Duration::from_secs(20))?;
+    let wrong = &status["errors"];
+    let is_well = wrong.as_u64() == Some(0) || wrong.as_array().is_some_and(Vec::is_empty);
+    ensure!(is_well, "the guest found something wrong: {status}");
+    Ok(status)
+}

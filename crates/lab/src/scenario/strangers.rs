@@ -1,0 +1,81 @@
+//! Stories of those who are not paired.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use limosa_protocol::api::{Invitation, PORT};
+use serde_json::{Value, json};
+
+use super::{Story, steps};
+use crate::host::Storage;
+use crate::lab::{Lab, Plan};
+use crate::net;
+
+pub(super) const STORIES: &[Story] = &[
+    Story {
+        name: "stranger-gets-nothing",
+        proves: "whoever has no certificate of a paired host gets no byte of an answer",
+        plan: Plan::default,
+        run: stranger,
+    },
+    Story {
+        name: "pairing-needs-the-code",
+        proves: "a wrong or used code pairs nobody, and a third host learns nothing from it",
+        plan: || Plan {
+            hosts: vec![("a", Storage::Folder), ("b", Storage::Folder), ("c", Storage::Folder)],
+            ..Plan::default()
+        },
+        run: pairing,
+    },
+];
+
+fn stranger(lab: &mut Lab) -> Result<()> {
+    steps::agents_ready(lab)?;
+    let address = SocketAddr::new(net::host_v4(1, 0)?.into(), PORT);
+    for said in
+        [&b"GET /v1/vms HTTP/1.1\r\nHost: b\r\n\r\n"[..], &[0; 4096], b"\x16\x03\x01\xff\xff"]
+    {
+        let said = said.to_vec();
+        let got = lab.host("a").namespace().enter(move || {
+            let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+            stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+            stream.write_all(&said)?;
+            let mut got = Vec::new();
+            // A reset or a timeout are as good an answer as a close.
+            let _ = stream.take(65_536).read_to_end(&mut got);
+            Ok(crate::exec::lossy(&got))
+        })?;
+        ensure!(!got.contains("HTTP/1.1 200"), "a stranger was served: {got}");
+        ensure!(
+            !got.contains("fingerprint") && !got.contains("memory"),
+            "a stranger learnt: {got}"
+        );
+    }
+    // And after all that, those who may still can.
+    lab.host("b").api::<Value>("GET", "/v1/host", None)?.read::<Value>().map(drop)
+}
+
+fn pairing(lab: &mut Lab) -> Result<()> {
+    for name in ["a", "b", "c"] {
+        let config = steps::agent_config(lab.host(name), None, "");
+        lab.host_mut(name).start_agent(&config, &[])?;
+    }
+    let (a, b, c) = (lab.host("a"), lab.host("b"), lab.host("c"));
+    let address = net::host_v4(1, 0)?.to_string();
+    let pair = |code: &str| json!({"address": address, "code": code});
+    let refused = c.api("POST", "/v1/hosts/pair", Some(&pair("000000")))?;
+    ensure!(refused.status >= 400, "c paired without an invitation: {refused:?}");
+    let invitation: Invitation = b.api::<Value>("POST", "/v1/hosts/invite", None)?.read()?;
+    a.api("POST", "/v1/hosts/pair", Some(&pair(&invitation.code)))?.read::<Value>()?;
+    let refused = c.api("POST", "/v1/hosts/pair", Some(&pair(&invitation.code)))?;
+    ensure!(refused.status >= 400, "c paired with a used code: {refused:?}");
+    for (host, others) in [(a, 1), (b, 1), (c, 0)] {
+        let known: Vec<Value> = host.api::<Value>("GET", "/v1/hosts", None)?.read()?;
+        ensure!(known.len() == others, "{} knows {} hosts", host.name(), known.len());
+    }
+    let moved = c.api("POST", "/v1/vms/web1/move", Some(&json!({"to": "b"})))?;
+    ensure!(moved.status >= 400, "c moves what it does not have to whom it does not know");
+    Ok(())
+}
