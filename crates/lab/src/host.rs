@@ -140,6 +140,27 @@ impl Host {
         exec::stdout_of(&command, &output)
     }
 
+    /// What the host sees as `/run/limosa`.
+    pub(crate) fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
+    }
+
+    /// Starts a command within the host that ends by itself or with the host.
+    pub(crate) fn start(&self, words: &[String], log: &str) -> Result<Child> {
+        let log = File::options().create(true).append(true).open(self.log_dir().join(log))?;
+        let mut command = self.interactive(words);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        command.spawn().context("starting a command in a host")
+    }
+
+    /// Most memory that the agent has ever held, in KiB.
+    pub(crate) fn agent_peak_kib(&self) -> Option<u64> {
+        let pid = self.agent.as_ref()?.id();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.split_whitespace().next()?.parse().ok()
+    }
+
     /// Starts `limosad` with that configuration and waits until it answers.
     ///
     /// - `config`: text of `/etc/limosa/limosad.toml`.

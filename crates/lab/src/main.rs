@@ -8,6 +8,7 @@
 //! ```
 
 mod api;
+mod bench;
 mod capture;
 mod client;
 mod demo;
@@ -70,6 +71,12 @@ enum Order {
     },
     /// Show a VM that moves there and back, with a report
     Demo,
+    /// Measure Limosa against stock QEMU
+    Bench {
+        /// How often each comparison is made
+        #[arg(long, default_value_t = 1)]
+        times: u32,
+    },
     /// Run all stories over and over
     Soak {
         /// For how long
@@ -108,6 +115,7 @@ fn perform(order: Order) -> Result<ExitCode> {
         Order::Up { links_mbit, hosts } => up(&links_mbit, hosts)?,
         Order::Down { id } => down(id.as_deref())?,
         Order::Enter { id, host, command } => return enter(id.as_deref(), &host, &command),
+        Order::Bench { times } => bench::run(times)?,
         Order::Demo => demo::run()?,
         Order::Soak { minutes } => soak::run(minutes)?,
         Order::Stories { list: true, .. } => {

@@ -14,7 +14,7 @@ pub(crate) mod gather;
 mod page;
 pub(crate) mod terminal;
 mod timeline;
-mod words;
+pub(crate) mod words;
 
 use serde::{Deserialize, Serialize};
 

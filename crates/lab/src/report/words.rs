@@ -1,7 +1,7 @@
 //! Numbers as people read them.
 
 /// Bytes with a unit: `312.4 MB`.
-pub(super) fn bytes(count: u64) -> String {
+pub(crate) fn bytes(count: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "four digits are shown")]
     let count = count as f64;
     match count {
