@@ -1,1 +1,22 @@
-//! Placeholder.
+//! Everything Limosa knows about stock QEMU, 7.2 to 10.x, and nothing else.
+//!
+//! ```text
+//! probe, accelerator ─► launch (command line) ─► process (one QEMU)
+//!                                                   │
+//!          power, block, migrate ─► qmp ◄───────────┘
+//! ```
+//!
+//! **Invariants.** No name, flag or format of QEMU is written anywhere else in
+//! the workspace. What QEMU sends is checked before it is believed. Nothing
+//! here decides: callers say what QEMU shall do.
+
+pub mod accelerator;
+pub mod block;
+pub mod image;
+pub mod launch;
+pub mod migrate;
+pub mod power;
+pub mod probe;
+pub mod process;
+pub mod qmp;
+pub mod stream;

@@ -1,0 +1,76 @@
+//! Which accelerator runs a guest.
+
+use std::fmt;
+
+/// How vCPUs are run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// By the processor
+    Kvm,
+    /// In software
+    Tcg,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// A choice and its reason, for people.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// What was chosen
+    pub accelerator: Accelerator,
+    /// Why
+    pub reason: String,
+}
+
+/// Chooses an accelerator, or takes the wished one.
+///
+/// That `/dev/kvm` opens says little: in some nested set-ups it does, and then
+/// runs a guest in software, wrongly. So the processor must say itself, in
+/// `/proc/cpuinfo`, that it can.
+#[must_use]
+pub fn choose(wish: Option<Accelerator>) -> Choice {
+    if let Some(accelerator) = wish {
+        return Choice { accelerator, reason: "set in the configuration".to_owned() };
+    }
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if !has_virtualisation(&cpuinfo) {
+        let reason = "the processor shows neither vmx nor svm".to_owned();
+        return Choice { accelerator: Accelerator::Tcg, reason };
+    }
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => Choice {
+            accelerator: Accelerator::Kvm,
+            reason: "the processor can and /dev/kvm opens".to_owned(),
+        },
+        Err(error) => Choice {
+            accelerator: Accelerator::Tcg,
+            reason: format!("/dev/kvm does not open: {error}"),
+        },
+    }
+}
+
+fn has_virtualisation(cpuinfo: &str) -> bool {
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    flags.split_whitespace().any(|flag| matches!(flag, "vmx" | "svm"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_processor_s_own_word_counts() {
+        assert!(has_virtualisation("processor: 0\nflags\t\t: fpu vmx sse\n"));
+        assert!(has_virtualisation("flags : svm"));
+        assert!(!has_virtualisation("flags : fpu svm_lock avx vmxoff"));
+        assert!(!has_virtualisation("model name : svm"));
+        assert_eq!(choose(Some(Accelerator::Kvm)).accelerator, Accelerator::Kvm);
+    }
+}

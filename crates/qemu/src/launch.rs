@@ -1,0 +1,277 @@
+//! QEMU's command line: one VM, the same devices at the same places on every
+//! host and in every version, so that its state fits wherever it goes.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::accelerator::Accelerator;
+use crate::image::ImageFormat;
+use crate::probe::QemuFacts;
+
+/// Name of the RAM backend, which is the block's name in the stream.
+pub const RAM_BACKEND_ID: &str = "ram0";
+/// QMP socket in the runtime folder.
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// Serial console's socket in the runtime folder.
+pub const CONSOLE_SOCKET: &str = "console.sock";
+/// PCI slot of the first NIC, and of the first disk after all NICs: fixed, so
+/// that taking one away does not move the others.
+const NIC_SLOT_FIRST: usize = 2;
+const DISK_SLOT_FIRST: usize = 10;
+
+/// Everything a QEMU is started with.
+#[derive(Debug, Clone)]
+pub struct LaunchSpec {
+    /// The VM's name, for people who look at processes
+    pub name: String,
+    /// The VM's identity
+    pub uuid: String,
+    /// Guest RAM
+    pub memory_bytes: u64,
+    /// Virtual CPUs
+    pub vcpus: u32,
+    /// Versioned machine type
+    pub machine: String,
+    /// CPU model
+    pub cpu: String,
+    /// How vCPUs are run
+    pub accelerator: Accelerator,
+    /// What the guest starts from
+    pub boot: BootSpec,
+    /// Disks in the guest's order
+    pub disks: Vec<DiskSpec>,
+    /// NICs in the guest's order
+    pub nics: Vec<NicSpec>,
+    /// Folder for QEMU's sockets
+    pub runtime_dir: PathBuf,
+    /// Waits for a migration
+    pub incoming: bool,
+}
+
+/// What the guest starts from.
+#[derive(Debug, Clone)]
+pub enum BootSpec {
+    /// The firmware's boot order
+    Bios,
+    /// A kernel directly
+    Kernel {
+        /// The kernel
+        kernel: PathBuf,
+        /// Its initial RAM disk
+        initrd: Option<PathBuf>,
+        /// Its command line
+        append: String,
+    },
+}
+
+/// One disk.
+#[derive(Debug, Clone)]
+pub struct DiskSpec {
+    /// Its name, see [`disk_node`]
+    pub id: String,
+    /// Image file
+    pub path: PathBuf,
+    /// Image format
+    pub format: ImageFormat,
+    /// Host cache
+    pub cache: CacheMode,
+    /// Whether discards reach the image
+    pub discard: bool,
+    /// A CD-ROM
+    pub read_only: bool,
+}
+
+/// Host cache of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Past the page cache
+    None,
+    /// Through the page cache
+    Writeback,
+    /// Through the page cache, flushed at each write
+    Writethrough,
+    /// Past the page cache, flushed at each write
+    Directsync,
+}
+
+/// One NIC.
+#[derive(Debug, Clone)]
+pub struct NicSpec {
+    /// Its name
+    pub id: String,
+    /// Hardware address
+    pub mac: String,
+    /// Inherited descriptor of its TAP
+    pub tap_fd: i32,
+}
+
+/// Name of a disk's block node.
+#[must_use]
+pub fn disk_node(disk: &str) -> String {
+    format!("disk-{disk}")
+}
+
+/// A VM that does not fit this QEMU.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// Too many of something.
+    #[error("{count} {what} are more than the {most} that have a place on the PCI bus")]
+    TooMany {
+        /// Of what
+        what: &'static str,
+        /// How many
+        count: usize,
+        /// How many fit
+        most: usize,
+    },
+    /// The machine type is unknown.
+    #[error("QEMU {version} does not know the machine type {machine}")]
+    Machine {
+        /// The type
+        machine: String,
+        /// QEMU's version
+        version: String,
+    },
+}
+
+/// Makes the arguments for QEMU.
+///
+/// # Errors
+/// [`LaunchError`], when the VM does not fit.
+pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString>, LaunchError> {
+    if facts.resolve_machine(&spec.machine).is_none() {
+        return Err(LaunchError::Machine {
+            machine: spec.machine.clone(),
+            version: facts.version.to_string(),
+        });
+    }
+    fits("nics", spec.nics.len(), DISK_SLOT_FIRST - NIC_SLOT_FIRST)?;
+    fits("disks", spec.disks.len(), 30 - DISK_SLOT_FIRST)?;
+    let mut line = Line(Vec::new());
+    line.pair("-name", format!("{},process=limosa-{}", comma(&spec.name), comma(&spec.name)));
+    line.pair("-uuid", &spec.uuid);
+    for flag in ["-nodefaults", "-no-user-config", "-S"] {
+        line.0.push(flag.into());
+    }
+    line.pair("-display", "none");
+    line.pair(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
+    line.pair("-machine", format!("{},memory-backend={RAM_BACKEND_ID},usb=off", spec.machine));
+    line.pair("-accel", accelerator(spec.accelerator));
+    line.pair("-cpu", &spec.cpu);
+    line.pair("-smp", spec.vcpus.to_string());
+    line.pair("-m", format!("{}M", spec.memory_bytes >> 20));
+    line.pair(
+        "-object",
+        format!("memory-backend-memfd,id={RAM_BACKEND_ID},size={},share=on", spec.memory_bytes),
+    );
+    line.chardev("qmp", &spec.runtime_dir.join(QMP_SOCKET));
+    line.pair("-mon", "chardev=qmp,mode=control");
+    line.chardev("console", &spec.runtime_dir.join(CONSOLE_SOCKET));
+    line.pair("-serial", "chardev:console");
+    line.boot(&spec.boot);
+    for (disk, slot) in spec.disks.iter().zip(DISK_SLOT_FIRST..) {
+        line.disk(disk, slot);
+    }
+    for (nic, slot) in spec.nics.iter().zip(NIC_SLOT_FIRST..) {
+        line.pair("-netdev", format!("tap,id={},fd={}", nic.id, nic.tap_fd));
+        // No option ROM: its content differs by version, and it is not booted.
+        line.pair(
+            "-device",
+            format!(
+                "virtio-net-pci,netdev={0},id=card-{0},mac={1},addr={slot:#x},romfile=",
+                nic.id, nic.mac
+            ),
+        );
+    }
+    if spec.incoming {
+        line.pair("-incoming", "defer");
+    }
+    Ok(line.0)
+}
+
+fn fits(what: &'static str, count: usize, most: usize) -> Result<(), LaunchError> {
+    if count <= most { Ok(()) } else { Err(LaunchError::TooMany { what, count, most }) }
+}
+
+fn accelerator(accelerator: Accelerator) -> &'static str {
+    match accelerator {
+        Accelerator::Kvm => "kvm",
+        Accelerator::Tcg => "tcg,thread=multi",
+    }
+}
+
+/// QEMU's option syntax: a comma in a value is written twice.
+fn comma(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+struct Line(Vec<OsString>);
+
+impl Line {
+    fn pair(&mut self, flag: &str, value: impl AsRef<str>) {
+        self.0.push(flag.into());
+        self.0.push(value.as_ref().into());
+    }
+
+    fn chardev(&mut self, id: &str, socket: &std::path::Path) {
+        let path = comma(&socket.to_string_lossy());
+        self.pair("-chardev", format!("socket,id={id},path={path},server=on,wait=off"));
+    }
+
+    fn boot(&mut self, boot: &BootSpec) {
+        let BootSpec::Kernel { kernel, initrd, append } = boot else { return };
+        self.0.push("-kernel".into());
+        self.0.push(kernel.into());
+        if let Some(initrd) = initrd {
+            self.0.push("-initrd".into());
+            self.0.push(initrd.into());
+        }
+        if !append.is_empty() {
+            self.pair("-append", append);
+        }
+    }
+
+    fn disk(&mut self, disk: &DiskSpec, slot: usize) {
+        let node = disk_node(&disk.id);
+        let direct = matches!(disk.cache, CacheMode::None | CacheMode::Directsync);
+        let unmap = if disk.discard { "unmap" } else { "ignore" };
+        let file = json!({
+            "driver": "file",
+            "node-name": format!("{node}-file"),
+            "filename": disk.path,
+            "cache": { "direct": direct, "no-flush": false },
+            "discard": unmap,
+            "read-only": disk.read_only,
+        });
+        let image = json!({
+            "driver": disk.format.as_str(),
+            "node-name": node,
+            "file": format!("{node}-file"),
+            "cache": { "direct": direct, "no-flush": false },
+            "discard": unmap,
+            "read-only": disk.read_only,
+        });
+        self.pair("-blockdev", file.to_string());
+        self.pair("-blockdev", image.to_string());
+        if disk.read_only {
+            self.pair("-device", format!("ide-cd,drive={node},id=drive-{}", disk.id));
+            return;
+        }
+        let write_cache = match disk.cache {
+            CacheMode::None | CacheMode::Writeback => "on",
+            CacheMode::Writethrough | CacheMode::Directsync => "off",
+        };
+        self.pair(
+            "-device",
+            format!(
+                "virtio-blk-pci,drive={node},id=drive-{},addr={slot:#x},write-cache={write_cache}",
+                disk.id
+            ),
+        );
+    }
+}

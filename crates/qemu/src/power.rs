@@ -1,0 +1,92 @@
+//! Whether the guest runs.
+
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::qmp::{Qmp, QmpError, part};
+
+/// QEMU's run state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// vCPUs run
+    Running,
+    /// vCPUs stopped by a command
+    Paused,
+    /// Started with vCPUs stopped
+    Prelaunch,
+    /// Waits for, or has just loaded, a migration
+    Inmigrate,
+    /// Stopped for the last part of a migration
+    FinishMigrate,
+    /// Its migration completed
+    Postmigrate,
+    /// The guest powered off
+    Shutdown,
+    /// The guest sleeps
+    Suspended,
+    /// A disk error stopped the guest
+    IoError,
+    /// QEMU itself failed
+    InternalError,
+    /// The guest's watchdog fired
+    Watchdog,
+    /// The guest panicked
+    GuestPanicked,
+    /// A newer QEMU's word
+    #[serde(other)]
+    Unknown,
+}
+
+/// Asks for the run state.
+///
+/// # Errors
+/// As every command.
+pub async fn query_status(qmp: &Qmp) -> Result<RunState, QmpError> {
+    let mut answer = qmp.execute("query-status", json!({})).await?;
+    part("query-status", answer["status"].take())
+}
+
+/// Lets the vCPUs run; activates disks that a migration left inactive.
+///
+/// # Errors
+/// As every command; a disk that another process holds is one.
+pub async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
+    qmp.execute("cont", json!({})).await.map(drop)
+}
+
+/// Stops the vCPUs.
+///
+/// # Errors
+/// As every command.
+pub async fn stop(qmp: &Qmp) -> Result<(), QmpError> {
+    qmp.execute("stop", json!({})).await.map(drop)
+}
+
+/// Presses the guest's power button.
+///
+/// # Errors
+/// As every command.
+pub async fn system_powerdown(qmp: &Qmp) -> Result<(), QmpError> {
+    qmp.execute("system_powerdown", json!({})).await.map(drop)
+}
+
+/// Ends QEMU at once; its images are closed well.
+///
+/// # Errors
+/// As every command, but a closed connection is success.
+pub async fn quit(qmp: &Qmp) -> Result<(), QmpError> {
+    match qmp.execute("quit", json!({})).await {
+        Ok(_) | Err(QmpError::Closed) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Has the NICs announce themselves to the network, a few times.
+///
+/// # Errors
+/// As every command.
+pub async fn announce_self(qmp: &Qmp) -> Result<(), QmpError> {
+    let times = json!({ "initial": 20, "max": 200, "rounds": 5, "step": 50 });
+    qmp.execute("announce-self", times).await.map(drop)
+}

@@ -1,0 +1,323 @@
+//! The life of one QEMU process, which outlives the agent that started it.
+//!
+//! A process is known by its number and its start time ([`ProcessId`]), because
+//! numbers are used again. It is waited for and killed through a pidfd, which
+//! works alike for a child and for one that an earlier agent started.
+//!
+//! **Invariants.** QEMU leads its own session: signals to the agent do not reach
+//! it. Of the agent's descriptors it inherits only those it is given.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+
+use crate::qmp::{Qmp, QmpError};
+
+/// Number of the first descriptor that QEMU inherits.
+const INHERITED_FD_FIRST: RawFd = 10;
+/// Numbers from here on are free in a child that was just forked.
+const SPARE_FD_FIRST: RawFd = 200;
+/// Bytes of QEMU's last words that go into an error.
+const LOG_TAIL_BYTES: u64 = 1024;
+
+/// Number under which QEMU finds the descriptor at `index` of
+/// [`ProcessSpec::keep_fds`].
+#[must_use]
+pub fn inherited_fd(index: usize) -> RawFd {
+    // There are a handful of NICs; the fallback is a number that is never open.
+    RawFd::try_from(index).map_or(-1, |index| INHERITED_FD_FIRST + index)
+}
+
+/// One process, for as long as the machine is up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Its number
+    pub pid: u32,
+    /// When it began, in clock ticks since the machine's start
+    pub start_time_ticks: u64,
+}
+
+/// As whom a process runs.
+#[derive(Debug, Clone)]
+pub struct User {
+    /// User
+    pub uid: u32,
+    /// Group
+    pub gid: u32,
+    /// Further groups
+    pub groups: Vec<u32>,
+}
+
+/// What is to be started, and how.
+pub struct ProcessSpec {
+    /// The program
+    pub binary: PathBuf,
+    /// Its arguments
+    pub args: Vec<OsString>,
+    /// As whom; `None` as the agent's user
+    pub user: Option<User>,
+    /// cgroup (version 2) to put it into
+    pub cgroup: Option<PathBuf>,
+    /// File that takes its output, anew at each start
+    pub stderr_log: PathBuf,
+    /// Descriptors to inherit, see [`inherited_fd`]
+    pub keep_fds: Vec<OwnedFd>,
+}
+
+/// Why a process could not be started or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The program did not start.
+    #[error("cannot start {}", binary.display())]
+    Start {
+        /// The program
+        binary: PathBuf,
+        /// Why
+        #[source]
+        source: io::Error,
+    },
+    /// Its log cannot be written.
+    #[error("cannot write its log {}", path.display())]
+    Log {
+        /// The file
+        path: PathBuf,
+        /// Why
+        #[source]
+        source: io::Error,
+    },
+    /// It ended before it answered.
+    #[error("it ended at once, with the words: {words}")]
+    Ended {
+        /// The end of its log
+        words: String,
+    },
+    /// It does not answer.
+    #[error("it does not answer")]
+    Silent(#[source] QmpError),
+    /// It still runs.
+    #[error("process {pid} still runs after {} s", limit.as_secs())]
+    StillRuns {
+        /// Its number
+        pid: u32,
+        /// How long it was waited for
+        limit: Duration,
+    },
+    /// The kernel refused.
+    #[error("the kernel refused to work on process {pid}")]
+    Kernel {
+        /// Its number
+        pid: u32,
+        /// Why
+        #[source]
+        source: io::Error,
+    },
+    /// The memory of a guest was not found.
+    #[error("process {pid} has no shared memory of {size_bytes} bytes")]
+    NoRam {
+        /// Its number
+        pid: u32,
+        /// What was looked for
+        size_bytes: u64,
+    },
+}
+
+/// A process that was just started.
+#[derive(Debug)]
+pub struct QemuProcess {
+    /// Which one
+    pub id: ProcessId,
+    log: PathBuf,
+}
+
+/// Starts a process.
+///
+/// # Errors
+/// [`ProcessError::Start`] and [`ProcessError::Log`]. A cgroup that cannot be
+/// used is logged, and the process runs without it.
+pub async fn spawn(spec: &ProcessSpec) -> Result<QemuProcess, ProcessError> {
+    let at_log = |source| ProcessError::Log { path: spec.stderr_log.clone(), source };
+    let log = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .open(&spec.stderr_log)
+        .map_err(at_log)?;
+    let mut command = tokio::process::Command::new(&spec.binary);
+    command
+        .args(&spec.args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::from(log.try_clone().map_err(at_log)?))
+        .stderr(Stdio::from(log))
+        .current_dir("/")
+        .kill_on_drop(false);
+    let fds: Vec<RawFd> = spec.keep_fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let user = spec.user.clone();
+    // SAFETY: between fork and exec only system calls are made; nothing
+    // allocates, locks or unwinds.
+    unsafe { command.pre_exec(move || become_qemu(&fds, user.as_ref())) };
+    let at_start = |source| ProcessError::Start { binary: spec.binary.clone(), source };
+    let mut child = command.spawn().map_err(at_start)?;
+    let pid = child.id().ok_or_else(|| at_start(io::Error::other("it is gone already")))?;
+    if let Some(group) = &spec.cgroup
+        && let Err(error) = std::fs::write(group.join("cgroup.procs"), pid.to_string())
+    {
+        tracing::warn!(pid, group = %group.display(), %error, "not in a cgroup of its own");
+    }
+    let start_time_ticks = start_time(pid).map(|(ticks, _)| ticks).unwrap_or_default();
+    // Waited for, so that it does not stay as a zombie.
+    tokio::spawn(async move { child.wait().await });
+    Ok(QemuProcess { id: ProcessId { pid, start_time_ticks }, log: spec.stderr_log.clone() })
+}
+
+/// In the child: a session of its own, the given descriptors, the given user.
+fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
+    rustix::process::setsid()?;
+    let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::setrlimit(rustix::process::Resource::Core, no_core)?;
+    let mut spares = [-1; 16];
+    // Through spare numbers: a given descriptor may sit where another shall go.
+    for (spare, fd) in spares.iter_mut().zip(fds) {
+        // SAFETY: plain system call on a descriptor that the parent holds open.
+        *spare = check(unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, SPARE_FD_FIRST) })?;
+    }
+    for (to, spare) in (INHERITED_FD_FIRST..).zip(spares.iter().take(fds.len())) {
+        // SAFETY: as above; what stood at `to` is not used between fork and exec.
+        check(unsafe { libc::dup2(*spare, to) })?;
+    }
+    if let Some(user) = user {
+        // SAFETY: the pointer and the count are those of one slice.
+        check(unsafe { libc::setgroups(user.groups.len(), user.groups.as_ptr()) })?;
+        // SAFETY: plain system calls.
+        check(unsafe { libc::setgid(user.gid) })?;
+        // SAFETY: as above; last, because it gives the right to the others up.
+        check(unsafe { libc::setuid(user.uid) })?;
+    }
+    Ok(())
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+impl QemuProcess {
+    /// Connects to its QMP socket once it listens.
+    ///
+    /// # Errors
+    /// [`ProcessError::Ended`] with its last words, or [`ProcessError::Silent`].
+    pub async fn wait_ready(&self, socket: &Path, limit: Duration) -> Result<Qmp, ProcessError> {
+        tokio::select! {
+            qmp = Qmp::connect(socket, limit) => qmp.map_err(|error| {
+                if is_alive(&self.id) { ProcessError::Silent(error) } else { self.ended() }
+            }),
+            Ok(()) = wait_exit(&self.id, limit) => Err(self.ended()),
+        }
+    }
+
+    fn ended(&self) -> ProcessError {
+        ProcessError::Ended { words: log_tail(&self.log) }
+    }
+}
+
+/// The last words in a log, on one line.
+#[must_use]
+pub fn log_tail(path: &Path) -> String {
+    let read = || -> io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).trim().replace('\n', "; "))
+    };
+    read().unwrap_or_else(|error| format!("(its log cannot be read: {error})"))
+}
+
+/// Start time in ticks and state letter of a process.
+fn start_time(pid: u32) -> Option<(u64, char)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, so the fields are counted
+    // from its end: state is the third of all, start time the 22nd.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split(' ');
+    let letter = fields.next()?.chars().next()?;
+    Some((fields.nth(18)?.parse().ok()?, letter))
+}
+
+/// Whether it is this very process that runs.
+#[must_use]
+pub fn is_alive(id: &ProcessId) -> bool {
+    start_time(id.pid)
+        .is_some_and(|(ticks, letter)| ticks == id.start_time_ticks && !matches!(letter, 'Z' | 'X'))
+}
+
+/// A pidfd of the process; `None` when it is gone.
+fn pidfd(id: &ProcessId) -> Result<Option<OwnedFd>, ProcessError> {
+    let at = |source| ProcessError::Kernel { pid: id.pid, source };
+    let raw = i32::try_from(id.pid).map_err(|error| at(io::Error::other(error)))?;
+    let Some(pid) = Pid::from_raw(raw) else { return Ok(None) };
+    match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        // Looked at after the pidfd is open: from now on the number is ours.
+        Ok(fd) => Ok(is_alive(id).then_some(fd)),
+        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(error) => Err(at(error.into())),
+    }
+}
+
+/// Kills a process, if it is still that one, and waits a moment for its end.
+///
+/// # Errors
+/// [`ProcessError::Kernel`] and [`ProcessError::StillRuns`].
+pub async fn kill(id: &ProcessId) -> Result<(), ProcessError> {
+    let Some(fd) = pidfd(id)? else { return Ok(()) };
+    match rustix::process::pidfd_send_signal(&fd, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => return Err(ProcessError::Kernel { pid: id.pid, source: error.into() }),
+    }
+    wait_exit(id, Duration::from_secs(10)).await
+}
+
+/// Waits for the end of a process.
+///
+/// # Errors
+/// [`ProcessError::StillRuns`] after `limit`.
+pub async fn wait_exit(id: &ProcessId, limit: Duration) -> Result<(), ProcessError> {
+    let Some(fd) = pidfd(id)? else { return Ok(()) };
+    let at = |source| ProcessError::Kernel { pid: id.pid, source };
+    let fd = AsyncFd::with_interest(fd, tokio::io::Interest::READABLE).map_err(at)?;
+    match tokio::time::timeout(limit, fd.readable()).await {
+        Ok(Ok(_exited)) => Ok(()),
+        Ok(Err(error)) => Err(at(error)),
+        Err(_) => Err(ProcessError::StillRuns { pid: id.pid, limit }),
+    }
+}
+
+/// Opens the memory of a QEMU's guest.
+///
+/// QEMU holds it as a memfd; its name is the type of the backend, and its size
+/// tells it from any other.
+///
+/// # Errors
+/// [`ProcessError::NoRam`] when there is none of that size.
+pub fn ram_backend_file(id: &ProcessId, size_bytes: u64) -> Result<File, ProcessError> {
+    let at = |source| ProcessError::Kernel { pid: id.pid, source };
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", id.pid)).map_err(at)? {
+        let path = entry.map_err(at)?.path();
+        let Ok(link) = std::fs::read_link(&path) else { continue };
+        if !link.to_string_lossy().starts_with("/memfd:") {
+            continue;
+        }
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(at)?;
+        if file.metadata().map_err(at)?.len() == size_bytes {
+            return Ok(file);
+        }
+    }
+    Err(ProcessError::NoRam { pid: id.pid, size_bytes })
+}
