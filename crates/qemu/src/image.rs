@@ -114,7 +114,10 @@ pub async fn image_create(
     size_bytes: u64,
 ) -> Result<(), ImageError> {
     let mut command = Command::new(tool);
-    command.args(["create", "-q", "-f", format.as_str(), "--"]).arg(path).arg(size_bytes.to_string());
+    command
+        .args(["create", "-q", "-f", format.as_str(), "--"])
+        .arg(path)
+        .arg(size_bytes.to_string());
     run(tool, &mut command).await.map(drop)
 }
 
