@@ -1,1 +1,378 @@
-//! What a channel carries.
+//! What a data channel carries: frames with a fixed header, little-endian.
+//!
+//! | offset | bytes | field         |                                            |
+//! |-------:|------:|---------------|--------------------------------------------|
+//! |      0 |     4 | magic         | `b"LMF1"`                                  |
+//! |      4 |     1 | `kind`        | see [`FrameKind`]                          |
+//! |      5 |     1 | `packing`     | 0 as it is, 1 one zstd block               |
+//! |      6 |     2 | zero          |                                            |
+//! |      8 |     4 | `wire_bytes`  | payload that follows, 0 ..= [`WIRE_BYTES_MAX`] |
+//! |     12 |     4 | `plain_bytes` | payload unpacked, 0 ..= [`PLAIN_BYTES_MAX`]    |
+//!
+//! Payloads, unpacked:
+//!
+//! | kind | payload |
+//! |------|---------|
+//! | `Pages` | page records, each a [`PageHeader`] and its content |
+//! | `Stream` | bytes for the destination's QEMU, in order |
+//! | `StreamEnd` | nothing: QEMU's stream is complete |
+//! | `DiskWrite` | [`DiskHeader`], then the bytes |
+//! | `DiskZero`, `DiskDiscard` | [`DiskHeader`] |
+//! | `RamBarrier`, `DiskBarrier` | nothing: all before this is to be acknowledged |
+//! | `RamAck`, `DiskAck` | [`Ack`]; on the return path only |
+//!
+//! **Invariant.** A header is checked before any memory is taken for what it
+//! announces.
+
+/// Bytes of a frame's header.
+pub const HEADER_BYTES: usize = 16;
+/// Largest payload, unpacked: 1 MiB of content and its headers.
+pub const PLAIN_BYTES_MAX: usize = (1 << 20) + (64 << 10);
+/// Largest payload on the wire; a zstd block is never much larger than its content.
+pub const WIRE_BYTES_MAX: usize = PLAIN_BYTES_MAX + (16 << 10);
+const MAGIC: [u8; 4] = *b"LMF1";
+
+/// What a frame carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// Pages of guest RAM
+    Pages = 1,
+    /// A piece of QEMU's stream
+    Stream = 2,
+    /// The end of QEMU's stream
+    StreamEnd = 3,
+    /// Bytes for a disk
+    DiskWrite = 4,
+    /// Zeroes for a disk
+    DiskZero = 5,
+    /// A part of a disk is not needed any more
+    DiskDiscard = 6,
+    /// Acknowledge all RAM before this
+    RamBarrier = 7,
+    /// Flush and acknowledge all disk operations before this
+    DiskBarrier = 8,
+    /// Return path: all RAM before the barrier is applied
+    RamAck = 9,
+    /// Return path: all disk operations before the barrier are durable
+    DiskAck = 10,
+}
+
+impl FrameKind {
+    const ALL: [Self; 10] = [
+        Self::Pages,
+        Self::Stream,
+        Self::StreamEnd,
+        Self::DiskWrite,
+        Self::DiskZero,
+        Self::DiskDiscard,
+        Self::RamBarrier,
+        Self::DiskBarrier,
+        Self::RamAck,
+        Self::DiskAck,
+    ];
+
+    fn decode(byte: u8) -> Result<Self, FrameError> {
+        // The kinds are numbered from 1, without gaps.
+        let index = usize::from(byte).checked_sub(1);
+        index.and_then(|index| Self::ALL.get(index)).copied().ok_or(FrameError::Kind(byte))
+    }
+}
+
+/// A header or payload that breaks the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// No frame begins here.
+    #[error("not a frame")]
+    Magic,
+    /// A kind that this version does not know.
+    #[error("a frame of unknown kind {0}")]
+    Kind(u8),
+    /// A length or a field out of its range.
+    #[error("a frame whose {0} is out of range")]
+    Range(&'static str),
+    /// A payload that ends in the middle of something.
+    #[error("a payload that ends in the middle")]
+    Short,
+}
+
+/// A frame's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// What it carries
+    pub kind: FrameKind,
+    /// Whether the payload is a zstd block
+    pub packed: bool,
+    /// Bytes that follow on the wire
+    pub wire_bytes: u32,
+    /// Bytes of the payload, unpacked
+    pub plain_bytes: u32,
+}
+
+impl FrameHeader {
+    /// The header as it is on the wire.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[4] = self.kind as u8;
+        bytes[5] = u8::from(self.packed);
+        bytes[8..12].copy_from_slice(&self.wire_bytes.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.plain_bytes.to_le_bytes());
+        bytes
+    }
+
+    /// Reads and checks a header.
+    ///
+    /// # Errors
+    /// [`FrameError`] for anything that [`Self::encode`] cannot have made.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FrameError> {
+        let mut reader = Reader(bytes);
+        if reader.array()? != MAGIC {
+            return Err(FrameError::Magic);
+        }
+        let [kind, packing] = reader.array()?;
+        let kind = FrameKind::decode(kind)?;
+        if packing > 1 || reader.array::<2>()? != [0; 2] {
+            return Err(FrameError::Range("packing"));
+        }
+        let packed = packing == 1;
+        let wire_bytes = reader.le32()?;
+        let plain_bytes = reader.le32()?;
+        let within = |bytes: u32, most: usize| usize::try_from(bytes).is_ok_and(|b| b <= most);
+        if !within(wire_bytes, WIRE_BYTES_MAX) || !within(plain_bytes, PLAIN_BYTES_MAX) {
+            return Err(FrameError::Range("length"));
+        }
+        if !packed && wire_bytes != plain_bytes {
+            return Err(FrameError::Range("length"));
+        }
+        Ok(Self { kind, packed, wire_bytes, plain_bytes })
+    }
+}
+
+/// How a page is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum PageForm {
+    /// Only zeroes; no content follows
+    Zero = 0,
+    /// What changed since the version before
+    Difference = 1,
+    /// All of it
+    Full = 2,
+}
+
+/// Head of a page record.
+///
+/// | offset | bytes | field |
+/// |-------:|------:|-------|
+/// |      0 |     4 | `index`: page of 4 KiB within its block |
+/// |      4 |     1 | `block` |
+/// |      5 |     1 | `form` |
+/// |      6 |     2 | `content_bytes` that follow |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageHeader {
+    /// Page of 4 KiB within its block
+    pub index: u32,
+    /// Number of the RAM block
+    pub block: u8,
+    /// How it is sent
+    pub form: PageForm,
+    /// Bytes that follow
+    pub content_bytes: u16,
+}
+
+impl PageHeader {
+    /// Bytes of the head.
+    pub const BYTES: usize = 8;
+
+    /// Puts the head at the end of a payload.
+    pub fn encode_into(&self, payload: &mut Vec<u8>) {
+        payload.extend_from_slice(&self.index.to_le_bytes());
+        payload.extend_from_slice(&[self.block, self.form as u8]);
+        payload.extend_from_slice(&self.content_bytes.to_le_bytes());
+    }
+
+    /// Takes a record off the front of a payload: its head and content.
+    ///
+    /// # Errors
+    /// [`FrameError`].
+    pub fn decode<'a>(payload: &mut &'a [u8]) -> Result<(Self, &'a [u8]), FrameError> {
+        let mut reader = Reader(payload);
+        let index = reader.le32()?;
+        let [block, form] = reader.array()?;
+        let form = match form {
+            0 => PageForm::Zero,
+            1 => PageForm::Difference,
+            2 => PageForm::Full,
+            _ => return Err(FrameError::Range("page form")),
+        };
+        let content_bytes = u16::from_le_bytes(reader.array()?);
+        let content = reader.bytes(content_bytes.into())?;
+        *payload = reader.0;
+        Ok((Self { index, block, form, content_bytes }, content))
+    }
+}
+
+/// Head of a disk operation.
+///
+/// | offset | bytes | field |
+/// |-------:|------:|-------|
+/// |      0 |     2 | `disk` |
+/// |      2 |     1 | `may_unmap`: 1 if zeroes may become a hole |
+/// |      3 |     5 | zero |
+/// |      8 |     8 | `offset_bytes` |
+/// |     16 |     8 | `length_bytes` |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskHeader {
+    /// Number of the disk
+    pub disk: u16,
+    /// Whether zeroes may become a hole
+    pub may_unmap: bool,
+    /// Where on the disk
+    pub offset_bytes: u64,
+    /// How much of it
+    pub length_bytes: u64,
+}
+
+impl DiskHeader {
+    /// Bytes of the head.
+    pub const BYTES: usize = 24;
+
+    /// The head as it is on the wire.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..2].copy_from_slice(&self.disk.to_le_bytes());
+        bytes[2] = u8::from(self.may_unmap);
+        bytes[8..16].copy_from_slice(&self.offset_bytes.to_le_bytes());
+        bytes[16..].copy_from_slice(&self.length_bytes.to_le_bytes());
+        bytes
+    }
+
+    /// Takes the head off the front of a payload.
+    ///
+    /// # Errors
+    /// [`FrameError`]; also when the range runs over the end of all numbers.
+    pub fn decode(payload: &mut &[u8]) -> Result<Self, FrameError> {
+        let mut reader = Reader(payload);
+        let disk = u16::from_le_bytes(reader.array()?);
+        let [may_unmap, ..] = reader.array::<6>()?;
+        let offset_bytes = reader.le64()?;
+        let length_bytes = reader.le64()?;
+        if offset_bytes.checked_add(length_bytes).is_none() {
+            return Err(FrameError::Range("disk range"));
+        }
+        *payload = reader.0;
+        Ok(Self { disk, may_unmap: may_unmap == 1, offset_bytes, length_bytes })
+    }
+}
+
+/// What the destination holds of one channel at a barrier.
+///
+/// | offset | bytes | field |
+/// |-------:|------:|-------|
+/// |      0 |     1 | `channel` |
+/// |      1 |     7 | zero |
+/// |      8 |    32 | `digest`: of RAM (16 bytes, then zeroes) or of disk operations |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ack {
+    /// Number of the channel
+    pub channel: u8,
+    /// Digest of all that it brought
+    pub digest: [u8; 32],
+}
+
+impl Ack {
+    /// Bytes of the payload.
+    pub const BYTES: usize = 40;
+
+    /// The payload as it is on the wire.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[0] = self.channel;
+        bytes[8..].copy_from_slice(&self.digest);
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// [`FrameError::Short`].
+    pub fn decode(payload: &[u8]) -> Result<Self, FrameError> {
+        let mut reader = Reader(payload);
+        let [channel, ..] = reader.array::<8>()?;
+        Ok(Self { channel, digest: reader.array()? })
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn bytes(&mut self, count: usize) -> Result<&'a [u8], FrameError> {
+        let (bytes, rest) = self.0.split_at_checked(count).ok_or(FrameError::Short)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
+        self.bytes(N)?.try_into().map_err(|_| FrameError::Short)
+    }
+    fn le32(&mut self) -> Result<u32, FrameError> {
+        self.array().map(u32::from_le_bytes)
+    }
+    fn le64(&mut self) -> Result<u64, FrameError> {
+        self.array().map(u64::from_le_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn heads_come_back_as_they_went() {
+        for kind in FrameKind::ALL {
+            let header = FrameHeader { kind, packed: true, wire_bytes: 7, plain_bytes: 99 };
+            assert_eq!(FrameHeader::decode(&header.encode()), Ok(header));
+        }
+        let disk = DiskHeader { disk: 3, may_unmap: true, offset_bytes: 1 << 40, length_bytes: 77 };
+        assert_eq!(DiskHeader::decode(&mut &disk.encode()[..]), Ok(disk));
+        let ack = Ack { channel: 9, digest: [5; 32] };
+        assert_eq!(Ack::decode(&ack.encode()), Ok(ack));
+        let mut payload = Vec::new();
+        let page = PageHeader { index: 8, block: 1, form: PageForm::Difference, content_bytes: 3 };
+        page.encode_into(&mut payload);
+        payload.extend_from_slice(b"abcrest");
+        let mut rest = &payload[..];
+        assert_eq!(PageHeader::decode(&mut rest), Ok((page, &b"abc"[..])));
+        assert_eq!(rest, b"rest");
+    }
+
+    #[test]
+    fn announced_lengths_are_limited() {
+        let good =
+            FrameHeader { kind: FrameKind::Pages, packed: true, wire_bytes: 1, plain_bytes: 1 };
+        for (at, value) in [(8, u32::MAX), (12, u32::MAX), (12, 2 << 20)] {
+            let mut bytes = good.encode();
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            assert_eq!(FrameHeader::decode(&bytes), Err(FrameError::Range("length")));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_break_a_decoder(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            if let Some(header) = bytes.first_chunk::<HEADER_BYTES>()
+                && let Ok(header) = FrameHeader::decode(header) {
+                prop_assert!(header.plain_bytes as usize <= PLAIN_BYTES_MAX);
+            }
+            let mut rest = &bytes[..];
+            while PageHeader::decode(&mut rest).is_ok() {}
+            DiskHeader::decode(&mut &bytes[..]).ok();
+            Ack::decode(&bytes).ok();
+        }
+    }
+}
