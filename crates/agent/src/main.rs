@@ -1,2 +1,112 @@
-//! Placeholder.
-fn main() {}
+//! limosad, the Limosa host agent: it runs this host's VMs and moves them.
+//!
+//! ```text
+//! listen ─► api ─► vm, migration ─► limosa-qemu (QMP), limosa-plane (bytes)
+//!                      └─► store (what must not be forgotten)
+//! ```
+//!
+//! **Invariants.** QEMU outlives the agent: ending, crashing or upgrading it
+//! never stops a VM. Async code waits, threads of the plane move bytes; neither
+//! does the other's work.
+
+mod agent;
+mod api;
+mod config;
+mod failure;
+mod listen;
+mod migration;
+mod net;
+mod pairing;
+mod peer_link;
+mod store;
+mod vm;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::agent::Agent;
+use crate::config::Config;
+
+/// The Limosa host agent.
+///
+/// Runs VMs with QEMU and moves them to other hosts. Ending it leaves its VMs
+/// running; the next start finds them again.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file [default: /etc/limosa/limosad.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print the OpenAPI document of the API and end
+    #[arg(long)]
+    openapi: bool,
+    /// Log as JSON
+    #[arg(long)]
+    log_json: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.openapi {
+        use std::io::Write;
+        let text = api::document().to_pretty_json()?;
+        writeln!(std::io::stdout(), "{text}")?;
+        return Ok(());
+    }
+    let filter = EnvFilter::try_from_env("LIMOSA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if arguments.log_json {
+        log.json().init();
+    } else {
+        log.with_target(false).init();
+    }
+    let config = Config::read(arguments.config.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("limosad")
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(run(config))
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let listen = config.listen.clone();
+    let agent = Agent::open(config).await?;
+    agent.restore_switches().await?;
+    vm::restore(&agent).await?;
+    let router = api::router(Arc::clone(&agent));
+    let mut servers = tokio::task::JoinSet::new();
+    for address in listen {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}"))?;
+        servers.spawn(listen::remote(Arc::clone(&agent), listener, router.clone()));
+    }
+    // The peer may be asked, and ask back, while this settles.
+    migration::recover::recover(&agent).await?;
+    servers.spawn(listen::local(Arc::clone(&agent), router));
+    tracing::info!(
+        host = %agent.name,
+        qemu = %agent.qemu.facts.version,
+        accelerator = %agent.qemu.accelerator,
+        reason = agent.qemu.accelerator_reason,
+        fingerprint = %agent.identity.fingerprint(),
+        "limosad is up"
+    );
+    tokio::select! {
+        ended = servers.join_next() => match ended {
+            Some(result) => result?.context("a listener ended"),
+            None => Ok(()),
+        },
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+    }
+}

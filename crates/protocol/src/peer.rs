@@ -53,8 +53,10 @@ pub struct Offer {
     pub qemu_version: (u32, u32, u32),
     /// "kvm" or "tcg"
     pub accelerator: String,
-    /// CPU features that the guest sees, when known
+    /// CPU features that the guest sees, for models that follow the host
     pub cpu_features: Vec<String>,
+    /// CPU features of the model that the source lacks, so the guest does too
+    pub cpu_lacking: Vec<String>,
     /// Facts of each disk, in the definition's order
     pub disks: Vec<DiskFacts>,
     /// Files that travel beside the disks: name and size

@@ -291,7 +291,10 @@ pub async fn kill(id: &ProcessId) -> Result<(), ProcessError> {
 pub async fn wait_exit(id: &ProcessId, limit: Duration) -> Result<(), ProcessError> {
     let Some(fd) = pidfd(id)? else { return Ok(()) };
     let at = |source| ProcessError::Kernel { pid: id.pid, source };
-    let fd = AsyncFd::with_interest(fd, tokio::io::Interest::READABLE).map_err(at)?;
+    // SAFETY: the `OwnedFd` keeps the descriptor open for as long as it is
+    // registered.
+    let fd = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }
+        .map_err(|error| at(error.into()))?;
     match tokio::time::timeout(limit, fd.readable()).await {
         Ok(Ok(_exited)) => Ok(()),
         Ok(Err(error)) => Err(at(error)),

@@ -13,12 +13,16 @@
 //! is that of `migration/savevm.c` and `migration/ram.c` of QEMU 7.2 to 10.x.
 //!
 //! **Invariants.** Bytes are hostile: whatever comes, [`StreamParser::feed`]
-//! answers `Ok` or `Err`, keeps at most [`PENDING_BYTES_MAX`] of them, and never
-//! hands out a page outside its block. QEMU's CONTINUE flag means "the block of
-//! the page sent before"; where pages were taken out it would mean another one,
-//! so every page passed on carries its block's name.
+//! answers `Ok` or `Err`, keeps at most [`PENDING_BYTES_MAX`] of them and the
+//! block list, and never hands out a page outside its block. How the bytes are
+//! cut makes no difference. QEMU's CONTINUE flag means "the block of the page
+//! sent before"; where pages were taken out it would mean another one, so every
+//! page passed on carries its block's name.
 
 mod cursor;
+mod error;
+mod ram;
+mod section;
 #[cfg(test)]
 mod tests;
 
@@ -26,34 +30,14 @@ use std::io;
 
 use cursor::Cursor;
 
+pub use error::StreamError;
+
 /// Bytes of a guest page.
 pub const PAGE_BYTES: usize = 4096;
-/// Most bytes kept between two calls: one element and no more.
-pub const PENDING_BYTES_MAX: usize = 256 << 10;
-/// Most RAM blocks of one VM.
-const BLOCK_COUNT_MAX: usize = 256;
-/// Most bytes of inline stream handed out at once.
-const INLINE_BYTES_MAX: usize = 64 << 10;
-
-const MAGIC: u32 = 0x5145_564d;
-const VERSION: u32 = 3;
-
-const SECTION_START: u8 = 1;
-const SECTION_PART: u8 = 2;
-const SECTION_END: u8 = 3;
-const SECTION_FULL: u8 = 4;
-const SECTION_SUBSECTION: u8 = 5;
-const SECTION_CONFIGURATION: u8 = 7;
-const SECTION_COMMAND: u8 = 8;
-const SECTION_FOOTER: u8 = 0x7e;
-
-const FLAG_ZERO: u64 = 0x02;
-const FLAG_MEM_SIZE: u64 = 0x04;
-const FLAG_PAGE: u64 = 0x08;
-const FLAG_EOS: u64 = 0x10;
-const FLAG_CONTINUE: u64 = 0x20;
-const FLAG_MULTIFD_FLUSH: u64 = 0x200;
-const FLAGS: u64 = PAGE_BYTES as u64 - 1;
+/// Most bytes kept between two calls: one element and no more. The longest is a
+/// page with its block's name.
+pub const PENDING_BYTES_MAX: usize = 8 << 10;
+const _: () = assert!(PENDING_BYTES_MAX >= 8 + 256 + PAGE_BYTES);
 
 /// A RAM block as QEMU lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,14 +59,19 @@ pub enum RamSection {
     End,
 }
 
-/// Where the parts of a stream go, in order.
+/// Where the parts of a stream go.
+///
+/// Pages come in their order among each other, inline bytes too. Between the
+/// two the order holds at each [`StreamSink::ram_section_end`]: what belongs to
+/// the section was handed out before.
 pub trait StreamSink {
-    /// All RAM blocks, once.
+    /// All RAM blocks, once, before the inline bytes that list them.
     ///
     /// # Errors
     /// The sink's; parsing stops.
     fn block_list(&mut self, blocks: &[RamBlock]) -> io::Result<()>;
-    /// A page of backend number `backend`.
+    /// A page of backend number `backend` (as given to [`StreamParser::new`]),
+    /// always a whole one inside the block.
     ///
     /// # Errors
     /// The sink's; parsing stops.
@@ -92,65 +81,54 @@ pub trait StreamSink {
         offset_bytes: u64,
         page: &[u8; PAGE_BYTES],
     ) -> io::Result<()>;
-    /// A page of zeroes of backend number `backend`.
+    /// A page of zeroes of backend number `backend`. It may have held something
+    /// else before.
     ///
     /// # Errors
     /// The sink's; parsing stops.
     fn zero_page(&mut self, backend: usize, offset_bytes: u64) -> io::Result<()>;
-    /// Bytes that must reach the destination's QEMU, in order.
+    /// Bytes that must reach the destination's QEMU, in order; never empty.
     ///
     /// # Errors
     /// The sink's; parsing stops.
     fn inline(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// A RAM section ended; its inline bytes were handed out before.
+    /// A RAM section ended (its footer is inline and still to come). After
+    /// [`RamSection::End`] all that follows is inline.
     ///
     /// # Errors
     /// The sink's; parsing stops.
     fn ram_section_end(&mut self, section: RamSection) -> io::Result<()>;
 }
 
-/// Why a stream could not be followed. The migration must be aborted.
-#[derive(Debug, thiserror::Error)]
-pub enum StreamError {
-    /// It is not QEMU's stream, or one of another version.
-    #[error("byte {offset}: {what}")]
-    Malformed {
-        /// Where in the stream
-        offset: u64,
-        /// What is wrong
-        what: String,
-    },
-    /// A device sends its state in a way that cannot be delimited.
-    #[error(
-        "byte {offset}: the state of device {device:?} comes before the end of RAM, and Limosa \
-         cannot follow it: detach the device, or move the VM while it is off"
-    )]
-    Device {
-        /// Where in the stream
-        offset: u64,
-        /// QEMU's name of it
-        device: String,
-    },
-    /// It ended too early.
-    #[error("the stream ended after {offset} bytes, before the end of RAM")]
-    Truncated {
-        /// Bytes that came
-        offset: u64,
-    },
-    /// Whoever takes the parts failed.
-    #[error("passing on what came")]
-    Sink(#[source] io::Error),
-}
-
+/// What the next bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
+    /// The file header
     Header,
-    Section,
+    /// The configuration, or what follows it
+    Opening,
+    /// A section's first byte, or a footer
+    Sections,
+    /// Entries of the block list, until `rest_bytes` of RAM are listed
+    BlockList { rest_bytes: u64 },
+    /// Elements of the RAM section
     Ram(RamSection),
+    /// Anything: all RAM is out
     Tail,
+    /// Nothing more: an error was answered
+    Broken,
+}
+
+/// One step: it needs more bytes, or took some.
+enum Step {
+    More,
+    Took(usize),
 }
 
 /// A stream being taken apart.
+///
+/// It does no I/O: the owner reads QEMU's socket and feeds what comes. A page
+/// that lies whole in the bytes fed is handed out as a reference into them.
 #[derive(Debug)]
 pub struct StreamParser {
     backends: Vec<String>,
@@ -161,19 +139,17 @@ pub struct StreamParser {
     offset: u64,
     ram_id: Option<u32>,
     blocks: Vec<RamBlock>,
+    /// For each block, its number among `backends`.
+    backend_of: Vec<Option<usize>>,
     /// The block of the page before, for CONTINUE.
     last_block: Option<usize>,
+    /// Inline bytes not handed out yet.
     inline: Vec<u8>,
 }
 
-/// One step: it needs more bytes, or took some.
-enum Step {
-    More,
-    Took(usize),
-}
-
 impl StreamParser {
-    /// - `backends`: names of the RAM blocks whose pages go out of band.
+    /// - `backends`: names of the RAM blocks whose pages go out of band, each
+    ///   once. A stream without one of them is refused.
     #[must_use]
     pub fn new(backends: Vec<String>) -> Self {
         Self {
@@ -183,82 +159,110 @@ impl StreamParser {
             offset: 0,
             ram_id: None,
             blocks: Vec::new(),
+            backend_of: Vec::new(),
             last_block: None,
             inline: Vec::new(),
         }
     }
 
-    /// Takes the next bytes, of any number.
+    /// Takes the next bytes, of any number, and hands out what they complete.
     ///
     /// # Errors
-    /// [`StreamError`]; the parser is of no use afterwards.
+    /// [`StreamError`]; the parser follows nothing more afterwards.
     pub fn feed(&mut self, bytes: &[u8], sink: &mut impl StreamSink) -> Result<(), StreamError> {
-        let mut rest = bytes;
-        // An element that began before: topped up bit by bit, so that at most
-        // one element is ever copied.
-        while !self.pending.is_empty() && !rest.is_empty() {
-            let top_up = rest.len().min(PAGE_BYTES + 300);
-            let before = self.pending.len();
-            self.pending.extend_from_slice(&rest[..top_up]);
-            let pending = std::mem::take(&mut self.pending);
-            match self.step(&pending, sink)? {
-                Step::More => {
-                    self.pending = pending;
-                    rest = &rest[top_up..];
-                    if self.pending.len() > PENDING_BYTES_MAX {
-                        return Err(self.malformed("an element without an end"));
-                    }
-                }
-                Step::Took(taken) if taken >= before => {
-                    self.offset += taken as u64;
-                    rest = &rest[taken - before..];
-                }
-                Step::Took(taken) => {
-                    self.offset += taken as u64;
-                    self.pending = pending[taken..before].to_vec();
-                }
-            }
+        let fed = self.advance(bytes, sink);
+        if fed.is_err() {
+            self.place = Place::Broken;
         }
-        while !rest.is_empty() {
-            match self.step(rest, sink)? {
-                Step::More => {
-                    self.pending = rest.to_vec();
-                    break;
-                }
-                Step::Took(taken) => {
-                    self.offset += taken as u64;
-                    rest = &rest[taken..];
-                }
-            }
-        }
-        if self.pending.len() > PENDING_BYTES_MAX {
-            return Err(self.malformed("an element without an end"));
-        }
-        self.flush(sink)
+        fed
     }
 
-    /// Says whether the stream may end here.
+    /// Says whether the stream may end here. After the end of RAM it may: only
+    /// the destination's QEMU can tell whether its device states are whole.
     ///
     /// # Errors
     /// [`StreamError::Truncated`] before the end of RAM.
     pub fn finish(&self) -> Result<(), StreamError> {
         match self.place {
             Place::Tail => Ok(()),
-            _ => Err(StreamError::Truncated { offset: self.offset + self.pending.len() as u64 }),
+            _ => Err(StreamError::Truncated { offset: self.fed_bytes() }),
         }
+    }
+
+    /// Bytes of the stream so far.
+    #[must_use]
+    pub fn fed_bytes(&self) -> u64 {
+        self.offset + self.pending.len() as u64
+    }
+
+    /// Whether all RAM is out, and everything that follows is inline.
+    #[must_use]
+    pub fn is_ram_complete(&self) -> bool {
+        self.place == Place::Tail
+    }
+
+    fn advance(&mut self, bytes: &[u8], sink: &mut impl StreamSink) -> Result<(), StreamError> {
+        let mut rest = self.complete_pending(bytes, sink)?;
+        while !rest.is_empty() {
+            match self.step(rest, sink)? {
+                Step::Took(taken) => {
+                    self.offset += taken as u64;
+                    rest = &rest[taken..];
+                }
+                Step::More if rest.len() < PENDING_BYTES_MAX => {
+                    self.pending.extend_from_slice(rest);
+                    break;
+                }
+                Step::More => return Err(self.malformed("an element without an end")),
+            }
+        }
+        self.flush(sink)
+    }
+
+    /// Tops up the element that began before, so that only this one is copied.
+    ///
+    /// Returns the bytes after it: none when it is still not whole.
+    fn complete_pending<'a>(
+        &mut self,
+        bytes: &'a [u8],
+        sink: &mut impl StreamSink,
+    ) -> Result<&'a [u8], StreamError> {
+        let mut rest = bytes;
+        // Taken out for the time, because a step borrows it beside `self`.
+        let mut pending = std::mem::take(&mut self.pending);
+        while !pending.is_empty() && !rest.is_empty() {
+            let before = pending.len();
+            let top_up = rest.len().min(PENDING_BYTES_MAX - before);
+            pending.extend_from_slice(&rest[..top_up]);
+            match self.step(&pending, sink)? {
+                Step::More if pending.len() < PENDING_BYTES_MAX => rest = &rest[top_up..],
+                Step::More => return Err(self.malformed("an element without an end")),
+                Step::Took(taken) => {
+                    self.offset += taken as u64;
+                    let from_rest = taken.saturating_sub(before);
+                    rest = &rest[from_rest..];
+                    pending.truncate(before);
+                    pending.drain(..taken - from_rest);
+                }
+            }
+        }
+        self.pending = pending;
+        Ok(rest)
     }
 
     fn step(&mut self, bytes: &[u8], sink: &mut impl StreamSink) -> Result<Step, StreamError> {
         let mut cursor = Cursor::new(bytes);
         let done = match self.place {
-            Place::Header => self.header(&mut cursor)?,
-            Place::Section => self.section(&mut cursor)?,
             Place::Ram(section) => self.ram(section, &mut cursor, sink)?,
+            Place::Header => self.header(&mut cursor)?,
+            Place::Opening | Place::Sections => self.section(&mut cursor)?,
+            Place::BlockList { rest_bytes } => self.block(rest_bytes, &mut cursor, sink)?,
             Place::Tail => {
                 self.flush(sink)?;
                 sink.inline(bytes).map_err(StreamError::Sink)?;
                 return Ok(Step::Took(bytes.len()));
             }
+            Place::Broken => return Err(self.malformed("bytes after an error")),
         };
         Ok(match done {
             Some(()) => Step::Took(cursor.taken()),
@@ -266,230 +270,23 @@ impl StreamParser {
         })
     }
 
-    fn header(&mut self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
-        let (Some(magic), Some(version)) = (cursor.be32(), cursor.be32()) else {
-            return Ok(None);
-        };
-        if magic != MAGIC || version != VERSION {
-            return Err(self.malformed("this is not a migration stream of version 3"));
-        }
-        self.inline.extend_from_slice(cursor.seen());
-        self.place = Place::Section;
-        Ok(Some(()))
-    }
-
-    fn section(&mut self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
-        let Some(kind) = cursor.byte() else { return Ok(None) };
-        let whole = match kind {
-            SECTION_CONFIGURATION => cursor.be32().and_then(|length| {
-                // A machine type's name; more is nonsense and ends in `feed`.
-                cursor.bytes(usize::try_from(length).unwrap_or(usize::MAX)).map(drop)
-            }),
-            SECTION_SUBSECTION => self.subsection(cursor)?,
-            SECTION_COMMAND => cursor.be16().and_then(|_command| {
-                let length = cursor.be16()?;
-                cursor.bytes(length.into()).map(drop)
-            }),
-            SECTION_START | SECTION_FULL => self.section_start(kind, cursor)?,
-            SECTION_PART | SECTION_END => self.section_part(kind, cursor)?,
-            SECTION_FOOTER => match cursor.be32() {
-                Some(id) if Some(id) == self.ram_id => Some(()),
-                Some(id) => return Err(self.malformed(format!("a footer of section {id}"))),
-                None => None,
-            },
-            other => return Err(self.malformed(format!("a section of unknown kind {other}"))),
-        };
-        if whole.is_some() {
-            self.inline.extend_from_slice(cursor.seen());
-        }
-        Ok(whole)
-    }
-
-    /// A subsection of the configuration; each kind has a layout of its own.
-    fn subsection(&self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
-        let Some(name) = cursor.name() else { return Ok(None) };
-        let Some(_version) = cursor.be32() else { return Ok(None) };
-        Ok(match name {
-            b"configuration/target-page-bits" => cursor.be32().map(drop),
-            b"configuration/uuid" => cursor.bytes(16).map(drop),
-            b"configuration/capabilities" => cursor.be32().and_then(|count| {
-                for _ in 0..count {
-                    cursor.name()?;
-                }
-                Some(())
-            }),
-            other => {
-                let name = String::from_utf8_lossy(other).into_owned();
-                return Err(self.malformed(format!("an unknown configuration {name:?}")));
-            }
-        })
-    }
-
-    fn section_start(
-        &mut self,
-        kind: u8,
-        cursor: &mut Cursor<'_>,
-    ) -> Result<Option<()>, StreamError> {
-        let Some(id) = cursor.be32() else { return Ok(None) };
-        let Some(name) = cursor.name() else { return Ok(None) };
-        let (Some(_instance), Some(version)) = (cursor.be32(), cursor.be32()) else {
-            return Ok(None);
-        };
-        if name != b"ram" || kind != SECTION_START {
-            return Err(StreamError::Device {
-                offset: self.offset,
-                device: String::from_utf8_lossy(name).into_owned(),
-            });
-        }
-        if version != 4 || self.ram_id.is_some() {
-            return Err(self.malformed(format!("a second RAM, or RAM of version {version}")));
-        }
-        self.ram_id = Some(id);
-        self.place = Place::Ram(RamSection::Setup);
-        Ok(Some(()))
-    }
-
-    fn section_part(
-        &mut self,
-        kind: u8,
-        cursor: &mut Cursor<'_>,
-    ) -> Result<Option<()>, StreamError> {
-        let Some(id) = cursor.be32() else { return Ok(None) };
-        if Some(id) != self.ram_id {
-            return Err(self.malformed(format!("a part of section {id}, which is not RAM")));
-        }
-        let section = if kind == SECTION_END { RamSection::End } else { RamSection::Part };
-        self.place = Place::Ram(section);
-        Ok(Some(()))
-    }
-
-    fn ram(
-        &mut self,
-        section: RamSection,
-        cursor: &mut Cursor<'_>,
-        sink: &mut impl StreamSink,
-    ) -> Result<Option<()>, StreamError> {
-        let Some(word) = cursor.be64() else { return Ok(None) };
-        let (address, flags) = (word & !FLAGS, word & FLAGS);
-        match flags & !FLAG_CONTINUE {
-            FLAG_PAGE | FLAG_ZERO => self.ram_page(address, flags, cursor, sink),
-            FLAG_MEM_SIZE if section == RamSection::Setup => self.block_list(address, cursor, sink),
-            FLAG_MULTIFD_FLUSH => {
-                self.inline.extend_from_slice(cursor.seen());
-                Ok(Some(()))
-            }
-            FLAG_EOS => {
-                self.inline.extend_from_slice(cursor.seen());
-                self.flush(sink)?;
-                sink.ram_section_end(section).map_err(StreamError::Sink)?;
-                self.place = match section {
-                    RamSection::End => Place::Tail,
-                    _ => Place::Section,
-                };
-                Ok(Some(()))
-            }
-            other => Err(self.malformed(format!("RAM in an unknown form (flags {other:#x})"))),
-        }
-    }
-
-    fn ram_page(
-        &mut self,
-        address: u64,
-        flags: u64,
-        cursor: &mut Cursor<'_>,
-        sink: &mut impl StreamSink,
-    ) -> Result<Option<()>, StreamError> {
-        let block = if flags & FLAG_CONTINUE == 0 {
-            let Some(name) = cursor.name() else { return Ok(None) };
-            self.blocks.iter().position(|block| block.name.as_bytes() == name)
-        } else {
-            self.last_block
-        };
-        let Some(block) = block else {
-            return Err(self.malformed("a page of a block that is not listed"));
-        };
-        let is_zero = flags & FLAG_ZERO != 0;
-        let Some(content) = cursor.bytes(if is_zero { 1 } else { PAGE_BYTES }) else {
-            return Ok(None);
-        };
-        let listed = &self.blocks[block];
-        if address.checked_add(PAGE_BYTES as u64).is_none_or(|end| end > listed.used_bytes) {
-            let name = listed.name.clone();
-            return Err(self.malformed(format!("a page at {address:#x} of {name}, past its end")));
-        }
-        if is_zero && content != [0] {
-            return Err(self.malformed("a page filled with something else than zeroes"));
-        }
-        self.last_block = Some(block);
-        let backend = self.backends.iter().position(|name| *name == listed.name);
-        match (backend, <&[u8; PAGE_BYTES]>::try_from(content)) {
-            (Some(backend), Ok(page)) => {
-                sink.page(backend, address, page).map_err(StreamError::Sink)?;
-            }
-            (Some(backend), Err(_)) => {
-                sink.zero_page(backend, address).map_err(StreamError::Sink)?;
-            }
-            (None, _) => {
-                let name = self.blocks[block].name.as_bytes();
-                let word = address | (flags & !FLAG_CONTINUE);
-                self.inline.extend_from_slice(&word.to_be_bytes());
-                self.inline.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
-                self.inline.extend_from_slice(name);
-                self.inline.extend_from_slice(content);
-                if self.inline.len() >= INLINE_BYTES_MAX {
-                    self.flush(sink)?;
-                }
-            }
-        }
-        Ok(Some(()))
-    }
-
-    fn block_list(
-        &mut self,
-        total_bytes: u64,
-        cursor: &mut Cursor<'_>,
-        sink: &mut impl StreamSink,
-    ) -> Result<Option<()>, StreamError> {
-        let mut blocks: Vec<RamBlock> = Vec::new();
-        let mut listed_bytes = 0u64;
-        while listed_bytes < total_bytes {
-            let Some(name) = cursor.name() else { return Ok(None) };
-            let Some(used_bytes) = cursor.be64() else { return Ok(None) };
-            let name = String::from_utf8(name.to_vec())
-                .map_err(|_| self.malformed("a block's name that is not text"))?;
-            if name.is_empty() || blocks.iter().any(|block| block.name == name) {
-                return Err(self.malformed(format!("a block {name:?} listed twice or nameless")));
-            }
-            // The last pages of a ROM may be short; QEMU rounds them up itself.
-            if used_bytes == 0 || blocks.len() == BLOCK_COUNT_MAX {
-                return Err(self.malformed("an empty block, or too many of them"));
-            }
-            listed_bytes = listed_bytes.saturating_add(used_bytes);
-            blocks.push(RamBlock { name, used_bytes });
-        }
-        if listed_bytes != total_bytes || !self.blocks.is_empty() {
-            return Err(self.malformed("a block list that does not add up"));
-        }
-        for backend in &self.backends {
-            if !blocks.iter().any(|block| block.name == *backend) {
-                return Err(self.malformed(format!("no RAM block {backend}")));
-            }
-        }
-        self.inline.extend_from_slice(cursor.seen());
-        sink.block_list(&blocks).map_err(StreamError::Sink)?;
-        self.blocks = blocks;
-        Ok(Some(()))
-    }
-
+    /// Hands out the inline bytes. The block list waits until it is whole, so
+    /// that nobody passes on one that is refused at its end; its limits keep it
+    /// small.
     fn flush(&mut self, sink: &mut impl StreamSink) -> Result<(), StreamError> {
-        if !self.inline.is_empty() {
-            sink.inline(&self.inline).map_err(StreamError::Sink)?;
-            self.inline.clear();
+        if self.inline.is_empty() || matches!(self.place, Place::BlockList { .. }) {
+            return Ok(());
         }
+        sink.inline(&self.inline).map_err(StreamError::Sink)?;
+        self.inline.clear();
         Ok(())
     }
 
     fn malformed(&self, what: impl Into<String>) -> StreamError {
         StreamError::Malformed { offset: self.offset, what: what.into() }
+    }
+
+    fn capability(&self, capability: &str) -> StreamError {
+        StreamError::Capability { offset: self.offset, capability: capability.to_owned() }
     }
 }

@@ -1,0 +1,311 @@
+//! The agent: what all parts of it share, and how it starts.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use limosa_auth::pairing::Invitation;
+use limosa_auth::trust::{Role, TrustStore, TrustedPeer};
+use limosa_auth::{Identity, tls};
+use limosa_protocol::api::Switch;
+use limosa_protocol::id::{HostName, VmName};
+use limosa_qemu::accelerator::Accelerator;
+use limosa_qemu::probe::QemuFacts;
+
+use crate::config::{self, Config};
+use crate::failure::{Failure, Outcome, chain};
+use crate::migration::Migrations;
+use crate::net::Net;
+use crate::store::{OperatorRecord, PeerRecord, Store, StoreError};
+use crate::vm::Vm;
+
+/// Most VMs of one host.
+pub(crate) const VM_COUNT_MAX: usize = 1024;
+
+/// What all parts of the agent share.
+pub(crate) struct Agent {
+    pub(crate) config: Config,
+    pub(crate) name: HostName,
+    pub(crate) store: Store,
+    pub(crate) net: Net,
+    pub(crate) identity: Identity,
+    pub(crate) trust: TrustStore,
+    pub(crate) qemu: QemuHost,
+    pub(crate) migrations: Migrations,
+    vms: Mutex<BTreeMap<VmName, Arc<Vm>>>,
+    invitation: Mutex<Option<Invitation>>,
+}
+
+/// QEMU on this host, looked at once when the agent starts.
+pub(crate) struct QemuHost {
+    pub(crate) binary: PathBuf,
+    pub(crate) img: PathBuf,
+    pub(crate) facts: QemuFacts,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) accelerator_reason: String,
+    /// User and groups of QEMU's process; `None` when the agent is not root.
+    pub(crate) user: Option<QemuUser>,
+}
+
+/// As whom QEMU runs.
+#[derive(Debug, Clone)]
+pub(crate) struct QemuUser {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
+}
+
+impl Agent {
+    /// Opens the state folder and looks at the host. Nothing is started or
+    /// changed yet.
+    pub(crate) async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
+        let name = config.host_name()?;
+        let store = Store::open(&config.folder)?;
+        make_folders(&config)?;
+        let identity = Identity::load_or_create(&config.folder.join("identity"), name.as_str())?;
+        let trust = TrustStore::new();
+        let qemu = QemuHost::look(&config).await?;
+        let net = Net::open().context("cannot open a netlink socket")?;
+        let agent = Self {
+            config,
+            name,
+            store,
+            net,
+            identity,
+            trust,
+            qemu,
+            migrations: Migrations::default(),
+            vms: Mutex::default(),
+            invitation: Mutex::default(),
+        };
+        agent.trust_recorded_peers()?;
+        Ok(Arc::new(agent))
+    }
+
+    fn trust_recorded_peers(&self) -> anyhow::Result<()> {
+        let recorded = |name: &str, hex: &str, role| -> anyhow::Result<()> {
+            let der = decode_hex(hex).with_context(|| format!("certificate of {name}"))?;
+            Ok(self.trust.insert(TrustedPeer::new(name.to_owned(), role, der))?)
+        };
+        for (name, peer) in self.store.all::<PeerRecord>()? {
+            recorded(&name, &peer.certificate_hex, Role::Host)?;
+        }
+        for (name, operator) in self.store.all::<OperatorRecord>()? {
+            recorded(&name, &operator.certificate_hex, Role::Operator)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the bridges of all recorded switches that are missing, as after a
+    /// reboot. One that cannot be made is logged; its VMs say so when started.
+    pub(crate) async fn restore_switches(&self) -> anyhow::Result<()> {
+        for (name, switch) in self.store.all::<Switch>()? {
+            let made = self.net.ensure_bridge(&switch.name, switch.uplink.as_deref()).await;
+            if let Err(failure) = made {
+                tracing::error!(switch = name, %failure, "a virtual switch could not be restored");
+            }
+        }
+        Ok(())
+    }
+
+    /// All VMs, by name.
+    pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
+        self.lock_vms().values().cloned().collect()
+    }
+
+    /// The VM of a name, or a failure that says how to find those there are.
+    pub(crate) fn vm(&self, name: &VmName) -> Outcome<Arc<Vm>> {
+        self.lock_vms().get(name).cloned().ok_or_else(|| {
+            Failure::not_found(format!(
+                "no VM {name} on host {}: `limosa vm list` shows those there are",
+                self.name
+            ))
+        })
+    }
+
+    /// Adds a VM unless its name is taken.
+    pub(crate) fn add_vm(&self, vm: Arc<Vm>) -> Outcome<()> {
+        let mut vms = self.lock_vms();
+        if vms.contains_key(&vm.name) {
+            return Err(Failure::conflict(format!(
+                "host {} already has a VM {}: choose another name or delete that one",
+                self.name, vm.name
+            )));
+        }
+        if vms.len() >= VM_COUNT_MAX {
+            return Err(Failure::conflict(format!(
+                "host {} has {VM_COUNT_MAX} VMs, the most it can have",
+                self.name
+            )));
+        }
+        vms.insert(vm.name.clone(), vm);
+        Ok(())
+    }
+
+    /// Forgets a VM.
+    pub(crate) fn drop_vm(&self, name: &VmName) {
+        self.lock_vms().remove(name);
+    }
+
+    fn lock_vms(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmName, Arc<Vm>>> {
+        // No code that holds this lock can panic halfway through a change.
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Folder of a VM's sockets.
+    pub(crate) fn runtime_folder(&self, vm: &VmName) -> PathBuf {
+        self.config.runtime_folder.join("vms").join(vm.as_str())
+    }
+
+    /// Gives a file or socket to QEMU's user.
+    pub(crate) fn give_to_qemu(&self, path: &Path) -> std::io::Result<()> {
+        match &self.qemu.user {
+            Some(user) => std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a stranger may try to pair just now.
+    pub(crate) fn invitation_is_open(&self) -> bool {
+        self.with_invitation(|invitation| {
+            invitation.as_ref().is_some_and(|invitation| invitation.check(now_unix_s()).is_ok())
+        })
+    }
+
+    /// Works on the invitation, of which there is at most one.
+    pub(crate) fn with_invitation<T>(&self, work: impl FnOnce(&mut Option<Invitation>) -> T) -> T {
+        work(&mut self.invitation.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::internal(chain(&error))
+    }
+}
+
+fn make_folders(config: &Config) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    // QEMU's user must reach its VM's files below; it can list nothing here.
+    for (folder, mode) in [
+        (config.folder.clone(), 0o711),
+        (config.folder.join("vms"), 0o711),
+        (config.runtime_folder.clone(), 0o711),
+        (config.runtime_folder.join("vms"), 0o711),
+    ] {
+        let at = || format!("cannot make the folder {}", folder.display());
+        std::fs::create_dir_all(&folder).with_context(at)?;
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode))
+            .with_context(at)?;
+    }
+    Ok(())
+}
+
+impl QemuHost {
+    async fn look(config: &Config) -> anyhow::Result<Self> {
+        let find = |program: &Path| {
+            find_program(program).with_context(|| {
+                format!(
+                    "{} is not there: install Debian's qemu-system-x86 and qemu-utils, \
+                     or set it under [qemu] in the configuration",
+                    program.display()
+                )
+            })
+        };
+        let binary = find(&config.qemu.binary)?;
+        let img = find(&config.qemu.img)?;
+        let wish = match config.qemu.accelerator {
+            config::Accelerator::Auto => None,
+            config::Accelerator::Kvm => Some(Accelerator::Kvm),
+            config::Accelerator::Tcg => Some(Accelerator::Tcg),
+        };
+        let choice = limosa_qemu::accelerator::choose(wish);
+        let facts = limosa_qemu::probe::probe(&binary, choice.accelerator)
+            .await
+            .with_context(|| format!("{} does not answer as QEMU does", binary.display()))?;
+        Ok(Self {
+            binary,
+            img,
+            facts,
+            accelerator: choice.accelerator,
+            accelerator_reason: choice.reason,
+            user: qemu_user(&config.qemu.user)?,
+        })
+    }
+}
+
+fn find_program(program: &Path) -> Option<PathBuf> {
+    if program.components().count() > 1 {
+        return program.exists().then(|| program.to_owned());
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(program)).find(|full| full.is_file())
+}
+
+/// The unprivileged user for QEMU: the configured one, else `nobody`.
+fn qemu_user(name: &str) -> anyhow::Result<Option<QemuUser>> {
+    use nix::unistd::{Group, User};
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let user = match User::from_name(name)? {
+        Some(user) => user,
+        None => {
+            tracing::warn!(user = name, "no such user: QEMU runs as nobody");
+            User::from_name("nobody")?.with_context(|| {
+                format!("neither the user {name} nor nobody exists: make one, or set qemu.user")
+            })?
+        }
+    };
+    let kvm = Group::from_name("kvm")?.map(|group| group.gid.as_raw());
+    Ok(Some(QemuUser {
+        uid: user.uid.as_raw(),
+        gid: user.gid.as_raw(),
+        groups: kvm.into_iter().collect(),
+    }))
+}
+
+/// Seconds since 1970.
+pub(crate) fn now_unix_s() -> u64 {
+    now_unix_ms() / 1000
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Lower-case hexadecimal digits of some bytes.
+pub(crate) fn encode_hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        write!(text, "{byte:02x}").ok();
+        text
+    })
+}
+
+/// The bytes of hexadecimal digits.
+pub(crate) fn decode_hex(text: &str) -> anyhow::Result<Vec<u8>> {
+    anyhow::ensure!(text.is_ascii() && text.len().is_multiple_of(2), "not hexadecimal");
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).context("not hexadecimal"))
+        .collect()
+}
+
+/// A secret for a data channel: 128 random bits.
+pub(crate) fn random_token() -> Outcome<String> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| Failure::internal(format!("the kernel gives no random bytes: {error}")))?;
+    Ok(encode_hex(&bytes))
+}
+
+/// Settings for a connection on which only pairing is possible.
+pub(crate) fn pairing_connector(agent: &Agent) -> tokio_rustls::TlsConnector {
+    tls::pairing_client_config(&agent.identity).into()
+}

@@ -1,0 +1,156 @@
+//! The HTTP API: routes, who may call them, and their OpenAPI document.
+//!
+//! `/v1/…` is for operators (local or by certificate), `/peer/v1/…` for paired
+//! hosts; see [`crate::listen`] for how a caller is known. The document is
+//! generated from the handlers, so it cannot say anything else than they do.
+
+mod host;
+mod migration;
+mod peer;
+mod switch;
+mod vm;
+
+pub(crate) use host::memory;
+
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::get;
+use axum::{Extension, Json, Router};
+use limosa_protocol::api::BODY_BYTES_MAX;
+use serde::de::DeserializeOwned;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::agent::Agent;
+use crate::failure::{Failure, Outcome};
+use crate::listen::Caller;
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "Limosa host agent",
+    description = "Moves running virtual machines between Linux hosts, with their disks.",
+    license(name = "Apache-2.0", identifier = "Apache-2.0")
+))]
+struct Document;
+
+fn operator_routes() -> OpenApiRouter<Arc<Agent>> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .merge(host::routes())
+        .merge(vm::routes())
+        .merge(switch::routes())
+        .merge(migration::routes())
+}
+
+/// The OpenAPI document.
+pub(crate) fn document() -> utoipa::openapi::OpenApi {
+    operator_routes().into_openapi()
+}
+
+/// All routes for known callers.
+pub(crate) fn router(agent: Arc<Agent>) -> Router {
+    let (operators, document) = operator_routes().split_for_parts();
+    let document = Arc::new(document);
+    let operators = operators
+        .route("/v1/openapi.json", get(move || async move { Json(document.as_ref().clone()) }))
+        .layer(middleware::from_fn(operators_only));
+    let peers = peer::routes().layer(middleware::from_fn(hosts_only));
+    operators
+        .merge(peers)
+        .fallback(async || Failure::not_found("no such path: see /v1/openapi.json"))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(agent)
+}
+
+async fn operators_only(
+    Extension(caller): Extension<Caller>,
+    request: Request,
+    next: Next,
+) -> Outcome<Response> {
+    match caller {
+        Caller::Local { .. } | Caller::Operator { .. } => Ok(next.run(request).await),
+        Caller::Host { .. } | Caller::Stranger { .. } => Err(Failure::forbidden(
+            "a host's certificate does not command: use an operator's, see `limosa operator add`",
+        )),
+    }
+}
+
+async fn hosts_only(
+    Extension(caller): Extension<Caller>,
+    request: Request,
+    next: Next,
+) -> Outcome<Response> {
+    match caller {
+        Caller::Host { .. } => Ok(next.run(request).await),
+        _ => Err(Failure::forbidden("only for paired hosts")),
+    }
+}
+
+/// A JSON body whose faults are told as every other failure.
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned> FromRequest<Arc<Agent>> for Body<T> {
+    type Rejection = Failure;
+    async fn from_request(request: Request, agent: &Arc<Agent>) -> Outcome<Self> {
+        match Json::<T>::from_request(request, agent).await {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(rejection) => Err(Failure::bad_request(rejection.body_text())),
+        }
+    }
+}
+
+/// A part of the path, likewise.
+pub(crate) struct Named<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Agent>> for Named<T> {
+    type Rejection = Failure;
+    async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Outcome<Self> {
+        match axum::extract::Path::<T>::from_request_parts(parts, agent).await {
+            Ok(axum::extract::Path(name)) => Ok(Self(name)),
+            Err(rejection) => Err(Failure::bad_request(rejection.body_text())),
+        }
+    }
+}
+
+/// The agent, for handlers.
+pub(crate) type Shared = State<Arc<Agent>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: the document names every path of the API's table.
+    #[test]
+    fn the_document_is_complete() {
+        let document = document();
+        for path in [
+            "/v1/host",
+            "/v1/vms",
+            "/v1/vms/{name}",
+            "/v1/vms/{name}/start",
+            "/v1/vms/{name}/stop",
+            "/v1/vms/{name}/pause",
+            "/v1/vms/{name}/resume",
+            "/v1/vms/{name}/console",
+            "/v1/vms/{name}/compare",
+            "/v1/vms/{name}/move",
+            "/v1/migrations",
+            "/v1/migrations/{id}",
+            "/v1/migrations/{id}/events",
+            "/v1/migrations/{id}/cancel",
+            "/v1/switches",
+            "/v1/switches/{name}",
+            "/v1/hosts",
+            "/v1/hosts/invite",
+            "/v1/hosts/pair",
+            "/v1/hosts/{name}",
+            "/v1/operators",
+            "/v1/operators/{name}",
+        ] {
+            assert!(document.paths.paths.contains_key(path), "{path}");
+        }
+    }
+}

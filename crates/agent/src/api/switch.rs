@@ -1,0 +1,60 @@
+//! Virtual switches.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use limosa_protocol::api::{Failure as ApiFailure, Switch};
+use limosa_protocol::id::SwitchName;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::{Body, Named, Shared};
+use crate::agent::Agent;
+use crate::failure::{Failure, Outcome};
+use crate::net::Net;
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
+    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(delete))
+}
+
+/// All virtual switches
+#[utoipa::path(get, path = "/v1/switches", tag = "switch", responses((status = 200, body = Vec<Switch>)))]
+async fn list(State(agent): Shared) -> Outcome<Json<Vec<Switch>>> {
+    let switches = agent.store.all::<Switch>()?;
+    Ok(Json(switches.into_iter().map(|(_, switch)| switch).collect()))
+}
+
+/// Make a virtual switch
+#[utoipa::path(post, path = "/v1/switches", tag = "switch", request_body = Switch,
+    responses((status = 200, body = Switch), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Outcome<Json<Switch>> {
+    let name = switch.name.clone();
+    if agent.store.get::<Switch>(name.as_str())?.is_some() {
+        return Err(Failure::conflict(format!("there is a virtual switch {name} already")));
+    }
+    switch.bridge = Some(Net::bridge_name(&name));
+    if let Err(failure) = agent.net.ensure_bridge(&name, switch.uplink.as_deref()).await {
+        agent.net.remove_bridge(&name).await?;
+        return Err(failure);
+    }
+    agent.store.put(name.as_str(), &switch)?;
+    Ok(Json(switch))
+}
+
+/// Remove a virtual switch that no VM uses
+#[utoipa::path(delete, path = "/v1/switches/{name}", tag = "switch", params(("name" = String, Path)),
+    responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn delete(State(agent): Shared, Named(name): Named<SwitchName>) -> Outcome<Json<()>> {
+    if agent.store.get::<Switch>(name.as_str())?.is_none() {
+        return Err(Failure::not_found(format!("no virtual switch {name}")));
+    }
+    for vm in agent.vms() {
+        if vm.lock().await.definition.nics.iter().any(|nic| nic.switch == name) {
+            return Err(Failure::conflict(format!("VM {} is plugged into {name}", vm.name)));
+        }
+    }
+    agent.net.remove_bridge(&name).await?;
+    agent.store.remove::<Switch>(name.as_str())?;
+    Ok(Json(()))
+}

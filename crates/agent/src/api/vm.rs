@@ -1,0 +1,174 @@
+//! VMs: making, looking, running, console, moving.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body as HttpBody;
+use axum::extract::{Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::Response;
+use hyper_util::rt::TokioIo;
+use limosa_protocol::api::{CONSOLE_PROTOCOL, Comparison, Failure as ApiFailure, StopRequest, Vm};
+use limosa_protocol::id::VmName;
+use limosa_protocol::migration::{Migration, MoveRequest};
+use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::launch::CONSOLE_SOCKET;
+use tokio::net::UnixStream;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::{Body, Named, Shared};
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::migration;
+use crate::vm::{create, power, run};
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create_vm))
+        .routes(routes!(show, delete))
+        .routes(routes!(start))
+        .routes(routes!(stop))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(console))
+        .routes(routes!(compare))
+        .routes(routes!(move_vm))
+}
+
+/// All VMs of this host
+#[utoipa::path(get, path = "/v1/vms", tag = "vm", responses((status = 200, body = Vec<Vm>)))]
+async fn list(State(agent): Shared) -> Json<Vec<Vm>> {
+    let mut views = Vec::new();
+    for vm in agent.vms() {
+        views.push(vm.view().await);
+    }
+    Json(views)
+}
+
+/// Make a VM
+#[utoipa::path(post, path = "/v1/vms", tag = "vm", request_body = VmDefinition,
+    responses((status = 200, body = Vm), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn create_vm(
+    State(agent): Shared,
+    Body(definition): Body<VmDefinition>,
+) -> Outcome<Json<Vm>> {
+    let vm = create::create(&agent, definition).await?;
+    Ok(Json(vm.view().await))
+}
+
+/// One VM
+#[utoipa::path(get, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
+    responses((status = 200, body = Vm), (status = 404, body = ApiFailure)))]
+async fn show(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+    Ok(Json(agent.vm(&name)?.view().await))
+}
+
+/// Delete a VM that is off, with the files in its own places
+#[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
+    responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<()>> {
+    create::delete(&agent, &agent.vm(&name)?).await.map(Json)
+}
+
+/// Start a VM
+#[utoipa::path(post, path = "/v1/vms/{name}/start", tag = "vm", params(("name" = String, Path)),
+    responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn start(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+    let vm = agent.vm(&name)?;
+    run::start(&agent, &vm).await?;
+    Ok(Json(vm.view().await))
+}
+
+/// Stop a VM: ask its guest, or turn it off
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", tag = "vm", params(("name" = String, Path)), request_body = StopRequest,
+    responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn stop(
+    State(agent): Shared,
+    Named(name): Named<VmName>,
+    Body(request): Body<StopRequest>,
+) -> Outcome<Json<Vm>> {
+    let vm = agent.vm(&name)?;
+    power::stop(&vm, &request).await?;
+    Ok(Json(vm.view().await))
+}
+
+/// Stop the vCPUs
+#[utoipa::path(post, path = "/v1/vms/{name}/pause", tag = "vm", params(("name" = String, Path)),
+    responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+    let vm = agent.vm(&name)?;
+    power::pause(&vm).await?;
+    Ok(Json(vm.view().await))
+}
+
+/// Let the vCPUs run on
+#[utoipa::path(post, path = "/v1/vms/{name}/resume", tag = "vm", params(("name" = String, Path)),
+    responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn resume(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+    let vm = agent.vm(&name)?;
+    power::resume(&vm).await?;
+    Ok(Json(vm.view().await))
+}
+
+/// The serial console: raw bytes both ways after an upgrade to `limosa-console`
+#[utoipa::path(get, path = "/v1/vms/{name}/console", tag = "vm", params(("name" = String, Path)),
+    responses((status = 101), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn console(
+    State(agent): Shared,
+    Named(name): Named<VmName>,
+    request: Request,
+) -> Outcome<Response> {
+    let wanted = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok());
+    if wanted != Some(CONSOLE_PROTOCOL) {
+        return Err(Failure::bad_request(format!(
+            "the console is raw bytes: ask for an upgrade to {CONSOLE_PROTOCOL}"
+        )));
+    }
+    agent.vm(&name)?.lock().await.running()?;
+    let socket = agent.runtime_folder(&name).join(CONSOLE_SOCKET);
+    let mut serial = UnixStream::connect(&socket)
+        .await
+        .or_fail(&format!("connecting to the console of VM {name}"))?;
+    tokio::spawn(async move {
+        match hyper::upgrade::on(request).await {
+            Ok(upgraded) => {
+                let mut operator = TokioIo::new(upgraded);
+                // Either side's end is the normal end of a console.
+                tokio::io::copy_bidirectional(&mut operator, &mut serial).await.ok();
+            }
+            Err(error) => tracing::debug!(%error, "a console was not opened"),
+        }
+    });
+    Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header(header::CONNECTION, "upgrade")
+        .header(header::UPGRADE, CONSOLE_PROTOCOL)
+        .body(HttpBody::empty())
+        .or_fail("opening the console")
+}
+
+/// Find everything that stands against a move; nothing is touched
+#[utoipa::path(post, path = "/v1/vms/{name}/compare", tag = "vm", params(("name" = String, Path)), request_body = MoveRequest,
+    responses((status = 200, body = Comparison), (status = 404, body = ApiFailure)))]
+async fn compare(
+    State(agent): Shared,
+    Named(name): Named<VmName>,
+    Body(request): Body<MoveRequest>,
+) -> Outcome<Json<Comparison>> {
+    let vm = agent.vm(&name)?;
+    let problems = migration::compare::compare(&agent, &vm, &request).await?;
+    Ok(Json(Comparison { vm: name, to: request.to, problems }))
+}
+
+/// Move a VM to another host; the answer comes at once, the work is a job
+#[utoipa::path(post, path = "/v1/vms/{name}/move", tag = "vm", params(("name" = String, Path)), request_body = MoveRequest,
+    responses((status = 200, body = Migration), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure), (status = 422, body = ApiFailure)))]
+async fn move_vm(
+    State(agent): Shared,
+    Named(name): Named<VmName>,
+    Body(request): Body<MoveRequest>,
+) -> Outcome<Json<Migration>> {
+    let vm = agent.vm(&name)?;
+    migration::outgoing::begin(&agent, &vm, request).await.map(Json)
+}

@@ -1,0 +1,182 @@
+//! The agent's configuration: `/etc/limosa/limosad.toml`, every field optional.
+//!
+//! **Invariant.** A file with an unknown field or a wrong value stops the agent
+//! before it touches anything; a missing file means the defaults below.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use limosa_protocol::api::PORT;
+use limosa_protocol::id::HostName;
+use limosa_protocol::peer::CHANNEL_COUNT_MAX;
+use serde::Deserialize;
+
+/// Where the configuration is looked for when no other place is given.
+pub(crate) const PATH_DEFAULT: &str = "/etc/limosa/limosad.toml";
+
+/// The whole file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Config {
+    /// Name of this host among its peers; default: its host name.
+    pub(crate) name: Option<HostName>,
+    /// Addresses on which peers and remote operators are served.
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Folder for everything that must survive a reboot.
+    pub(crate) folder: PathBuf,
+    /// Folder for sockets.
+    pub(crate) runtime_folder: PathBuf,
+    /// Group whose members may use the local socket, besides root.
+    pub(crate) group: String,
+    pub(crate) qemu: QemuConfig,
+    pub(crate) migration: MigrationConfig,
+}
+
+/// Which QEMU is used, and how.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct QemuConfig {
+    /// The emulator; a bare name is looked up in PATH.
+    pub(crate) binary: PathBuf,
+    /// The image tool; a bare name is looked up in PATH.
+    pub(crate) img: PathBuf,
+    /// `auto`, `kvm` or `tcg`.
+    pub(crate) accelerator: Accelerator,
+    /// User as whom QEMU runs when the agent is root.
+    pub(crate) user: String,
+}
+
+/// Accelerator asked for by the operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Accelerator {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+/// How migrations use the network and memory.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct MigrationConfig {
+    /// Data channels of one migration.
+    pub(crate) channels: u8,
+    /// Most memory for the previous versions of pages, in MiB.
+    pub(crate) page_versions_mib: u32,
+    /// Bytes on their way between QEMU and the network, in KiB.
+    pub(crate) window_kib: u32,
+    /// Whether pages and blocks are compressed.
+    pub(crate) compression: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: None,
+            listen: vec![SocketAddr::from(([0u16; 8], PORT))],
+            folder: "/var/lib/limosa".into(),
+            runtime_folder: "/run/limosa".into(),
+            group: "limosa".into(),
+            qemu: QemuConfig::default(),
+            migration: MigrationConfig::default(),
+        }
+    }
+}
+
+impl Default for QemuConfig {
+    fn default() -> Self {
+        Self {
+            binary: "qemu-system-x86_64".into(),
+            img: "qemu-img".into(),
+            accelerator: Accelerator::Auto,
+            user: "limosa-qemu".into(),
+        }
+    }
+}
+
+impl Default for MigrationConfig {
+    fn default() -> Self {
+        Self { channels: 2, page_versions_mib: 512, window_kib: 4096, compression: true }
+    }
+}
+
+impl Config {
+    /// Reads the file, or gives the defaults when `path` is `None` and the
+    /// usual file does not exist.
+    pub(crate) fn read(path: Option<&Path>) -> anyhow::Result<Self> {
+        let given = path.is_some();
+        let path = path.unwrap_or(Path::new(PATH_DEFAULT));
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !given => String::new(),
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read the configuration {}", path.display()));
+            }
+        };
+        let config: Self = toml::from_str(&text)
+            .with_context(|| format!("the configuration {} is not valid", path.display()))?;
+        config.check().with_context(|| format!("in the configuration {}", path.display()))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        for (field, folder) in [("folder", &self.folder), ("runtime_folder", &self.runtime_folder)]
+        {
+            if !folder.is_absolute() {
+                bail!("{field} {} is not an absolute path", folder.display());
+            }
+        }
+        let migration = &self.migration;
+        if !(1..=CHANNEL_COUNT_MAX).contains(&migration.channels) {
+            bail!(
+                "migration.channels is {}: it must be 1 to {CHANNEL_COUNT_MAX}",
+                migration.channels
+            );
+        }
+        if !(256..=1 << 20).contains(&migration.window_kib) {
+            bail!("migration.window_kib is {}: it must be 256 to 1048576", migration.window_kib);
+        }
+        Ok(())
+    }
+
+    /// The host's name: as configured, else the kernel's, without its domain.
+    pub(crate) fn host_name(&self) -> anyhow::Result<HostName> {
+        if let Some(name) = &self.name {
+            return Ok(name.clone());
+        }
+        let uname = rustix::system::uname();
+        let full = uname.nodename().to_string_lossy();
+        let short = full.split('.').next().unwrap_or_default();
+        short.parse().with_context(|| "set `name` in the configuration".to_owned())
+    }
+
+    /// The local socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.runtime_folder.join("limosad.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_file_is_refused_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("limosad.toml");
+        for (text, said) in [
+            ("listenn = []", "unknown field"),
+            ("[migration]\nchannels = 0", "channels is 0"),
+            ("folder = 'x'", "not an absolute path"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = format!("{:#}", Config::read(Some(&path)).unwrap_err());
+            assert!(error.contains(said) && error.contains("limosad.toml"), "{error}");
+        }
+        assert!(Config::read(Some(&folder.path().join("none"))).is_err());
+        std::fs::write(&path, "").unwrap();
+        assert_eq!(Config::read(Some(&path)).unwrap().migration.channels, 2);
+    }
+}

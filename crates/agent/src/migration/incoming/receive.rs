@@ -1,0 +1,228 @@
+//! Receiving: QEMU waits for its stream, the plane brings RAM and disks.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use limosa_plane::nbd::client::NbdClient;
+use limosa_plane::{
+    ChannelIo, DestinationPlane, DestinationSpec, DiskTarget, PlaneEvent, RamTarget,
+};
+use limosa_protocol::migration::Phase;
+use limosa_protocol::peer::{self, ChannelRole, Receive};
+use limosa_protocol::vm::DiskKind;
+use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
+use limosa_qemu::{block, migrate, process};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+
+use super::super::outgoing::plane_settings;
+use super::{Incoming, Inner, Receiving};
+use crate::agent::random_token;
+use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::vm::run;
+
+/// Most plane events that wait to be looked at.
+const EVENT_COUNT_MAX: usize = 64;
+/// Longest wait for all channels once the source was told to open them.
+const CHANNELS_MS_MAX: u64 = 30_000;
+
+/// What the plane needs besides its channels.
+pub(super) struct Parts {
+    ram: Vec<RamTarget>,
+    disks: Vec<Box<dyn DiskTarget + Send>>,
+    qemu_incoming: Option<std::os::unix::net::UnixStream>,
+}
+
+impl Receiving {
+    /// Where a connection of a role goes.
+    pub(super) fn place(&mut self, role: ChannelRole) -> Outcome<&mut Option<ChannelIo>> {
+        let place = match role {
+            ChannelRole::Channel(index) => self
+                .channels
+                .get_mut(usize::from(index))
+                .ok_or_else(|| Failure::bad_request(format!("no channel {index} is expected")))?,
+            ChannelRole::ReturnPath => &mut self.return_path,
+        };
+        if place.is_some() {
+            return Err(Failure::conflict("that channel is connected already"));
+        }
+        Ok(place)
+    }
+
+    /// Whether all connections are there.
+    pub(super) fn is_complete(&self) -> bool {
+        self.return_path.is_some() && self.channels.iter().all(Option::is_some)
+    }
+}
+
+impl Incoming {
+    /// Starts QEMU and gets ready for channels; answers their token.
+    pub(crate) async fn receive(self: &Arc<Self>, request: &Receive) -> Outcome<peer::Receiving> {
+        if !(1..=peer::CHANNEL_COUNT_MAX).contains(&request.channel_count) {
+            return Err(Failure::bad_request(format!(
+                "{} channels: 1 to {} are possible",
+                request.channel_count,
+                peer::CHANNEL_COUNT_MAX
+            )));
+        }
+        let mut inner = self.inner.lock().await;
+        if inner.receiving.is_some() || inner.qemu.is_some() {
+            return Err(Failure::conflict("this migration receives already"));
+        }
+        match self.start_qemu(&mut inner, request.channel_count).await {
+            Ok(token) => {
+                drop(inner);
+                self.spawn_channel_watch();
+                Ok(peer::Receiving { token })
+            }
+            Err(failure) => {
+                drop(inner);
+                self.fail(failure.to_string()).await;
+                Err(failure)
+            }
+        }
+    }
+
+    async fn start_qemu(&self, inner: &mut Inner, channel_count: u8) -> Outcome<String> {
+        let agent = &self.agent;
+        let qemu = run::launch(agent, &inner.definition, true).await?;
+        inner.qemu = Some(qemu.clone());
+        inner.record.run = Some(run::run_record(&qemu));
+        agent.store.put(&self.offer.migration.to_string(), &inner.record)?;
+        let doing = "preparing QEMU at the destination";
+        let runtime = agent.runtime_folder(&inner.definition.name);
+        let nbd = runtime.join("nbd.sock");
+        block::start_nbd_server(&qemu.qmp, &nbd).await.or_fail(doing)?;
+        let mut disks: Vec<Box<dyn DiskTarget + Send>> = Vec::new();
+        let own = inner.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
+        for (disk, facts) in own.zip(&self.offer.disks) {
+            let id = disk.id.as_str();
+            block::export(&qemu.qmp, &export_id(id), &disk_node(id), id, true)
+                .await
+                .or_fail(doing)?;
+            let client = NbdClient::connect(&nbd, id).or_fail(doing)?;
+            if client.size_bytes() != facts.virtual_bytes {
+                return Err(Failure::internal(format!(
+                    "disk {id} has {} bytes here and {} at the source",
+                    client.size_bytes(),
+                    facts.virtual_bytes
+                )));
+            }
+            disks.push(Box::new(client));
+        }
+        let mut ram = Vec::new();
+        let mut qemu_incoming = None;
+        if self.offer.running {
+            migrate::prepare_destination(&qemu.qmp).await.or_fail(doing)?;
+            let socket = runtime.join("incoming.sock");
+            migrate::start_incoming(&qemu.qmp, &socket).await.or_fail(doing)?;
+            qemu_incoming = Some(std::os::unix::net::UnixStream::connect(&socket).or_fail(doing)?);
+            let size_bytes = inner.definition.memory_bytes();
+            ram.push(RamTarget {
+                name: RAM_BACKEND_ID.to_owned(),
+                size_bytes,
+                memfd: process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?,
+            });
+        }
+        let token = random_token()?;
+        inner.receiving = Some(Receiving {
+            token: token.clone(),
+            channels: (0..channel_count).map(|_| None).collect(),
+            return_path: None,
+            parts: Some(Parts { ram, disks, qemu_incoming }),
+        });
+        Ok(token)
+    }
+
+    /// Declines if the channels do not come.
+    fn spawn_channel_watch(self: &Arc<Self>) {
+        let incoming = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(CHANNELS_MS_MAX)).await;
+            if incoming.inner.lock().await.receiving.is_some() {
+                incoming.fail("the source opened no channels".to_owned()).await;
+            }
+        });
+    }
+
+    /// All channels are there: bytes may come.
+    pub(super) fn start_plane(self: &Arc<Self>, inner: &mut Inner) -> Outcome<()> {
+        let missing = || Failure::internal("channels without anything to receive");
+        let mut receiving = inner.receiving.take().ok_or_else(missing)?;
+        let parts = receiving.parts.take().ok_or_else(missing)?;
+        let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
+        let watcher = Arc::clone(self);
+        let runtime = tokio::runtime::Handle::current();
+        let spec = DestinationSpec {
+            channels: receiving.channels.into_iter().flatten().collect(),
+            return_path: receiving.return_path.ok_or_else(missing)?,
+            ram: parts.ram,
+            disks: parts.disks,
+            qemu_incoming: parts.qemu_incoming,
+            settings: plane_settings(&self.agent),
+            on_event: Arc::new(move |event| {
+                if let PlaneEvent::Failed(error) = &event {
+                    let reason = format!("receiving: {}", chain(error));
+                    let watcher = Arc::clone(&watcher);
+                    runtime.spawn(async move { watcher.fail(reason).await });
+                }
+                sender.try_send(event).ok();
+            }),
+        };
+        inner.plane = Some(DestinationPlane::start(spec).or_fail("starting the data plane")?);
+        inner.events = Some(events);
+        self.enter(Phase::Mirror);
+        Ok(())
+    }
+}
+
+/// Name of a disk's export.
+fn export_id(disk: &str) -> String {
+    format!("export-{disk}")
+}
+
+/// Ends a plane's threads; nobody needs to wait for them.
+pub(super) fn end_plane(plane: DestinationPlane) {
+    plane.abort();
+    std::thread::spawn(move || {
+        if let Err(error) = plane.join() {
+            tracing::debug!(%error, "the data plane's end");
+        }
+    });
+}
+
+/// Ends a plane that brought everything, and waits until its disks are closed.
+pub(super) async fn close_plane(plane: DestinationPlane) -> Outcome<()> {
+    plane.abort();
+    let joined = tokio::task::spawn_blocking(move || plane.join()).await;
+    joined.or_fail("closing the data plane")?.or_fail("closing the data plane")
+}
+
+/// Writes a body of a known size to a new file, and syncs it.
+pub(super) async fn write_file(
+    path: &Path,
+    mut body: axum::body::Body,
+    size_bytes: u64,
+) -> Outcome<()> {
+    let doing = format!("receiving {}", path.display());
+    if size_bytes > peer::FILE_BYTES_MAX {
+        return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
+    }
+    let mut file = tokio::fs::File::create_new(path).await.or_fail(&doing)?;
+    let mut received = 0u64;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Failure::peer(format!("{doing}: {error}")))?;
+        let Ok(bytes) = frame.into_data() else { continue };
+        received += bytes.len() as u64;
+        if received > size_bytes {
+            return Err(Failure::bad_request(format!("{doing}: more than the offered bytes")));
+        }
+        file.write_all(&bytes).await.or_fail(&doing)?;
+    }
+    if received != size_bytes {
+        return Err(Failure::peer(format!("{doing}: {received} of {size_bytes} bytes came")));
+    }
+    file.sync_all().await.or_fail(&doing)
+}

@@ -1,0 +1,238 @@
+//! `ready` and `commit`: from the last byte to a running guest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_plane::PlaneEvent;
+use limosa_protocol::migration::{Outcome as End, Phase};
+use limosa_protocol::peer::{Commit, Ready, ReadyRequest, Running};
+use limosa_protocol::vm::{DiskKind, VmDefinition};
+use limosa_qemu::migrate::{self, MigrationStatus};
+use limosa_qemu::{block, power};
+
+use super::receive::close_plane;
+use super::{Incoming, Inner, verify};
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::migration::outgoing::{end_record, forget_job};
+use crate::net::announce;
+use crate::store::{Stage, VmRecord};
+use crate::vm::{Qemu, Vm, run, write_definition};
+
+/// How often QEMU is asked whether it has loaded everything; an event would
+/// come as fast, and can be lost.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+impl Incoming {
+    /// Answers once the whole VM is here, equal, and durably so.
+    pub(crate) async fn ready(self: &Arc<Self>, request: &ReadyRequest) -> Outcome<Ready> {
+        let mut inner = self.inner.lock().await;
+        match inner.record.stage {
+            Stage::Preparing => {}
+            Stage::Ready => return Ok(Ready { epoch: inner.record.epoch }),
+            _ => return Err(Failure::conflict("this migration is not being received")),
+        }
+        self.enter(Phase::Switchover);
+        match self.become_ready(&mut inner, request).await {
+            Ok(()) => Ok(Ready { epoch: inner.record.epoch }),
+            Err(failure) => {
+                drop(inner);
+                self.fail(failure.to_string()).await;
+                Err(failure)
+            }
+        }
+    }
+
+    async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Outcome<()> {
+        wait_received(inner, self.offer.running).await?;
+        let qemu =
+            inner.qemu.clone().ok_or_else(|| Failure::internal("there is no QEMU to load"))?;
+        if self.offer.running {
+            wait_loaded(&qemu).await?;
+        }
+        if let Some(plane) = inner.plane.take() {
+            close_plane(plane).await?;
+        }
+        let doing = "closing the destination's disks to the source";
+        block::stop_nbd_server(&qemu.qmp).await.or_fail(doing)?;
+        if !self.offer.running {
+            // Nothing was loaded into it: it only held the images open.
+            run::end(&qemu).await?;
+            inner.qemu = None;
+            inner.record.run = None;
+        }
+        let loaded = inner.qemu.clone();
+        compare_fully(&self.agent, &inner.definition, loaded.as_ref(), request).await?;
+        for address in request.addresses.iter().rev() {
+            self.vm.addresses.note(*address);
+        }
+        let configuration =
+            crate::vm::files::place(&inner.definition.places.configuration, "configuration")?;
+        write_definition(&inner.definition, configuration)?;
+        inner.record.paused = request.paused;
+        inner.record.stage = Stage::Ready;
+        self.agent.store.put(&self.id().to_string(), &inner.record)?;
+        Ok(())
+    }
+
+    /// The source has handed over: owns the VM and runs it. May be repeated.
+    pub(crate) async fn commit(self: &Arc<Self>, commit: &Commit) -> Outcome<Running> {
+        let mut inner = self.inner.lock().await;
+        let epoch = inner.record.epoch;
+        if commit.epoch != epoch {
+            return Err(Failure::conflict(format!(
+                "epoch {} was handed over and {epoch} is expected",
+                commit.epoch
+            )));
+        }
+        match inner.record.stage {
+            Stage::Owner | Stage::Done => return Ok(Running { epoch }),
+            Stage::Ready => {}
+            _ => return Err(Failure::conflict("this migration is not ready")),
+        }
+        // Nobody can cancel between here and the record.
+        self.job.pass_commit_point()?;
+        inner.record.stage = Stage::Owner;
+        let vm_record = self.vm_record(&inner);
+        self.agent.store.put_migration_and_vm(&inner.record, &self.vm.name, Some(&vm_record))?;
+        let qemu = inner.qemu.take();
+        take_over(&self.agent, &self.vm, vm_record, qemu, inner.record.paused).await?;
+        self.enter(Phase::Retire);
+        end_record(&self.job, &mut inner.record, End::Moved, None, (None, Vec::new()));
+        inner.record.stage = Stage::Done;
+        // Not waited for by the source: the guest runs, and a crash before this
+        // is on the disk only repeats a `cont`.
+        if let Err(error) = self.agent.store.put(&self.id().to_string(), &inner.record) {
+            tracing::error!(migration = %self.id(), %error, "the end was not recorded");
+        }
+        drop(inner);
+        forget_job(&self.agent, self.id());
+        Ok(Running { epoch })
+    }
+
+    fn vm_record(&self, inner: &Inner) -> VmRecord {
+        VmRecord {
+            configuration: inner.definition.places.configuration.clone().unwrap_or_default(),
+            epoch: inner.record.epoch,
+            run: inner.record.run.clone(),
+        }
+    }
+}
+
+/// Runs a VM that is owned here, unless it was paused or off.
+async fn take_over(
+    agent: &Arc<Agent>,
+    vm: &Arc<Vm>,
+    record: VmRecord,
+    qemu: Option<Qemu>,
+    paused: bool,
+) -> Outcome<()> {
+    let mut inner = vm.lock().await;
+    if let Some(qemu) = &qemu
+        && !paused
+    {
+        power::cont(&qemu.qmp).await.or_fail("running the guest at the destination")?;
+        announce_everywhere(agent, vm, &inner.definition).await;
+        if let Err(error) = power::announce_self(&qemu.qmp).await {
+            tracing::warn!(vm = %vm.name, error = chain(&error), "QEMU did not announce itself");
+        }
+    }
+    inner.record = record;
+    inner.migration = None;
+    if let Some(qemu) = qemu {
+        run::watch(agent, vm, &mut inner, qemu).await;
+    }
+    Ok(())
+}
+
+/// After a restart: a VM that was owned and may not have been let run yet.
+pub(crate) async fn go_on_as_owner(agent: &Arc<Agent>, vm: &Arc<Vm>, paused: bool) -> Outcome<()> {
+    let inner = vm.lock().await;
+    if let Some(qemu) = inner.qemu.as_ref().filter(|_| !paused) {
+        let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
+        if matches!(
+            status,
+            power::RunState::Paused | power::RunState::Inmigrate | power::RunState::Prelaunch
+        ) {
+            power::cont(&qemu.qmp).await.or_fail("running the guest at the destination")?;
+            announce_everywhere(agent, vm, &inner.definition).await;
+        }
+    }
+    Ok(())
+}
+
+async fn announce_everywhere(agent: &Agent, vm: &Vm, definition: &VmDefinition) {
+    let addresses = vm.addresses.list();
+    for nic in &definition.nics {
+        if let (Some(mac), Some(link)) = (nic.mac, run::switch_link(agent, &nic.switch).await) {
+            announce::announce(link, mac, &addresses);
+        }
+    }
+}
+
+async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
+    let events = inner
+        .events
+        .as_mut()
+        .ok_or_else(|| Failure::conflict("nothing was received for this migration yet"))?;
+    let mut ram = !with_ram;
+    let mut disks = false;
+    while !(ram && disks) {
+        match events.recv().await {
+            Some(PlaneEvent::RamDelivered) => ram = true,
+            Some(PlaneEvent::DisksEqual) => disks = true,
+            Some(PlaneEvent::Failed(error)) => {
+                return Err(Failure::internal(format!("receiving: {}", chain(&error))));
+            }
+            None => return Err(Failure::internal("the data plane ended")),
+        }
+    }
+    Ok(())
+}
+
+async fn wait_loaded(qemu: &Qemu) -> Outcome<()> {
+    loop {
+        let status = migrate::status(&qemu.qmp)
+            .await
+            .or_fail("the destination's QEMU ended while it loaded the VM; see qemu.log")?;
+        match status.status {
+            MigrationStatus::Completed => return Ok(()),
+            MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                return Err(Failure::internal(format!(
+                    "the destination's QEMU could not load the VM: {}",
+                    status.error_desc.unwrap_or_default()
+                )));
+            }
+            _ => tokio::time::sleep(LOOK_EVERY).await,
+        }
+    }
+}
+
+async fn compare_fully(
+    agent: &Agent,
+    definition: &VmDefinition,
+    qemu: Option<&Qemu>,
+    request: &ReadyRequest,
+) -> Outcome<()> {
+    let different = |what: &str| {
+        Failure::internal(format!(
+            "{what} differs between source and destination: nothing was handed over; this is a \
+             fault in Limosa or in a host's memory or disk"
+        ))
+    };
+    if let (Some(theirs), Some(qemu)) = (&request.full_ram_digest, qemu) {
+        let ours = verify::ram(&qemu.process, definition.memory_bytes()).await?;
+        if ours != *theirs {
+            return Err(different("RAM"));
+        }
+    }
+    if let Some(theirs) = &request.full_disk_digests {
+        let own = definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
+        for (disk, theirs) in own.zip(theirs) {
+            if verify::disk(agent, disk).await? != *theirs {
+                return Err(different(&format!("disk {}", disk.id)));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,49 @@
+//! Full verification: digests of what really stands in RAM and in images.
+
+use limosa_protocol::vm::Disk;
+use limosa_qemu::image;
+use limosa_qemu::process::{self, ProcessId};
+
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::vm::{create, files};
+
+/// Digest of a QEMU's whole guest RAM.
+pub(crate) async fn ram(qemu: &ProcessId, size_bytes: u64) -> Outcome<String> {
+    let doing = "reading RAM again";
+    let memory = process::ram_backend_file(qemu, size_bytes).or_fail(doing)?;
+    let digest =
+        tokio::task::spawn_blocking(move || limosa_plane::full_ram_digest(&memory, size_bytes))
+            .await
+            .or_fail(doing)?
+            .or_fail(doing)?;
+    Ok(format!("{digest:032x}"))
+}
+
+/// Digest of what the guest sees on a disk that nobody writes to.
+pub(crate) async fn disk(agent: &Agent, disk: &Disk) -> Outcome<String> {
+    let path = files::image(disk)?;
+    let doing = format!("reading {} again", path.display());
+    let mut child = image::read_content(&agent.qemu.img, path, create::format_of(disk.format))
+        .or_fail(&doing)?;
+    let content = child.stdout.take().ok_or_else(|| Failure::internal(doing.clone()))?;
+    let digest = digest(content).await.or_fail(&doing)?;
+    if child.wait().await.or_fail(&doing)?.success() {
+        Ok(digest)
+    } else {
+        Err(Failure::internal(format!("{doing}: the image tool failed")))
+    }
+}
+
+async fn digest(mut content: impl tokio::io::AsyncRead + Unpin) -> std::io::Result<String> {
+    use tokio::io::AsyncReadExt;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let length = content.read(&mut buffer).await?;
+        if length == 0 {
+            return Ok(hasher.finalize().to_string());
+        }
+        hasher.update(&buffer[..length]);
+    }
+}

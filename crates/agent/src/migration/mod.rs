@@ -1,0 +1,136 @@
+//! Migrations: the jobs under way, and what is told of those that ended.
+//!
+//! ```text
+//!            source                                   destination
+//!  outgoing: prepare ──── offer, files, receive ────► incoming: place, images, QEMU
+//!            mirror  ════ disk frames ══════════════► its NBD export
+//!            pre-copy ═══ RAM frames ═══════════════► its memfd
+//!            switchover ─ ready? ───────────────────► flush, compare, record `ready`
+//!            record `handed-over` ─ commit ─────────► record `owner`, run, announce
+//!            retire                                   done
+//! ```
+//!
+//! **Invariants.** The source lets its guest run again only while its record
+//! says `offered`. The destination runs the guest only once its record says
+//! `owner`, and writes that only on a commit, or on the source's word after a
+//! restart that it handed over.
+
+pub(crate) mod compare;
+pub(crate) mod incoming;
+pub(crate) mod job;
+pub(crate) mod outgoing;
+pub(crate) mod recover;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use limosa_protocol::id::{HostName, MigrationId};
+use limosa_protocol::migration::{Migration, Role};
+use tokio::sync::watch;
+
+use crate::failure::{Failure, Outcome};
+use crate::store::{MigrationRecord, Store};
+use incoming::Incoming;
+use job::Job;
+
+/// Most migrations under way on a host, both ways together.
+pub(crate) const UNDER_WAY_COUNT_MAX: usize = 16;
+
+/// All migrations under way.
+#[derive(Default)]
+pub(crate) struct Migrations {
+    under_way: Mutex<BTreeMap<MigrationId, UnderWay>>,
+}
+
+/// One migration under way.
+#[derive(Clone)]
+struct UnderWay {
+    job: Arc<Job>,
+    incoming: Option<Arc<Incoming>>,
+}
+
+impl Migrations {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, UnderWay>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a job, unless there are too many.
+    pub(crate) fn add(&self, job: Arc<Job>, incoming: Option<Arc<Incoming>>) -> Outcome<()> {
+        let mut under_way = self.lock();
+        if under_way.len() >= UNDER_WAY_COUNT_MAX {
+            return Err(Failure::conflict(format!(
+                "{UNDER_WAY_COUNT_MAX} migrations are under way on this host: wait for one to end"
+            )));
+        }
+        under_way.insert(job.id(), UnderWay { job, incoming });
+        Ok(())
+    }
+
+    /// Forgets a job that ended; its record stays in the store.
+    pub(crate) fn remove(&self, id: MigrationId) {
+        self.lock().remove(&id);
+    }
+
+    /// The receiving half of a migration under way from a host.
+    pub(crate) fn incoming(&self, id: MigrationId, from: &HostName) -> Option<Arc<Incoming>> {
+        let incoming = self.lock().get(&id)?.incoming.clone()?;
+        (incoming.source() == from).then_some(incoming)
+    }
+
+    /// Any migration under way with a host.
+    pub(crate) fn under_way_with(&self, host: &HostName) -> Option<MigrationId> {
+        self.lock().values().find_map(|under_way| {
+            let view = under_way.job.view();
+            let peer = match view.role {
+                Role::Source => &view.destination,
+                Role::Destination => &view.source,
+            };
+            (peer == host).then_some(view.id)
+        })
+    }
+
+    /// All migrations, the oldest first: those recorded, as they are now.
+    pub(crate) fn list(&self, store: &Store) -> Outcome<Vec<Migration>> {
+        let recorded = store.all::<MigrationRecord>()?;
+        let mut views: BTreeMap<_, _> =
+            recorded.into_iter().map(|(_, record)| (record.view.id, record.view)).collect();
+        for (id, under_way) in self.lock().iter() {
+            views.insert(*id, under_way.job.view());
+        }
+        Ok(views.into_values().collect())
+    }
+
+    /// One migration as it is now.
+    pub(crate) fn view(&self, store: &Store, id: MigrationId) -> Outcome<Migration> {
+        if let Some(under_way) = self.lock().get(&id) {
+            return Ok(under_way.job.view());
+        }
+        let record: Option<MigrationRecord> = store.get(&id.to_string())?;
+        record.map(|record| record.view).ok_or_else(|| {
+            Failure::not_found(format!(
+                "no migration {id}: `limosa migration list` shows those there are"
+            ))
+        })
+    }
+
+    /// The views of a migration under way, as they change.
+    pub(crate) fn subscribe(&self, id: MigrationId) -> Option<watch::Receiver<Migration>> {
+        self.lock().get(&id).map(|under_way| under_way.job.subscribe())
+    }
+
+    /// Asks a migration to end; it does so on its own time.
+    pub(crate) fn cancel(&self, store: &Store, id: MigrationId) -> Outcome<Migration> {
+        let under_way = self.lock().get(&id).cloned();
+        match under_way {
+            Some(under_way) => {
+                under_way.job.cancel()?;
+                Ok(under_way.job.view())
+            }
+            None => {
+                let view = self.view(store, id)?;
+                let end = view.outcome.map_or("unknown", |outcome| outcome.as_str());
+                Err(Failure::conflict(format!("migration {id} has ended already: {end}")))
+            }
+        }
+    }
+}

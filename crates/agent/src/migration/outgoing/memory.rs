@@ -1,0 +1,136 @@
+//! `pre-copy`: RAM in rounds while the guest runs, until the rest is small
+//! enough to move within the downtime limit.
+//!
+//! QEMU decides by the speed at which the agent takes its stream (the window is
+//! small, so that speed is the network's) and its `downtime-limit`. The agent
+//! holds that limit low at first, so that an easy guest stops for the shortest
+//! time, and raises it round by round up to what the operator allows.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use limosa_protocol::migration::Phase;
+use limosa_qemu::migrate::{self, MigrationStatus, SourceParameters};
+use limosa_qemu::qmp::QmpEvent;
+use tokio::sync::broadcast;
+
+use super::Source;
+use super::mirror::{Rate, transfer};
+use super::switchover::Switched;
+use crate::failure::{Failure, OrFail, Outcome, chain};
+
+/// How often progress is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Downtime that is aimed for first, in milliseconds.
+const DOWNTIME_FIRST_MS: u32 = 20;
+/// Rounds that are given to each downtime limit before it is raised.
+const ROUNDS_PER_LIMIT: u64 = 2;
+
+impl Source {
+    /// Copies RAM and ends with the guest stopped and everything on its way.
+    pub(super) async fn pre_copy(&mut self) -> Outcome<Switched> {
+        let mut events = self.qemu.qmp.events();
+        self.start_memory().await?;
+        let most_ms = self.offer.request.downtime_limit_ms.max(1);
+        let mut limit_ms = DOWNTIME_FIRST_MS.min(most_ms);
+        let mut limit_round = 0;
+        let mut memory = Rate::new();
+        let mut wire = Rate::new();
+        loop {
+            if self.wait_for_stop(&mut events).await? {
+                return self.switch_over(events).await;
+            }
+            self.check_exports()?;
+            let status = migrate::status(&self.qemu.qmp).await.or_fail("asking QEMU")?;
+            match status.status {
+                MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                    return Err(memory_failure(status.error_desc.as_deref()));
+                }
+                _ => {}
+            }
+            let Some(ram) = status.ram else { continue };
+            let total = self.offer.definition.memory_bytes();
+            let done = total.saturating_sub(ram.remaining_bytes);
+            let moment = transfer(done, total, &mut memory);
+            self.job.progress(|progress| {
+                progress.memory = moment;
+                progress.round = ram.dirty_sync_count;
+                progress.dirty_pages_per_second = ram.dirty_pages_rate;
+            });
+            self.tell_moved(&mut wire);
+            if limit_round == 0 {
+                limit_round = ram.dirty_sync_count;
+            }
+            if ram.dirty_sync_count >= limit_round + ROUNDS_PER_LIMIT && limit_ms < most_ms {
+                limit_ms = (limit_ms * 2).min(most_ms);
+                limit_round = ram.dirty_sync_count;
+                migrate::set_downtime_limit(&self.qemu.qmp, limit_ms)
+                    .await
+                    .or_fail("raising QEMU's downtime limit")?;
+            }
+        }
+    }
+
+    async fn start_memory(&mut self) -> Outcome<()> {
+        let doing = "starting the move of RAM";
+        let socket = self.agent.runtime_folder(&self.vm.name).join("migrate.sock");
+        std::fs::remove_file(&socket).ok();
+        let listener = UnixListener::bind(&socket).or_fail(doing)?;
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).or_fail(doing)?;
+        let plane =
+            self.plane.as_ref().ok_or_else(|| Failure::internal("the data plane is not up"))?;
+        plane.attach_migration_socket(listener).or_fail(doing)?;
+        let most_ms = self.offer.request.downtime_limit_ms.max(1);
+        let qmp = &self.qemu.qmp;
+        migrate::prepare_source(
+            qmp,
+            &SourceParameters { downtime_limit_ms: DOWNTIME_FIRST_MS.min(most_ms) },
+        )
+        .await
+        .or_fail(doing)?;
+        migrate::start_outgoing(qmp, &socket).await.or_fail(doing)
+    }
+
+    /// Waits a moment; `true` once QEMU has stopped the guest and waits.
+    async fn wait_for_stop(&mut self, events: &mut broadcast::Receiver<QmpEvent>) -> Outcome<bool> {
+        let until = Instant::now() + LOOK_EVERY;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match tokio::time::timeout(left, events.recv()).await {
+                Ok(Ok(event)) => match migrate::migration_event(&event) {
+                    Some(MigrationStatus::PreSwitchover) => return Ok(true),
+                    Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => {
+                        let status = migrate::status(&self.qemu.qmp).await.ok();
+                        let why = status.and_then(|status| status.error_desc);
+                        return Err(memory_failure(why.as_deref()));
+                    }
+                    _ => {}
+                },
+                Ok(Err(broadcast::error::RecvError::Lagged(_))) => {}
+                Ok(Err(broadcast::error::RecvError::Closed)) => {
+                    return Err(Failure::internal("QEMU of the VM ended"));
+                }
+                Err(_elapsed) => return Ok(false),
+            }
+        }
+    }
+
+    /// From the stopped guest to the point where only the commit is missing.
+    async fn switch_over(&mut self, events: broadcast::Receiver<QmpEvent>) -> Outcome<Switched> {
+        self.job.enter(Phase::Switchover);
+        self.finish_memory(events).await
+    }
+}
+
+pub(super) fn memory_failure(why: Option<&str>) -> Failure {
+    Failure::internal(format!(
+        "QEMU ended its migration: {}",
+        why.unwrap_or("it does not say why; see qemu.log in the VM's configuration folder")
+    ))
+}
+
+/// The text of a QMP failure.
+pub(super) fn qmp_failure(doing: &str, error: &limosa_qemu::qmp::QmpError) -> Failure {
+    Failure::internal(format!("{doing}: {}", chain(error)))
+}

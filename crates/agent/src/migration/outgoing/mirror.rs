@@ -1,0 +1,150 @@
+//! `mirror`: QEMU copies each disk into an NBD export of this agent, whose
+//! blocks cross on the channels; from `ready` on both sides stay equal.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use limosa_plane::nbd::server::{self, Export};
+use limosa_protocol::id::DiskId;
+use limosa_protocol::migration::Transfer;
+use limosa_protocol::vm::DiskKind;
+use limosa_qemu::block;
+use limosa_qemu::launch::disk_node;
+
+use super::Source;
+use crate::failure::{Failure, OrFail, Outcome};
+
+/// How often progress is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Blocks that a mirror handles at a time, in bytes.
+const GRANULARITY_BYTES: u32 = 64 << 10;
+
+/// Name of a disk's mirror job and of its target node.
+pub(crate) fn mirror_name(disk: &DiskId) -> String {
+    format!("{MIRROR_PREFIX}{disk}")
+}
+
+/// Beginning of the names of all jobs and nodes of a migration.
+pub(crate) const MIRROR_PREFIX: &str = "mirror-";
+
+/// Rate of something that grows, over the last look.
+pub(super) struct Rate {
+    last: Instant,
+    last_bytes: u64,
+    per_second: u64,
+}
+
+impl Rate {
+    pub(super) fn new() -> Self {
+        Self { last: Instant::now(), last_bytes: 0, per_second: 0 }
+    }
+
+    /// Takes a new total; gives bytes per second, smoothed.
+    pub(super) fn update(&mut self, bytes: u64) -> u64 {
+        let now = Instant::now();
+        let millis = super::super::job::millis(now - self.last).max(1);
+        let fresh = bytes.saturating_sub(self.last_bytes).saturating_mul(1000) / millis;
+        self.per_second =
+            if self.per_second == 0 { fresh } else { (self.per_second * 3 + fresh) / 4 };
+        self.last = now;
+        self.last_bytes = bytes;
+        self.per_second
+    }
+}
+
+/// A moment of a transfer.
+pub(super) fn transfer(done_bytes: u64, total_bytes: u64, rate: &mut Rate) -> Transfer {
+    let per_second = rate.update(done_bytes);
+    Transfer {
+        done_bytes,
+        total_bytes,
+        rate_bytes_per_second: per_second,
+        left_seconds: total_bytes.saturating_sub(done_bytes).checked_div(per_second),
+    }
+}
+
+impl Source {
+    pub(super) async fn mirror(&mut self) -> Outcome<()> {
+        let disks: Vec<DiskId> = self.disk_ids();
+        for (index, id) in disks.iter().enumerate() {
+            self.start_mirror(u16::try_from(index).unwrap_or(u16::MAX), id).await?;
+        }
+        let mut rates: Vec<Rate> = disks.iter().map(|_| Rate::new()).collect();
+        let mut wire = Rate::new();
+        loop {
+            self.check_exports()?;
+            let jobs = block::jobs(&self.qemu.qmp).await.or_fail("asking QEMU for its mirrors")?;
+            let mut all_ready = true;
+            for (id, rate) in disks.iter().zip(&mut rates) {
+                let name = mirror_name(id);
+                let job = jobs.iter().find(|job| job.id == name).ok_or_else(|| {
+                    Failure::internal(format!("the mirror of disk {id} ended by itself"))
+                })?;
+                if let Some(error) = &job.error {
+                    return Err(Failure::internal(format!("mirroring disk {id}: {error}")));
+                }
+                all_ready &= job.ready;
+                let moment = transfer(job.offset, job.len, rate);
+                self.job.progress(|progress| {
+                    progress.disks.insert(id.clone(), moment);
+                });
+            }
+            self.tell_moved(&mut wire);
+            if all_ready {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    pub(super) fn disk_ids(&self) -> Vec<DiskId> {
+        let disks = self.offer.definition.disks.iter();
+        disks.filter(|disk| disk.kind == DiskKind::Disk).map(|disk| disk.id.clone()).collect()
+    }
+
+    async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Outcome<()> {
+        let doing = format!("mirroring disk {id}");
+        let name = mirror_name(id);
+        let socket = self.agent.runtime_folder(&self.vm.name).join(format!("{name}.sock"));
+        std::fs::remove_file(&socket).ok();
+        let listener = UnixListener::bind(&socket).or_fail(&doing)?;
+        // The folder lets nobody in but QEMU's user and root.
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666))
+            .or_fail(&doing)?;
+        let facts = &self.offer.disks[usize::from(index)];
+        let plane =
+            self.plane.as_ref().ok_or_else(|| Failure::internal("the data plane is not up"))?;
+        let sink = plane.disk_sink(index).or_fail(&doing)?;
+        let export = Export { name: id.to_string(), size_bytes: facts.virtual_bytes };
+        self.exports.push(server::serve(listener, export, sink).or_fail(&doing)?);
+        let qmp = &self.qemu.qmp;
+        block::add_nbd_node(qmp, &name, &socket, id.as_str()).await.or_fail(&doing)?;
+        block::start_mirror(qmp, &name, &disk_node(id.as_str()), &name, GRANULARITY_BYTES)
+            .await
+            .or_fail(&doing)
+    }
+
+    /// Fails when the data plane or an export failed.
+    pub(super) fn check_exports(&mut self) -> Outcome<()> {
+        if let Some(events) = &mut self.events {
+            while let Ok(event) = events.try_recv() {
+                if let limosa_plane::PlaneEvent::Failed(error) = event {
+                    return Err(super::plane_failure(&error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells what moved so far.
+    pub(super) fn tell_moved(&self, wire: &mut Rate) {
+        let Some(plane) = &self.plane else { return };
+        let moved = plane.moved();
+        let per_second = wire.update(moved.wire_bytes);
+        self.job.progress(|progress| {
+            progress.moved = moved;
+            progress.wire_bytes_per_second = per_second;
+        });
+    }
+}

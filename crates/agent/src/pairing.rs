@@ -1,0 +1,263 @@
+//! Pairing with another host, both sides, and the list of those it led to.
+//!
+//! ```text
+//! operator at B: invite ─► code          operator at A: pair B, code
+//! A ── TLS, any certificate ── POST /pair/v1/start  [`Start`]  ─► B
+//!   ◄─ Answer: proves that B knows the code and sees A's certificate
+//!   ── POST /pair/v1/finish  Confirmation: proves the same of A ─► B trusts A
+//! A trusts B
+//! ```
+//!
+//! **Invariant.** A certificate is trusted only after the proof, and is on the
+//! disk before the other side is told.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::routing::post;
+use axum::{Extension, Json, Router};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1::SendRequest;
+use hyper_util::rt::TokioIo;
+use limosa_auth::pairing::{Answer, Confirmation, Initiator, Invitation, Offer, Responder};
+use limosa_auth::{Fingerprint, Role, TrustedPeer, tls};
+use limosa_protocol::api::{self, BODY_BYTES_MAX, PairRequest, PairedHost};
+use limosa_protocol::id::HostName;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+use crate::agent::{Agent, encode_hex, now_unix_s, pairing_connector};
+use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::listen::Caller;
+use crate::peer_link::{connect, with_port};
+use crate::store::PeerRecord;
+
+/// First request of a pairing.
+#[derive(Debug, Serialize, Deserialize)]
+struct Start {
+    offer: Offer,
+    /// TCP port on which the initiator's agent answers.
+    port: u16,
+}
+
+/// What one pairing connection is in the middle of.
+#[derive(Default)]
+struct Conversation(Mutex<Option<(Responder, u16)>>);
+
+/// Routes for strangers, one router for each connection: its state is theirs.
+pub(crate) fn router(agent: Arc<Agent>) -> Router {
+    Router::new()
+        .route("/pair/v1/start", post(start))
+        .route("/pair/v1/finish", post(finish))
+        .with_state((agent, Arc::new(Conversation::default())))
+}
+
+type Shared = State<(Arc<Agent>, Arc<Conversation>)>;
+
+async fn start(
+    State((agent, conversation)): Shared,
+    Extension(caller): Extension<Caller>,
+    Json(start): Json<Start>,
+) -> Outcome<Json<Answer>> {
+    let (certificate_der, _) = stranger(&caller)?;
+    let code = agent
+        .with_invitation(|invitation| {
+            invitation.as_mut().map(|invitation| invitation.begin_attempt(now_unix_s()))
+        })
+        .ok_or_else(not_invited)?
+        .map_err(|error| Failure::forbidden(error.to_string()))?;
+    let peer = Fingerprint::of_certificate(&certificate_der);
+    let own = agent.identity.fingerprint();
+    let (responder, answer) =
+        Responder::respond(&code, own, peer, agent.name.as_str(), &start.offer)
+            .map_err(|error| Failure::bad_request(error.to_string()))?;
+    *conversation.0.lock().await = Some((responder, start.port));
+    Ok(Json(answer))
+}
+
+async fn finish(
+    State((agent, conversation)): Shared,
+    Extension(caller): Extension<Caller>,
+    Json(confirmation): Json<Confirmation>,
+) -> Outcome<Json<()>> {
+    let (certificate_der, address) = stranger(&caller)?;
+    let (responder, port) = conversation
+        .0
+        .lock()
+        .await
+        .take()
+        .ok_or_else(|| Failure::bad_request("a pairing begins with its start"))?;
+    if responder.peer_fingerprint() != Fingerprint::of_certificate(&certificate_der) {
+        return Err(Failure::forbidden("the pairing was begun with another certificate"));
+    }
+    let name =
+        responder.finish(&confirmation).map_err(|error| Failure::forbidden(error.to_string()))?;
+    agent
+        .with_invitation(|invitation| {
+            let used = invitation.as_mut().map(|open| open.complete(now_unix_s()));
+            *invitation = None;
+            used
+        })
+        .ok_or_else(not_invited)?
+        .map_err(|error| Failure::forbidden(error.to_string()))?;
+    let address = std::net::SocketAddr::new(address.ip().to_canonical(), port).to_string();
+    record(&agent, &name, certificate_der, address)?;
+    Ok(Json(()))
+}
+
+fn not_invited() -> Failure {
+    Failure::forbidden("no invitation is open: run `limosa host invite` here first")
+}
+
+fn stranger(caller: &Caller) -> Outcome<(Vec<u8>, std::net::SocketAddr)> {
+    match caller {
+        Caller::Stranger { certificate_der, address } => Ok((certificate_der.clone(), *address)),
+        _ => Err(Failure::forbidden("only for hosts that are not paired yet")),
+    }
+}
+
+/// Opens an invitation, in place of one that was open.
+pub(crate) fn invite(agent: &Agent) -> Outcome<api::Invitation> {
+    let invitation = Invitation::new(now_unix_s()).or_fail("making a pairing code")?;
+    let answer = api::Invitation {
+        code: invitation.code().to_string(),
+        expires_unix_s: invitation.expires_at_unix_s(),
+    };
+    agent.with_invitation(|open| *open = Some(invitation));
+    Ok(answer)
+}
+
+/// Pairs with the host that shows the code.
+pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Outcome<PairedHost> {
+    let code = request.code.parse().map_err(|error| {
+        Failure::bad_request(format!("{error}: type it as `limosa host invite` shows it"))
+    })?;
+    let address = with_port(&request.address);
+    let stream = connect(&address, &pairing_connector(agent)).await.map_err(|what| {
+        Failure::peer(format!(
+            "no pairing with {address}: {what} (an invitation must be open there: \
+             `limosa host invite`)"
+        ))
+    })?;
+    let certificate = tls::peer_certificate(stream.get_ref().1)
+        .ok_or_else(|| Failure::peer(format!("{address} shows no certificate")))?
+        .as_ref()
+        .to_vec();
+    let peer = Fingerprint::of_certificate(&certificate);
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.or_fail("pairing")?;
+    tokio::spawn(connection);
+    let (initiator, offer) =
+        Initiator::start(&code, agent.identity.fingerprint(), peer, agent.name.as_str())
+            .map_err(|error| Failure::bad_request(error.to_string()))?;
+    let port = agent.config.listen.first().map_or(api::PORT, std::net::SocketAddr::port);
+    let answer: Answer = ask(&mut sender, "/pair/v1/start", &Start { offer, port }).await?;
+    let (confirmation, name) =
+        initiator.finish(&answer).map_err(|error| Failure::forbidden(error.to_string()))?;
+    let known = agent.trust.contains(&peer);
+    // Should the last answer be lost, the other host may trust us, and we trust
+    // it: so it is recorded before the confirmation leaves, and forgotten only
+    // when the other host says that it refused.
+    let recorded = record(agent, &name, certificate, address)?;
+    match ask::<_, ()>(&mut sender, "/pair/v1/finish", &confirmation).await {
+        Ok(()) => Ok(recorded),
+        Err(refused) if refused.0.code == api::FailureCode::Forbidden => {
+            if !known {
+                unpair(agent, &recorded.name)?;
+            }
+            Err(refused)
+        }
+        Err(lost) => Err(Failure::peer(format!(
+            "{lost}; {name} is trusted here, but may not trust this host yet: pair again to be sure"
+        ))),
+    }
+}
+
+async fn ask<B: Serialize, R: DeserializeOwned>(
+    sender: &mut SendRequest<Full<Bytes>>,
+    path: &str,
+    body: &B,
+) -> Outcome<R> {
+    let bytes = serde_json::to_vec(body).or_fail("writing a pairing message")?;
+    let request = hyper::Request::post(path)
+        .header("host", "limosa")
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(bytes)))
+        .or_fail("writing a pairing message")?;
+    let lost = |what: String| Failure::peer(format!("the pairing was cut off: {what}"));
+    let answer = sender.send_request(request).await.map_err(|error| lost(chain(&error)))?;
+    let is_success = answer.status().is_success();
+    let bytes = Limited::new(answer.into_body(), BODY_BYTES_MAX)
+        .collect()
+        .await
+        .map_err(|error| lost(error.to_string()))?
+        .to_bytes();
+    if is_success {
+        serde_json::from_slice(&bytes).map_err(|error| lost(error.to_string()))
+    } else {
+        Err(serde_json::from_slice(&bytes).map_or_else(|error| lost(error.to_string()), Failure))
+    }
+}
+
+fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> Outcome<PairedHost> {
+    let name: HostName = name.parse().map_err(|error| Failure::bad_request(format!("{error}")))?;
+    if name == agent.name {
+        return Err(Failure::conflict(format!(
+            "both hosts are called {name}: give one of them another `name` in its configuration"
+        )));
+    }
+    let fingerprint = Fingerprint::of_certificate(&certificate);
+    let known: Option<PeerRecord> = agent.store.get(name.as_str())?;
+    if known.is_some_and(|known| known.fingerprint != fingerprint.to_string()) {
+        return Err(Failure::conflict(format!(
+            "another host is already paired as {name}: `limosa host unpair {name}` first, \
+             if that one is gone"
+        )));
+    }
+    let peer = PeerRecord {
+        fingerprint: fingerprint.to_string(),
+        certificate_hex: encode_hex(&certificate),
+        address: address.clone(),
+    };
+    // First what may be refused, then the disk: a record that cannot be trusted
+    // would keep the agent from starting.
+    agent
+        .trust
+        .insert(TrustedPeer::new(name.to_string(), Role::Host, certificate))
+        .map_err(|error| Failure::conflict(error.to_string()))?;
+    if let Err(error) = agent.store.put(name.as_str(), &peer) {
+        agent.trust.remove(name.as_str());
+        return Err(error.into());
+    }
+    tracing::info!(peer = %name, %address, %fingerprint, "paired");
+    Ok(PairedHost { name, address, fingerprint: peer.fingerprint })
+}
+
+/// Trusts a host no more.
+pub(crate) fn unpair(agent: &Agent, name: &HostName) -> Outcome<()> {
+    if agent.store.get::<PeerRecord>(name.as_str())?.is_none() {
+        return Err(Failure::not_found(format!(
+            "no host {name} is paired with this one: `limosa host list` shows those that are"
+        )));
+    }
+    agent.trust.remove(name.as_str());
+    agent.store.remove::<PeerRecord>(name.as_str())?;
+    tracing::info!(peer = %name, "unpaired");
+    Ok(())
+}
+
+/// All paired hosts.
+pub(crate) fn list(agent: &Agent) -> Outcome<Vec<PairedHost>> {
+    let peers = agent.store.all::<PeerRecord>()?;
+    peers
+        .into_iter()
+        .map(|(name, peer)| {
+            let name = name
+                .parse()
+                .map_err(|error| Failure::internal(format!("in the state store: {error}")))?;
+            Ok(PairedHost { name, address: peer.address, fingerprint: peer.fingerprint })
+        })
+        .collect()
+}

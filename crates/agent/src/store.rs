@@ -1,0 +1,346 @@
+//! What the agent must not forget: an embedded transactional store.
+//!
+//! | table | key | value |
+//! |-------|-----|-------|
+//! | `vms` | name | [`VmRecord`] |
+//! | `migrations` | id | [`MigrationRecord`] |
+//! | `peers` | name | [`PeerRecord`] |
+//! | `operators` | name | [`OperatorRecord`] |
+//! | `switches` | name | [`limosa_protocol::api::Switch`] |
+//!
+//! **Invariants.** A `put` or `remove` that returned `Ok` is on the disk. One
+//! agent has a state folder: the second finds the lock taken and ends.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use limosa_protocol::api::Switch;
+use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
+use limosa_protocol::migration::{Migration, Role};
+use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::process::ProcessId;
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Most ended migrations that are kept; the oldest go first.
+pub(crate) const MIGRATIONS_KEPT_MAX: usize = 200;
+
+type Table = TableDefinition<'static, &'static str, &'static [u8]>;
+
+/// Each kind of record has its table.
+pub(crate) trait Record: Serialize + DeserializeOwned {
+    const TABLE: &'static str;
+}
+
+/// A VM that belongs to this host, or did until its migration ends.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct VmRecord {
+    /// Folder that holds the definition.
+    pub(crate) configuration: PathBuf,
+    pub(crate) epoch: Epoch,
+    /// Its QEMU, from its start to its end.
+    pub(crate) run: Option<RunRecord>,
+}
+
+/// A QEMU that this agent started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RunRecord {
+    pub(crate) process: ProcessId,
+    pub(crate) accelerator: String,
+    pub(crate) cgroup: Option<PathBuf>,
+}
+
+/// How far this host's half of a migration got. The order of a source is
+/// offered, handed-over, done; of a destination preparing, ready, owner, done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Stage {
+    /// Source: the VM is still ours alone.
+    Offered,
+    /// Source: the commit point is passed; it must never run here again.
+    HandedOver,
+    /// Destination: receiving.
+    Preparing,
+    /// Destination: holds everything, waits for the commit.
+    Ready,
+    /// Destination: the VM is ours.
+    Owner,
+    /// Destination: gave up, ran nothing.
+    Declined,
+    /// Nothing is left to do.
+    Done,
+}
+
+/// One migration, as far as it must survive the agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct MigrationRecord {
+    pub(crate) stage: Stage,
+    /// The epoch of the destination, once it owns the VM.
+    pub(crate) epoch: Epoch,
+    /// The guest was paused and stays so.
+    pub(crate) paused: bool,
+    pub(crate) retain_source_disks: bool,
+    /// What operators see of it.
+    pub(crate) view: Migration,
+    /// Destination: the VM as it will be here.
+    pub(crate) definition: Option<VmDefinition>,
+    /// Destination: files and folders made for it, to be removed if it declines.
+    pub(crate) made: Vec<PathBuf>,
+    /// Destination: its QEMU.
+    pub(crate) run: Option<RunRecord>,
+}
+
+impl MigrationRecord {
+    pub(crate) fn peer(&self) -> &HostName {
+        match self.view.role {
+            Role::Source => &self.view.destination,
+            Role::Destination => &self.view.source,
+        }
+    }
+}
+
+/// A host that this one trusts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PeerRecord {
+    pub(crate) fingerprint: String,
+    pub(crate) certificate_hex: String,
+    /// `ADDRESS:PORT` of its agent.
+    pub(crate) address: String,
+}
+
+/// An operator who may command from afar.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct OperatorRecord {
+    pub(crate) fingerprint: String,
+    pub(crate) certificate_hex: String,
+}
+
+impl Record for VmRecord {
+    const TABLE: &'static str = "vms";
+}
+impl Record for MigrationRecord {
+    const TABLE: &'static str = "migrations";
+}
+impl Record for PeerRecord {
+    const TABLE: &'static str = "peers";
+}
+impl Record for OperatorRecord {
+    const TABLE: &'static str = "operators";
+}
+impl Record for Switch {
+    const TABLE: &'static str = "switches";
+}
+
+/// Why the store could not be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    /// Another agent has the folder.
+    #[error(
+        "another limosad uses the state folder {}: stop it, or give this one its own `folder`",
+        folder.display()
+    )]
+    Locked {
+        /// The folder
+        folder: PathBuf,
+    },
+    /// A file of the folder cannot be used.
+    #[error("cannot use {}", path.display())]
+    Folder {
+        /// The file
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// The store refused; nothing can be said of what is on the disk.
+    #[error("the state store failed; look at the disk of the state folder, then restart limosad")]
+    Store(#[source] Box<redb::Error>),
+    /// A record was written by something else.
+    #[error("record {key:?} of table {table} is not readable")]
+    Record {
+        /// Which table
+        table: &'static str,
+        /// Which record
+        key: String,
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl<E: Into<redb::Error>> From<E> for StoreError {
+    fn from(error: E) -> Self {
+        Self::Store(Box::new(error.into()))
+    }
+}
+
+/// The open store.
+#[derive(Clone)]
+pub(crate) struct Store {
+    database: Arc<Database>,
+    _lock: Arc<File>,
+}
+
+impl Store {
+    /// Opens the store of a state folder, making both when missing.
+    pub(crate) fn open(folder: &Path) -> Result<Self, StoreError> {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StoreError::Folder { path, source }
+        };
+        std::fs::create_dir_all(folder).map_err(at(folder))?;
+        let lock_path = folder.join("lock");
+        let lock = File::create(&lock_path).map_err(at(&lock_path))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+            .map_err(|_| StoreError::Locked { folder: folder.to_owned() })?;
+        let database = Database::create(folder.join("state.redb"))?;
+        let write = database.begin_write()?;
+        for table in [
+            VmRecord::TABLE,
+            MigrationRecord::TABLE,
+            PeerRecord::TABLE,
+            OperatorRecord::TABLE,
+            Switch::TABLE,
+        ] {
+            write.open_table(Table::new(table))?;
+        }
+        write.commit()?;
+        Ok(Self { database: Arc::new(database), _lock: Arc::new(lock) })
+    }
+
+    /// Writes a record; on `Ok` it is on the disk.
+    pub(crate) fn put<R: Record>(&self, key: &str, record: &R) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(record).map_err(|source| StoreError::Record {
+            table: R::TABLE,
+            key: key.to_owned(),
+            source,
+        })?;
+        synced(|| {
+            let write = self.database.begin_write()?;
+            write.open_table(Table::new(R::TABLE))?.insert(key, bytes.as_slice())?;
+            write.commit()?;
+            Ok(())
+        })
+    }
+
+    /// Removes a record, if there is one; on `Ok` it is gone from the disk.
+    pub(crate) fn remove<R: Record>(&self, key: &str) -> Result<(), StoreError> {
+        synced(|| {
+            let write = self.database.begin_write()?;
+            write.open_table(Table::new(R::TABLE))?.remove(key)?;
+            write.commit()?;
+            Ok(())
+        })
+    }
+
+    /// Reads one record.
+    pub(crate) fn get<R: Record>(&self, key: &str) -> Result<Option<R>, StoreError> {
+        let table = self.database.begin_read()?.open_table(Table::new(R::TABLE))?;
+        table.get(key)?.map(|bytes| decode(key, bytes.value())).transpose()
+    }
+
+    /// Reads all records of a kind, by key.
+    pub(crate) fn all<R: Record>(&self) -> Result<Vec<(String, R)>, StoreError> {
+        let table = self.database.begin_read()?.open_table(Table::new(R::TABLE))?;
+        let mut records = Vec::new();
+        for entry in table.iter()? {
+            let (key, bytes) = entry?;
+            records.push((key.value().to_owned(), decode(key.value(), bytes.value())?));
+        }
+        Ok(records)
+    }
+
+    /// Writes a migration and the VM that it concerns in one step: the commit
+    /// of one is the commit of the other. `None` removes the VM.
+    pub(crate) fn put_migration_and_vm(
+        &self,
+        migration: &MigrationRecord,
+        vm: &VmName,
+        record: Option<&VmRecord>,
+    ) -> Result<(), StoreError> {
+        let key = migration.view.id.to_string();
+        let bad =
+            |source| StoreError::Record { table: MigrationRecord::TABLE, key: key.clone(), source };
+        let migration_bytes = serde_json::to_vec(migration).map_err(bad)?;
+        let vm_bytes = record.map(serde_json::to_vec).transpose().map_err(bad)?;
+        synced(|| {
+            let write = self.database.begin_write()?;
+            write
+                .open_table(Table::new(MigrationRecord::TABLE))?
+                .insert(key.as_str(), migration_bytes.as_slice())?;
+            {
+                let mut vms = write.open_table(Table::new(VmRecord::TABLE))?;
+                match &vm_bytes {
+                    Some(bytes) => vms.insert(vm.as_str(), bytes.as_slice())?,
+                    None => vms.remove(vm.as_str())?,
+                };
+            }
+            write.commit()?;
+            Ok(())
+        })
+    }
+
+    /// Forgets the oldest ended migrations beyond [`MIGRATIONS_KEPT_MAX`].
+    pub(crate) fn forget_old_migrations(&self) -> Result<Vec<MigrationId>, StoreError> {
+        // Keys are UUIDs of version 7: their order is the order of time.
+        let ended: Vec<_> = self
+            .all::<MigrationRecord>()?
+            .into_iter()
+            .filter(|(_, record)| matches!(record.stage, Stage::Done | Stage::Declined))
+            .collect();
+        let surplus = ended.len().saturating_sub(MIGRATIONS_KEPT_MAX);
+        let mut forgotten = Vec::new();
+        for (key, record) in ended.into_iter().take(surplus) {
+            self.remove::<MigrationRecord>(&key)?;
+            forgotten.push(record.view.id);
+        }
+        Ok(forgotten)
+    }
+}
+
+fn decode<R: Record>(key: &str, bytes: &[u8]) -> Result<R, StoreError> {
+    serde_json::from_slice(bytes).map_err(|source| StoreError::Record {
+        table: R::TABLE,
+        key: key.to_owned(),
+        source,
+    })
+}
+
+/// Waits for the disk without holding up the other tasks of this thread.
+fn synced<T>(work: impl FnOnce() -> T) -> T {
+    let many_threads = tokio::runtime::Handle::try_current().is_ok_and(|runtime| {
+        runtime.runtime_flavor() == tokio::runtime::RuntimeFlavor::MultiThread
+    });
+    if many_threads { tokio::task::block_in_place(work) } else { work() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_agent_is_turned_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Store::open(folder.path()).unwrap();
+        let refused = Store::open(folder.path()).err().unwrap().to_string();
+        assert!(refused.contains("another limosad"), "{refused}");
+        drop(first);
+        Store::open(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn records_survive_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = VmRecord { configuration: "/x".into(), epoch: Epoch(3), run: None };
+        {
+            let store = Store::open(folder.path()).unwrap();
+            store.put("web1", &record).unwrap();
+            store.put("web2", &record).unwrap();
+            store.remove::<VmRecord>("web2").unwrap();
+        }
+        let store = Store::open(folder.path()).unwrap();
+        assert_eq!(store.get::<VmRecord>("web1").unwrap().unwrap().epoch, Epoch(3));
+        assert!(store.get::<VmRecord>("web2").unwrap().is_none());
+        assert_eq!(store.all::<VmRecord>().unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,243 @@
+//! Making a VM, and deleting it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use limosa_protocol::id::Epoch;
+use limosa_protocol::vm::{Disk, DiskFormat, DiskKind, VmDefinition};
+use limosa_qemu::image::{self, ImageFormat};
+use uuid::Uuid;
+
+use super::{Vm, files, write_definition};
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::net::{Net, deterministic_mac};
+use crate::store::VmRecord;
+
+/// Machine type that stands for "the newest q35 of this QEMU".
+const MACHINE_ALIAS: &str = "q35";
+
+/// Makes a VM from a definition: checks all of it, then makes its files.
+pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> Outcome<Arc<Vm>> {
+    definition.check().map_err(|error| Failure::bad_request(error.to_string()))?;
+    complete(agent, &mut definition)?;
+    check_host(agent, &definition).await?;
+    let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
+    let record = VmRecord { configuration: configuration.clone(), epoch: Epoch(1), run: None };
+    // The name is taken from here on, so that a second request finds it taken.
+    let vm = Arc::new(Vm::new(definition.clone(), record.clone()));
+    let mut locked = vm.lock().await;
+    agent.add_vm(Arc::clone(&vm))?;
+    let mut made = Vec::new();
+    let result = make_files(agent, &mut definition, &mut made).await;
+    let result = result.and_then(|()| {
+        write_definition(&definition, &configuration)?;
+        Ok(agent.store.put(definition.name.as_str(), &record)?)
+    });
+    if let Err(failure) = result {
+        agent.drop_vm(&definition.name);
+        made.push(configuration.join("vm.toml"));
+        for left in files::remove_made(&made) {
+            tracing::warn!(vm = %definition.name, left, "not removed after a failed creation");
+        }
+        return Err(failure);
+    }
+    locked.definition = definition;
+    drop(locked);
+    tracing::info!(vm = %vm.name, "created");
+    Ok(vm)
+}
+
+/// Fills in everything that the definition leaves open.
+fn complete(agent: &Agent, definition: &mut VmDefinition) -> Outcome<()> {
+    let uuid = *definition.uuid.get_or_insert_with(Uuid::new_v4);
+    for (index, nic) in definition.nics.iter_mut().enumerate() {
+        nic.mac.get_or_insert_with(|| deterministic_mac(uuid, index));
+    }
+    definition.machine = resolve_machine(agent, &definition.machine)?;
+    files::fill_places(agent, definition);
+    Ok(())
+}
+
+fn resolve_machine(agent: &Agent, wished: &str) -> Outcome<String> {
+    let facts = &agent.qemu.facts;
+    let resolved = facts.resolve_machine(wished).ok_or_else(|| {
+        Failure::bad_request(format!(
+            "QEMU {} does not know the machine type {wished}: `{} -machine help` lists those it \
+             knows; {MACHINE_ALIAS} takes the newest",
+            facts.version,
+            agent.qemu.binary.display()
+        ))
+    })?;
+    Ok(resolved.to_owned())
+}
+
+async fn check_host(agent: &Agent, definition: &VmDefinition) -> Outcome<()> {
+    for nic in &definition.nics {
+        if agent.net.index(&Net::bridge_name(&nic.switch)).await?.is_none() {
+            return Err(Failure::bad_request(format!(
+                "no virtual switch {0} here: make it with `limosa switch create {0}`",
+                nic.switch
+            )));
+        }
+    }
+    for vm in agent.vms() {
+        let inner = vm.lock().await;
+        let other = &inner.definition;
+        if other.uuid == definition.uuid && other.name != definition.name {
+            return Err(Failure::conflict(format!("VM {} already has that uuid", other.name)));
+        }
+        for mac in definition.nics.iter().filter_map(|nic| nic.mac) {
+            if other.name != definition.name && other.nics.iter().any(|nic| nic.mac == Some(mac)) {
+                return Err(Failure::conflict(format!(
+                    "VM {} already has the MAC address {mac}",
+                    other.name
+                )));
+            }
+        }
+        for disk in &definition.disks {
+            let shared = other.disks.iter().find(|theirs| {
+                theirs.kind == DiskKind::Disk
+                    && disk.kind == DiskKind::Disk
+                    && theirs.path == disk.path
+            });
+            if let (true, Some(theirs)) = (other.name != definition.name, shared) {
+                return Err(Failure::conflict(format!(
+                    "VM {} already has the image {}: two VMs on one image destroy it",
+                    other.name,
+                    files::image(theirs)?.display()
+                )));
+            }
+        }
+    }
+    for path in definition.boot.kernel.iter().chain(&definition.boot.initrd) {
+        std::fs::File::open(path).map_err(|error| {
+            Failure::bad_request(format!("cannot read {}: {error}", path.display()))
+        })?;
+    }
+    for disk in &definition.disks {
+        check_disk(agent, disk).await?;
+    }
+    Ok(())
+}
+
+async fn check_disk(agent: &Agent, disk: &Disk) -> Outcome<()> {
+    let path = files::image(disk)?;
+    if !path.exists() {
+        return match (disk.kind, disk.size_mib) {
+            (DiskKind::Disk, Some(_)) => Ok(()),
+            (DiskKind::Disk, None) => Err(Failure::bad_request(format!(
+                "{} does not exist: give disk {} a size_mib to have it made, or the path of an \
+                 image",
+                path.display(),
+                disk.id
+            ))),
+            (DiskKind::Cdrom, _) => {
+                Err(Failure::bad_request(format!("{} does not exist", path.display())))
+            }
+        };
+    }
+    let facts = image::image_facts(&agent.qemu.img, path, format_of(disk.format)).await.map_err(
+        |error| {
+            Failure::bad_request(format!(
+                "{} is not an image of format {}: {}",
+                path.display(),
+                disk.format.as_str(),
+                crate::failure::chain(&error)
+            ))
+        },
+    )?;
+    if let Some(backing) = facts.backing {
+        return Err(Failure::bad_request(format!(
+            "{} stands on the image {backing}, which would not move with it: make it whole with \
+             `qemu-img convert -O {} {} NEW`",
+            path.display(),
+            disk.format.as_str(),
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
+/// A format in the words of the crate that knows QEMU.
+pub(crate) fn format_of(format: DiskFormat) -> ImageFormat {
+    match format {
+        DiskFormat::Raw => ImageFormat::Raw,
+        DiskFormat::Qcow2 => ImageFormat::Qcow2,
+    }
+}
+
+async fn make_files(
+    agent: &Agent,
+    definition: &mut VmDefinition,
+    made: &mut Vec<PathBuf>,
+) -> Outcome<()> {
+    files::make_places(&definition.places, made)?;
+    let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
+    let boot = &mut definition.boot;
+    for (from, name) in
+        [(&mut boot.kernel, files::KERNEL_FILE), (&mut boot.initrd, files::INITRD_FILE)]
+    {
+        let to = configuration.join(name);
+        if let Some(from) = from.as_mut().filter(|from| **from != to) {
+            files::copy(from, &to).or_fail(&format!(
+                "copying {} to {}",
+                from.display(),
+                to.display()
+            ))?;
+            made.push(to.clone());
+            *from = to;
+        }
+    }
+    for disk in &definition.disks {
+        let path = files::image(disk)?;
+        let Some(size_mib) = disk.size_mib.filter(|_| !path.exists()) else { continue };
+        make_image(agent, path, disk.format, size_mib << 20, made).await?;
+    }
+    Ok(())
+}
+
+/// Makes an empty image for QEMU's user.
+pub(crate) async fn make_image(
+    agent: &Agent,
+    path: &std::path::Path,
+    format: DiskFormat,
+    size_bytes: u64,
+    made: &mut Vec<PathBuf>,
+) -> Outcome<()> {
+    if let Some(folder) = path.parent() {
+        files::make_place(folder, made)
+            .or_fail(&format!("making the folder {}", folder.display()))?;
+    }
+    let doing = format!("making the image {}", path.display());
+    made.push(path.to_owned());
+    image::image_create(&agent.qemu.img, path, format_of(format), size_bytes)
+        .await
+        .or_fail(&doing)?;
+    agent.give_to_qemu(path).or_fail(&doing)
+}
+
+/// Deletes a VM that is off, with the files that lie in its own places.
+pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Outcome<()> {
+    let inner = vm.lock_for_change().await?;
+    if inner.qemu.is_some() {
+        return Err(Failure::conflict(format!(
+            "VM {0} runs: stop it first with `limosa vm stop {0}`",
+            vm.name
+        )));
+    }
+    agent.store.remove::<VmRecord>(vm.name.as_str())?;
+    agent.drop_vm(&vm.name);
+    let disks = inner.definition.places.disks.clone();
+    let mut all = files::everything(agent, &inner.definition, true);
+    // An image that an operator brought from elsewhere is theirs.
+    all.retain(|path| {
+        let is_image = inner.definition.disks.iter().any(|disk| disk.path.as_ref() == Some(path));
+        !is_image || disks.as_deref().is_some_and(|folder| path.starts_with(folder))
+    });
+    for left in files::remove_made(&all) {
+        tracing::warn!(vm = %vm.name, left, "not removed with its VM");
+    }
+    tracing::info!(vm = %vm.name, "deleted");
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! A VM's files: its four places, its images, its kernel.
+//!
+//! **Invariant.** Only what a VM's definition names, or what lies in the places
+//! that were made for it, is ever removed.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use limosa_protocol::id::VmName;
+use limosa_protocol::vm::{Disk, DiskKind, Places, VmDefinition};
+
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+
+/// Name of the kernel in a configuration folder.
+pub(crate) const KERNEL_FILE: &str = "kernel";
+/// Name of the initial RAM disk in a configuration folder.
+pub(crate) const INITRD_FILE: &str = "initrd";
+
+/// The four places of a VM whose files all lie in one folder.
+pub(crate) fn places_in(folder: &Path) -> Places {
+    Places {
+        configuration: Some(folder.to_owned()),
+        disks: Some(folder.join("disks")),
+        checkpoints: Some(folder.join("checkpoints")),
+        smart_paging: Some(folder.join("smart-paging")),
+    }
+}
+
+/// The usual folder of a VM.
+pub(crate) fn usual_folder(agent: &Agent, name: &VmName) -> PathBuf {
+    agent.config.folder.join("vms").join(name.as_str())
+}
+
+/// Fills in the places that a definition leaves open.
+pub(crate) fn fill_places(agent: &Agent, definition: &mut VmDefinition) {
+    let usual = places_in(&usual_folder(agent, &definition.name));
+    let places = &mut definition.places;
+    places.configuration = places.configuration.take().or(usual.configuration);
+    places.disks = places.disks.take().or(usual.disks);
+    places.checkpoints = places.checkpoints.take().or(usual.checkpoints);
+    places.smart_paging = places.smart_paging.take().or(usual.smart_paging);
+    if let Some(folder) = places.disks.clone() {
+        for disk in &mut definition.disks {
+            disk.path.get_or_insert_with(|| usual_image(&folder, disk.id.as_str(), disk.format));
+        }
+    }
+}
+
+/// Where a disk's image lies unless it is said otherwise.
+pub(crate) fn usual_image(
+    folder: &Path,
+    id: &str,
+    format: limosa_protocol::vm::DiskFormat,
+) -> PathBuf {
+    folder.join(format!("{id}.{}", format.as_str()))
+}
+
+/// A place of a definition that [`fill_places`] has completed.
+pub(crate) fn place<'a>(place: &'a Option<PathBuf>, what: &str) -> Outcome<&'a Path> {
+    place
+        .as_deref()
+        .ok_or_else(|| Failure::internal(format!("the definition names no {what} folder")))
+}
+
+/// A disk's image; there in every definition that [`fill_places`] completed.
+pub(crate) fn image(disk: &Disk) -> Outcome<&Path> {
+    disk.path
+        .as_deref()
+        .ok_or_else(|| Failure::internal(format!("the definition names no image of {}", disk.id)))
+}
+
+/// Makes a place with its parents; QEMU's user can reach files in it but list
+/// nothing. Notes in `made` what was not there before.
+pub(crate) fn make_place(folder: &Path, made: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut missing = Vec::new();
+    let mut at = Some(folder);
+    while let Some(folder) = at.filter(|folder| !folder.exists()) {
+        missing.push(folder.to_owned());
+        at = folder.parent();
+    }
+    for folder in missing.into_iter().rev() {
+        std::fs::create_dir(&folder)?;
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o711))?;
+        made.push(folder);
+    }
+    Ok(())
+}
+
+/// Makes all four places of a VM, noting in `made` what was not there before.
+pub(crate) fn make_places(places: &Places, made: &mut Vec<PathBuf>) -> Outcome<()> {
+    for (what, folder) in places.each() {
+        if let Some(folder) = folder {
+            make_place(folder, made).or_fail(&format!("making {} for {what}", folder.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies a file and syncs it.
+pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::copy(from, to)?;
+    std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o644))?;
+    std::fs::File::open(to)?.sync_all()
+}
+
+/// Removes what was made, newest first; folders only when they are empty.
+///
+/// Returns what could not be removed, with the reason.
+pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
+    let mut left = Vec::new();
+    for path in made.iter().rev() {
+        let removed = match std::fs::symlink_metadata(path) {
+            Ok(found) if found.is_dir() => std::fs::remove_dir(path),
+            Ok(_) => std::fs::remove_file(path),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            left.push(format!("{}: {error}", path.display()));
+        }
+    }
+    left
+}
+
+/// Everything of a VM on the disk, in an order in which [`remove_made`] can
+/// remove it: folders before what is in them.
+///
+/// - `with_disks`: whether images count.
+pub(crate) fn everything(
+    agent: &Agent,
+    definition: &VmDefinition,
+    with_disks: bool,
+) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    let usual = usual_folder(agent, &definition.name);
+    let configuration = definition.places.configuration.clone();
+    // Folders of the VM alone are removed when they are empty; a folder that
+    // others share is not empty.
+    all.extend(configuration.clone());
+    for (_, place) in definition.places.each() {
+        all.extend(
+            place
+                .filter(|place| {
+                    place.starts_with(&usual) || Some(*place) != configuration.as_deref()
+                })
+                .map(Path::to_owned),
+        );
+    }
+    all.extend(
+        definition
+            .boot
+            .kernel
+            .iter()
+            .chain(&definition.boot.initrd)
+            .filter(|file| {
+                // A kernel elsewhere was not copied by us.
+                configuration.as_deref().is_some_and(|folder| file.starts_with(folder))
+            })
+            .cloned(),
+    );
+    if let Some(folder) = &configuration {
+        all.push(folder.join("vm.toml"));
+        all.push(folder.join("qemu.log"));
+    }
+    if with_disks {
+        let own = definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
+        all.extend(own.filter_map(|disk| disk.path.clone()).filter(|image| image.is_file()));
+    }
+    all
+}
+
+/// Free bytes of the file system in which a path lies, or would lie.
+pub(crate) fn free_bytes(path: &Path) -> io::Result<u64> {
+    let mut at = path;
+    while !at.exists() {
+        at = at.parent().ok_or(io::ErrorKind::NotFound)?;
+    }
+    let found = rustix::fs::statvfs(at)?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Whether a folder is missing or holds nothing.
+pub(crate) fn is_free(folder: &Path) -> io::Result<bool> {
+    match std::fs::read_dir(folder) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: what a VM did not make is never removed with it.
+    #[test]
+    fn only_what_was_made_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("a/b");
+        let mut made = Vec::new();
+        make_place(&place, &mut made).unwrap();
+        assert_eq!(made, [folder.path().join("a"), place.clone()]);
+        let own = place.join("own");
+        std::fs::write(&own, "x").unwrap();
+        made.push(own);
+        std::fs::write(folder.path().join("a/stranger"), "y").unwrap();
+        let left = remove_made(&made);
+        assert_eq!(left.len(), 1, "{left:?}");
+        assert!(!place.exists() && folder.path().join("a/stranger").exists());
+    }
+}

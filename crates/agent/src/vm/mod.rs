@@ -1,0 +1,186 @@
+//! VMs of this host: what they are, whether they run, and the one lock of each.
+//!
+//! ```text
+//!          start             stop, guest's own power-off
+//!   off ─────────► running ─────────────────────────────► off
+//!                  ▲     │ pause
+//!            resume│     ▼
+//!                  paused
+//! ```
+//!
+//! **Invariants.** Everything that changes a VM holds its lock ([`Vm::lock`]),
+//! so that two requests never work on one QEMU. While a migration has the VM
+//! ([`Inner::migration`]), nothing else may change it. A QEMU is recorded in
+//! the store before its guest runs the first instruction.
+
+pub(crate) mod create;
+pub(crate) mod files;
+pub(crate) mod power;
+pub(crate) mod run;
+
+use std::path::Path;
+
+use limosa_protocol::api;
+use limosa_protocol::id::{MigrationId, VmName};
+use limosa_protocol::migration::Role;
+use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::process::ProcessId;
+use limosa_qemu::qmp::Qmp;
+use tokio::sync::{Mutex, MutexGuard};
+
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::net::learn::Addresses;
+use crate::store::VmRecord;
+
+/// One VM of this host.
+pub(crate) struct Vm {
+    pub(crate) name: VmName,
+    pub(crate) addresses: Addresses,
+    inner: Mutex<Inner>,
+}
+
+/// What the lock of a VM protects.
+pub(crate) struct Inner {
+    pub(crate) definition: VmDefinition,
+    pub(crate) record: VmRecord,
+    pub(crate) qemu: Option<Qemu>,
+    /// The migration that has the VM, and which half is done here.
+    pub(crate) migration: Option<(MigrationId, Role)>,
+    /// Why the VM cannot be used, when it cannot.
+    pub(crate) fault: Option<String>,
+    /// A commit may have happened; the VM must not run until that is settled.
+    pub(crate) in_doubt: bool,
+}
+
+/// A QEMU that runs.
+#[derive(Clone)]
+pub(crate) struct Qemu {
+    pub(crate) process: ProcessId,
+    pub(crate) qmp: Qmp,
+    pub(crate) accelerator: String,
+    pub(crate) cgroup: Option<std::path::PathBuf>,
+}
+
+impl Vm {
+    /// A VM that does not run.
+    pub(crate) fn new(definition: VmDefinition, record: VmRecord) -> Self {
+        Self {
+            name: definition.name.clone(),
+            addresses: Addresses::default(),
+            inner: Mutex::new(Inner {
+                definition,
+                record,
+                qemu: None,
+                migration: None,
+                fault: None,
+                in_doubt: false,
+            }),
+        }
+    }
+
+    /// Waits until nobody else works on the VM.
+    pub(crate) async fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().await
+    }
+
+    /// Locks the VM for a change that an operator wants.
+    pub(crate) async fn lock_for_change(&self) -> Outcome<MutexGuard<'_, Inner>> {
+        let inner = self.inner.lock().await;
+        if let Some((id, _)) = inner.migration {
+            return Err(Failure::conflict(format!(
+                "VM {} is being moved: wait for it with `limosa migration watch {id}`, or end it \
+                 with `limosa migration cancel {id}`",
+                self.name
+            )));
+        }
+        if inner.in_doubt {
+            return Err(Failure::conflict(format!(
+                "VM {} is in doubt: its hand-over waits for the other host; see \
+                 `limosa migration show {}`",
+                self.name, self.name
+            )));
+        }
+        Ok(inner)
+    }
+
+    /// The VM as operators see it.
+    pub(crate) async fn view(&self) -> api::Vm {
+        let inner = self.inner.lock().await;
+        let power = match (&inner.migration, &inner.qemu) {
+            _ if inner.in_doubt => api::Power::InDoubt,
+            (Some((_, Role::Source)), _) => api::Power::MovingOut,
+            (Some((_, Role::Destination)), _) => api::Power::MovingIn,
+            (None, None) if inner.fault.is_some() => api::Power::Fault,
+            (None, None) => api::Power::Off,
+            (None, Some(qemu)) => power::look(&qemu.qmp).await,
+        };
+        api::Vm {
+            definition: inner.definition.clone(),
+            power,
+            epoch: inner.record.epoch,
+            pid: inner.qemu.as_ref().map(|qemu| qemu.process.pid),
+            accelerator: inner.qemu.as_ref().map(|qemu| qemu.accelerator.clone()),
+            migration: inner.migration.map(|(id, _)| id),
+            addresses: self.addresses.list(),
+            fault: inner.fault.clone(),
+        }
+    }
+}
+
+impl Inner {
+    /// The running QEMU, or a failure that says that there is none.
+    pub(crate) fn running(&self) -> Outcome<&Qemu> {
+        self.qemu.as_ref().ok_or_else(|| {
+            let name = &self.definition.name;
+            Failure::conflict(format!("VM {name} is off: start it with `limosa vm start {name}`"))
+        })
+    }
+}
+
+/// File of a VM's definition in its configuration folder.
+const DEFINITION_FILE: &str = "vm.toml";
+
+/// Writes a definition to its configuration folder, whole or not at all.
+pub(crate) fn write_definition(definition: &VmDefinition, folder: &Path) -> Outcome<()> {
+    let doing = format!("writing the definition of {}", definition.name);
+    let text = toml::to_string_pretty(definition).or_fail(&doing)?;
+    let path = folder.join(DEFINITION_FILE);
+    let fresh = folder.join(".vm.toml.new");
+    let write = || -> std::io::Result<()> {
+        std::fs::write(&fresh, text)?;
+        std::fs::File::open(&fresh)?.sync_all()?;
+        std::fs::rename(&fresh, &path)?;
+        std::fs::File::open(folder)?.sync_all()
+    };
+    write().or_fail(&doing)
+}
+
+/// Reads a definition from its configuration folder.
+pub(crate) fn read_definition(folder: &Path) -> Outcome<VmDefinition> {
+    let path = folder.join(DEFINITION_FILE);
+    let doing = format!("reading {}", path.display());
+    let text = std::fs::read_to_string(&path).or_fail(&doing)?;
+    let definition: VmDefinition = toml::from_str(&text).or_fail(&doing)?;
+    definition.check().or_fail(&doing)?;
+    Ok(definition)
+}
+
+/// Reads all recorded VMs and finds their QEMUs again.
+pub(crate) async fn restore(agent: &std::sync::Arc<Agent>) -> anyhow::Result<()> {
+    for (name, record) in agent.store.all::<VmRecord>()? {
+        let definition = match read_definition(&record.configuration) {
+            Ok(definition) => definition,
+            Err(failure) => {
+                tracing::error!(vm = name, %failure, "a VM is left out: its definition is missing");
+                continue;
+            }
+        };
+        let vm = std::sync::Arc::new(Vm::new(definition, record));
+        agent
+            .add_vm(std::sync::Arc::clone(&vm))
+            .map_err(|failure| anyhow::anyhow!("in the state store: {failure}"))?;
+        run::find_again(agent, &vm).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! Pausing, resuming and stopping a VM; what its QEMU says of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_protocol::api::{self, StopRequest};
+use limosa_qemu::power::{self, RunState};
+use limosa_qemu::process;
+use limosa_qemu::qmp::Qmp;
+
+use super::{Vm, run};
+use crate::failure::{Failure, OrFail, Outcome};
+
+/// Most seconds that a guest is waited for.
+const STOP_SECONDS_MAX: u32 = 3600;
+
+/// What QEMU says of its guest.
+pub(crate) async fn look(qmp: &Qmp) -> api::Power {
+    match power::query_status(qmp).await {
+        Ok(status) => match status {
+            RunState::Running => api::Power::Running,
+            RunState::Paused
+            | RunState::Prelaunch
+            | RunState::Postmigrate
+            | RunState::FinishMigrate
+            | RunState::Inmigrate
+            | RunState::Suspended => api::Power::Paused,
+            RunState::Shutdown => api::Power::Off,
+            _ => api::Power::Fault,
+        },
+        Err(_) => api::Power::Fault,
+    }
+}
+
+/// Stops the vCPUs.
+pub(crate) async fn pause(vm: &Vm) -> Outcome<()> {
+    let inner = vm.lock_for_change().await?;
+    power::stop(&inner.running()?.qmp).await.or_fail(&format!("pausing VM {}", vm.name))
+}
+
+/// Lets the vCPUs run on.
+pub(crate) async fn resume(vm: &Vm) -> Outcome<()> {
+    let inner = vm.lock_for_change().await?;
+    power::cont(&inner.running()?.qmp).await.or_fail(&format!("resuming VM {}", vm.name))
+}
+
+/// Stops a VM: asks its guest, or turns it off.
+pub(crate) async fn stop(vm: &Arc<Vm>, request: &StopRequest) -> Outcome<()> {
+    let inner = vm.lock_for_change().await?;
+    let qemu = inner.running()?.clone();
+    if request.force {
+        return run::end(&qemu).await;
+    }
+    power::system_powerdown(&qemu.qmp).await.or_fail(&format!("stopping VM {}", vm.name))?;
+    // Others may look at the VM, and turn it off, while the guest takes its time.
+    drop(inner);
+    let limit = Duration::from_secs(request.timeout_seconds.min(STOP_SECONDS_MAX).into());
+    process::wait_exit(&qemu.process, limit).await.map_err(|_| {
+        Failure::conflict(format!(
+            "the guest of VM {0} was asked to power off and still runs after {1} s: wait longer \
+             with --timeout, or turn it off with `limosa vm stop --force {0}`",
+            vm.name, request.timeout_seconds
+        ))
+    })
+}

@@ -1,0 +1,352 @@
+//! Starting QEMU for a VM, watching it, and finding it again after a restart
+//! of the agent.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_protocol::vm::{Cache, DiskKind, VmDefinition};
+use limosa_qemu::launch::{self, BootSpec, CacheMode, DiskSpec, LaunchSpec, NicSpec};
+use limosa_qemu::process::{self, ProcessSpec};
+use limosa_qemu::{power, qmp::Qmp};
+
+use super::{Inner, Qemu, Vm, create, files};
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::net::{Net, learn, tap_name};
+use crate::store::{RunRecord, VmRecord};
+
+/// Longest wait for a QEMU that was just started to answer.
+const QEMU_START: Duration = Duration::from_secs(20);
+/// Longest wait for a QEMU that runs already to answer a restarted agent.
+const QEMU_ANSWER: Duration = Duration::from_secs(5);
+/// Longest wait for a QEMU's end once it closed its socket.
+const QEMU_EXIT: Duration = Duration::from_secs(10);
+/// Parent of the cgroups of all VMs, below the cgroup file system's root.
+const CGROUP_PARENT: &str = "limosa";
+
+/// Starts QEMU for a VM, its vCPUs stopped.
+///
+/// - `incoming`: it waits for a migration.
+pub(crate) async fn launch(
+    agent: &Agent,
+    definition: &VmDefinition,
+    incoming: bool,
+) -> Outcome<Qemu> {
+    let runtime = agent.runtime_folder(&definition.name);
+    make_runtime_folder(agent, &runtime)?;
+    let (nics, taps) = plug_nics(agent, definition).await?;
+    let spec = LaunchSpec {
+        name: definition.name.to_string(),
+        uuid: definition.uuid.unwrap_or_default().to_string(),
+        memory_bytes: definition.memory_bytes(),
+        vcpus: definition.vcpus,
+        machine: definition.machine.clone(),
+        cpu: definition.cpu.clone(),
+        accelerator: agent.qemu.accelerator,
+        boot: boot_spec(definition),
+        disks: disk_specs(agent, definition)?,
+        nics,
+        runtime_dir: runtime.clone(),
+        incoming,
+    };
+    let arguments = launch::command_line(&spec, &agent.qemu.facts)
+        .or_fail(&format!("VM {} cannot be started by this QEMU", definition.name))?;
+    let configuration = files::place(&definition.places.configuration, "configuration")?;
+    let cgroup = make_cgroup(definition);
+    let process = process::spawn(&ProcessSpec {
+        binary: agent.qemu.binary.clone(),
+        args: arguments,
+        user: agent.qemu.user.as_ref().map(|user| process::User {
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.groups.clone(),
+        }),
+        cgroup: cgroup.clone(),
+        stderr_log: configuration.join("qemu.log"),
+        keep_fds: taps,
+    })
+    .await
+    .or_fail(&format!("starting QEMU for VM {}", definition.name))?;
+    let started = process.wait_ready(&runtime.join(launch::QMP_SOCKET), QEMU_START).await;
+    let qmp = match started {
+        Ok(qmp) => qmp,
+        Err(error) => {
+            process::kill(&process.id).await.ok();
+            return Err(Failure::internal(format!(
+                "QEMU for VM {} did not start: {}",
+                definition.name,
+                chain(&error)
+            )));
+        }
+    };
+    Ok(Qemu { process: process.id, qmp, accelerator: agent.qemu.accelerator.to_string(), cgroup })
+}
+
+/// Ends a QEMU and waits until it is gone. Its guest's memory is lost.
+pub(crate) async fn end(qemu: &Qemu) -> Outcome<()> {
+    // Asked to quit it closes its images well; it is killed if it will not.
+    let asked = tokio::time::timeout(Duration::from_secs(3), power::quit(&qemu.qmp)).await;
+    let gone = asked.is_ok_and(|asked| asked.is_ok())
+        && process::wait_exit(&qemu.process, QEMU_EXIT).await.is_ok();
+    if !gone {
+        process::kill(&qemu.process).await.or_fail("ending QEMU")?;
+        process::wait_exit(&qemu.process, QEMU_EXIT).await.or_fail("ending QEMU")?;
+    }
+    remove_cgroup(qemu.cgroup.as_deref());
+    Ok(())
+}
+
+fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Outcome<()> {
+    let doing = format!("making {}", runtime.display());
+    // Sockets of a QEMU that is gone would be in the way.
+    if runtime.exists() {
+        std::fs::remove_dir_all(runtime).or_fail(&doing)?;
+    }
+    std::fs::create_dir_all(runtime).or_fail(&doing)?;
+    std::fs::set_permissions(runtime, std::fs::Permissions::from_mode(0o700)).or_fail(&doing)?;
+    agent.give_to_qemu(runtime).or_fail(&doing)
+}
+
+async fn plug_nics(
+    agent: &Agent,
+    definition: &VmDefinition,
+) -> Outcome<(Vec<NicSpec>, Vec<std::os::fd::OwnedFd>)> {
+    let uuid = definition.uuid.unwrap_or_default();
+    let mut specs = Vec::new();
+    let mut taps = Vec::new();
+    for (index, nic) in definition.nics.iter().enumerate() {
+        let tap = agent.net.make_tap(&tap_name(uuid, index), &nic.switch).await?;
+        let mac = nic.mac.ok_or_else(|| Failure::internal("a NIC without a MAC address"))?;
+        specs.push(NicSpec {
+            id: format!("nic{index}"),
+            mac: mac.to_string(),
+            tap_fd: process::inherited_fd(taps.len()),
+        });
+        taps.push(tap);
+    }
+    Ok((specs, taps))
+}
+
+fn boot_spec(definition: &VmDefinition) -> BootSpec {
+    match &definition.boot.kernel {
+        Some(kernel) => BootSpec::Kernel {
+            kernel: kernel.clone(),
+            initrd: definition.boot.initrd.clone(),
+            append: definition.boot.append.clone(),
+        },
+        None => BootSpec::Bios,
+    }
+}
+
+fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>> {
+    let spec = |disk: &limosa_protocol::vm::Disk| {
+        let path = files::image(disk)?.to_owned();
+        let is_disk = disk.kind == DiskKind::Disk;
+        if is_disk {
+            agent.give_to_qemu(&path).or_fail(&format!(
+                "VM {} cannot be started: its image {}",
+                definition.name,
+                path.display()
+            ))?;
+        }
+        Ok(DiskSpec {
+            id: disk.id.to_string(),
+            path,
+            format: create::format_of(disk.format),
+            cache: match disk.cache {
+                Cache::None => CacheMode::None,
+                Cache::Writeback => CacheMode::Writeback,
+                Cache::Writethrough => CacheMode::Writethrough,
+                Cache::Directsync => CacheMode::Directsync,
+            },
+            discard: disk.discard,
+            read_only: !is_disk,
+        })
+    };
+    definition.disks.iter().map(spec).collect()
+}
+
+/// A cgroup of the VM's own, so that an agent under systemd can end without it
+/// and its use of the host can be told apart. Without one the VM runs as well.
+fn make_cgroup(definition: &VmDefinition) -> Option<PathBuf> {
+    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
+    let root = roots.into_iter().find(|root| root.join("cgroup.controllers").exists())?;
+    let group = root.join(CGROUP_PARENT).join(definition.uuid.unwrap_or_default().to_string());
+    match std::fs::create_dir_all(&group) {
+        Ok(()) => Some(group),
+        Err(error) => {
+            tracing::warn!(vm = %definition.name, %error, "the VM gets no cgroup of its own");
+            None
+        }
+    }
+}
+
+fn remove_cgroup(group: Option<&std::path::Path>) {
+    // Not empty for a moment after the end of its last process; an empty one
+    // that stays costs nothing and is used again.
+    if let Some(group) = group {
+        std::fs::remove_dir(group).ok();
+    }
+}
+
+/// Starts a VM that is off.
+pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Outcome<()> {
+    let mut inner = vm.lock_for_change().await?;
+    if inner.qemu.is_some() {
+        return Err(Failure::conflict(format!("VM {} is on already", vm.name)));
+    }
+    let qemu = launch(agent, &inner.definition, false).await?;
+    let started = async {
+        record(agent, vm, &mut inner, &qemu)?;
+        power::cont(&qemu.qmp).await.or_fail(&format!("starting VM {}", vm.name))
+    };
+    if let Err(failure) = started.await {
+        end(&qemu).await?;
+        forget(agent, vm, &mut inner)?;
+        return Err(failure);
+    }
+    watch(agent, vm, &mut inner, qemu).await;
+    tracing::info!(vm = %vm.name, accelerator = %agent.qemu.accelerator, "started");
+    Ok(())
+}
+
+/// Writes down which QEMU is the VM's.
+pub(crate) fn record(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) -> Outcome<()> {
+    inner.record.run = Some(run_record(qemu));
+    Ok(agent.store.put::<VmRecord>(vm.name.as_str(), &inner.record)?)
+}
+
+/// What is written down of a QEMU.
+pub(crate) fn run_record(qemu: &Qemu) -> RunRecord {
+    RunRecord {
+        process: qemu.process.clone(),
+        accelerator: qemu.accelerator.clone(),
+        cgroup: qemu.cgroup.clone(),
+    }
+}
+
+/// Notes that the VM's QEMU is gone.
+fn forget(agent: &Agent, vm: &Vm, inner: &mut Inner) -> Outcome<()> {
+    inner.qemu = None;
+    if inner.record.run.take().is_some() {
+        agent.store.put::<VmRecord>(vm.name.as_str(), &inner.record)?;
+    }
+    Ok(())
+}
+
+/// Makes a QEMU the VM's, and watches it and the addresses its guest uses.
+pub(crate) async fn watch(agent: &Arc<Agent>, vm: &Arc<Vm>, inner: &mut Inner, qemu: Qemu) {
+    inner.qemu = Some(qemu.clone());
+    inner.fault = None;
+    listen_for_addresses(agent, vm, &inner.definition).await;
+    let (agent, vm) = (Arc::clone(agent), Arc::clone(vm));
+    tokio::spawn(async move {
+        qemu.qmp.wait_closed().await;
+        let ended = process::wait_exit(&qemu.process, QEMU_EXIT).await;
+        let mut inner = vm.lock().await;
+        let is_current = inner.qemu.as_ref().is_some_and(|current| current.process == qemu.process);
+        if !is_current {
+            return;
+        }
+        if ended.is_err() {
+            inner.fault = Some(format!(
+                "QEMU (process {}) closed its socket and still runs: end it with \
+                 `limosa vm stop --force {}`",
+                qemu.process.pid, vm.name
+            ));
+            return;
+        }
+        remove_cgroup(qemu.cgroup.as_deref());
+        if let Err(failure) = forget(&agent, &vm, &mut inner) {
+            tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
+        }
+        tracing::info!(vm = %vm.name, "QEMU ended");
+    });
+}
+
+async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefinition) {
+    let uuid = definition.uuid.unwrap_or_default();
+    for (index, nic) in definition.nics.iter().enumerate() {
+        let name = tap_name(uuid, index);
+        let (Ok(Some(link)), Some(mac)) = (agent.net.index(&name).await, nic.mac) else {
+            tracing::warn!(vm = %vm.name, tap = name, "the addresses of a NIC are not learnt");
+            continue;
+        };
+        let addresses = vm.addresses.clone();
+        tokio::spawn(async move {
+            // Ends with the TAP, which goes with its QEMU.
+            if let Err(error) = learn::listen(link, mac, addresses).await {
+                tracing::debug!(tap = name, %error, "no longer learning addresses");
+            }
+        });
+    }
+}
+
+/// Finds the QEMU of a VM again after a restart of the agent.
+pub(crate) async fn find_again(agent: &Arc<Agent>, vm: &Arc<Vm>) {
+    let mut inner = vm.lock().await;
+    let Some(run) = inner.record.run.clone() else {
+        end_unrecorded(agent, vm).await;
+        return;
+    };
+    if !process::is_alive(&run.process) {
+        tracing::warn!(vm = %vm.name, "QEMU ended while the agent was away");
+        remove_cgroup(run.cgroup.as_deref());
+        if let Err(failure) = forget(agent, vm, &mut inner) {
+            tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
+        }
+        return;
+    }
+    match connect_again(agent, &inner.definition, &run).await {
+        Ok(qemu) => {
+            tracing::info!(vm = %vm.name, pid = qemu.process.pid, "found again");
+            watch(agent, vm, &mut inner, qemu).await;
+        }
+        Err(failure) => {
+            tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
+            inner.fault = Some(failure.to_string());
+        }
+    }
+}
+
+/// Connects to a recorded QEMU that is alive.
+pub(crate) async fn connect_again(
+    agent: &Agent,
+    definition: &VmDefinition,
+    run: &RunRecord,
+) -> Outcome<Qemu> {
+    let socket = agent.runtime_folder(&definition.name).join(launch::QMP_SOCKET);
+    let qmp = Qmp::connect(&socket, QEMU_ANSWER).await.or_fail(&format!(
+        "the QEMU of VM {} (process {}) does not answer at {}",
+        definition.name,
+        run.process.pid,
+        socket.display()
+    ))?;
+    Ok(Qemu {
+        process: run.process.clone(),
+        qmp,
+        accelerator: run.accelerator.clone(),
+        cgroup: run.cgroup.clone(),
+    })
+}
+
+/// Ends a QEMU that was started for the VM but not recorded: the agent died in
+/// between, and its guest never ran.
+async fn end_unrecorded(agent: &Agent, vm: &Vm) {
+    let socket = agent.runtime_folder(&vm.name).join(launch::QMP_SOCKET);
+    let Ok(qmp) = Qmp::connect(&socket, QEMU_ANSWER).await else { return };
+    tracing::warn!(vm = %vm.name, "ending a QEMU that was started and not recorded");
+    if let Err(error) = power::quit(&qmp).await {
+        tracing::error!(vm = %vm.name, error = chain(&error), "it does not end");
+    }
+}
+
+/// Index of the link on which a switch of this host can be spoken on.
+pub(crate) async fn switch_link(
+    agent: &Agent,
+    switch: &limosa_protocol::id::SwitchName,
+) -> Option<u32> {
+    agent.net.index(&Net::bridge_name(switch)).await.ok().flatten()
+}

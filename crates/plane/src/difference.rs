@@ -1,0 +1,104 @@
+//! A page as its difference to the version sent before.
+//!
+//! ```text
+//! 64 bytes: one bit for each word of 8 bytes that changed, word 0 is bit 0 of byte 0
+//! then the changed words, in order
+//! ```
+//!
+//! Counters and pointers change a few words of a page: 64 bytes and those words
+//! replace 4096. The bitmap is mostly zero, which zstd shrinks to almost nothing.
+
+use crate::PAGE_BYTES;
+
+const WORD_BYTES: usize = 8;
+const WORD_COUNT: usize = PAGE_BYTES / WORD_BYTES;
+const BITMAP_BYTES: usize = WORD_COUNT / 8;
+/// A difference longer than this is no gain over the whole page, compressed.
+const DIFFERENCE_BYTES_MAX: usize = PAGE_BYTES * 3 / 4;
+
+/// Puts the difference at the end of `out`.
+///
+/// Returns its length, or `None` (with `out` as it was) when it is too long.
+pub(crate) fn encode(
+    old: &[u8; PAGE_BYTES],
+    new: &[u8; PAGE_BYTES],
+    out: &mut Vec<u8>,
+) -> Option<usize> {
+    let start = out.len();
+    out.resize(start + BITMAP_BYTES, 0);
+    let words = old.as_chunks::<WORD_BYTES>().0.iter().zip(new.as_chunks::<WORD_BYTES>().0);
+    for (index, (old, new)) in words.enumerate() {
+        if old != new {
+            out[start + index / 8] |= 1 << (index % 8);
+            out.extend_from_slice(new);
+        }
+    }
+    let length = out.len() - start;
+    if length > DIFFERENCE_BYTES_MAX {
+        out.truncate(start);
+        return None;
+    }
+    Some(length)
+}
+
+/// A difference that does not fit a page.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a difference whose length does not fit its bitmap")]
+pub(crate) struct BadDifference;
+
+/// Applies a difference to the version before; on `Err` nothing was changed.
+pub(crate) fn apply(page: &mut [u8; PAGE_BYTES], difference: &[u8]) -> Result<(), BadDifference> {
+    let (bitmap, words) = difference.split_at_checked(BITMAP_BYTES).ok_or(BadDifference)?;
+    let changed: usize = bitmap.iter().map(|byte| byte.count_ones() as usize).sum();
+    if words.len() != changed * WORD_BYTES {
+        return Err(BadDifference);
+    }
+    let mut words = words.chunks_exact(WORD_BYTES);
+    for (index, place) in page.as_chunks_mut::<WORD_BYTES>().0.iter_mut().enumerate() {
+        if bitmap[index / 8] & (1 << (index % 8)) != 0
+            && let Some(word) = words.next()
+        {
+            place.copy_from_slice(word);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_difference_restores_the_page(
+            changes in prop::collection::vec((0..PAGE_BYTES, any::<u8>()), 0..200),
+        ) {
+            let mut old = [0; PAGE_BYTES];
+            for (index, byte) in old.iter_mut().enumerate() {
+                *byte = u8::try_from(index % 251).unwrap();
+            }
+            let mut new = old;
+            for (at, value) in changes {
+                new[at] = value;
+            }
+            let mut out = vec![9];
+            if encode(&old, &new, &mut out).is_some() {
+                let mut page = old;
+                apply(&mut page, &out[1..]).unwrap();
+                prop_assert!(page == new);
+            } else {
+                prop_assert_eq!(out, vec![9]);
+            }
+        }
+
+        #[test]
+        fn no_bytes_break_it(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            let mut page = [7; PAGE_BYTES];
+            if apply(&mut page, &bytes).is_err() {
+                prop_assert!(page == [7; PAGE_BYTES]);
+            }
+        }
+    }
+}

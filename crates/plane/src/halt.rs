@@ -1,0 +1,176 @@
+//! How a plane ends: the first failure wins, is told once, and everything that
+//! waits wakes up.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use limosa_protocol::frame::FrameError;
+use limosa_qemu::stream::StreamError;
+
+/// Why a plane failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PlaneError {
+    /// The peer or the network went away.
+    #[error("channel {channel}: lost the peer")]
+    PeerLost {
+        /// Which connection
+        channel: String,
+        /// Why
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The peer broke the protocol.
+    #[error("channel {channel}: {what}")]
+    Protocol {
+        /// Which connection
+        channel: String,
+        /// How
+        what: String,
+    },
+    /// QEMU's stream cannot be followed.
+    #[error("QEMU's migration stream")]
+    Stream(#[source] Arc<StreamError>),
+    /// A local file, socket or memory failed.
+    #[error("{what}")]
+    Local {
+        /// What was being done
+        what: String,
+        /// Why
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// Source and destination hold different contents.
+    #[error("channel {channel}: {what} differ between source and destination")]
+    Different {
+        /// Which connection
+        channel: String,
+        /// Contents of what
+        what: &'static str,
+    },
+    /// The agent ended it.
+    #[error("ended by the agent")]
+    Aborted,
+}
+
+impl PlaneError {
+    pub(crate) fn local(what: impl Into<String>, source: io::Error) -> Self {
+        Self::Local { what: what.into(), source: Arc::new(source) }
+    }
+    pub(crate) fn lost(channel: impl ToString, source: io::Error) -> Self {
+        Self::PeerLost { channel: channel.to_string(), source: Arc::new(source) }
+    }
+    pub(crate) fn protocol(channel: impl ToString, what: impl ToString) -> Self {
+        Self::Protocol { channel: channel.to_string(), what: what.to_string() }
+    }
+    pub(crate) fn frame(channel: impl ToString, error: FrameError) -> Self {
+        Self::protocol(channel, error)
+    }
+}
+
+/// What a plane tells the agent.
+#[derive(Debug, Clone)]
+pub enum PlaneEvent {
+    /// All RAM is at the destination and equal, and QEMU's stream is complete.
+    RamDelivered,
+    /// All disks are at the destination, equal and durable.
+    DisksEqual,
+    /// Nothing more will come. Told once.
+    Failed(PlaneError),
+}
+
+type OnEvent = Arc<dyn Fn(PlaneEvent) + Send + Sync>;
+type Closer = Box<dyn Fn() + Send + Sync>;
+
+/// Shared by all threads of a plane.
+pub(crate) struct Halt {
+    halted: AtomicBool,
+    error: Mutex<Option<PlaneError>>,
+    closers: Mutex<Vec<Closer>>,
+    on_event: OnEvent,
+}
+
+impl Halt {
+    pub(crate) fn new(on_event: OnEvent) -> Arc<Self> {
+        Arc::new(Self {
+            halted: AtomicBool::new(false),
+            error: Mutex::default(),
+            closers: Mutex::default(),
+            on_event,
+        })
+    }
+
+    /// Has something closed when the plane ends.
+    pub(crate) fn on_halt(&self, closer: Closer) {
+        let mut closers = self.closers.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_halted() {
+            closer();
+        } else {
+            closers.push(closer);
+        }
+    }
+
+    pub(crate) fn is_halted(&self) -> bool {
+        self.halted.load(Ordering::Acquire)
+    }
+
+    /// Ends the plane with an error, unless it has ended.
+    pub(crate) fn fail(&self, error: PlaneError) {
+        if self.stop(error.clone()) && !matches!(error, PlaneError::Aborted) {
+            (self.on_event)(PlaneEvent::Failed(error));
+        }
+    }
+
+    fn stop(&self, error: PlaneError) -> bool {
+        let mut closers = self.closers.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.halted.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        for close in closers.drain(..) {
+            close();
+        }
+        true
+    }
+
+    pub(crate) fn tell(&self, event: PlaneEvent) {
+        if !self.is_halted() {
+            (self.on_event)(event);
+        }
+    }
+
+    /// What ended the plane.
+    pub(crate) fn result(&self) -> Result<(), PlaneError> {
+        match self.error.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            None | Some(PlaneError::Aborted) => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+}
+
+/// Starts a thread of a plane; its error ends the plane.
+pub(crate) fn spawn(
+    name: String,
+    halt: &Arc<Halt>,
+    work: impl FnOnce() -> Result<(), PlaneError> + Send + 'static,
+) -> io::Result<std::thread::JoinHandle<()>> {
+    let halt = Arc::clone(halt);
+    std::thread::Builder::new().name(name).spawn(move || {
+        if let Err(error) = work() {
+            halt.fail(error);
+        }
+    })
+}
+
+/// Waits for threads, then says what ended the plane.
+pub(crate) fn join(
+    threads: Vec<std::thread::JoinHandle<()>>,
+    halt: &Halt,
+) -> Result<(), PlaneError> {
+    for thread in threads {
+        if thread.join().is_err() {
+            halt.fail(PlaneError::local("a thread", io::Error::other("it panicked")));
+        }
+    }
+    halt.result()
+}

@@ -1,0 +1,143 @@
+//! Deals the operations of a mirrored disk to the senders.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+use limosa_protocol::frame::{DiskHeader, FrameKind};
+
+use super::sender::{DiskOperation, Work};
+use super::{SourceDisk, WORK_BYTES_MAX, ended};
+use crate::meter::{Meter, add};
+use crate::nbd::server::DiskSink;
+use crate::route::{REGION_BYTES, disk_channel};
+
+/// Bytes for which it is remembered whether anything was written there.
+const TOUCHED_BYTES: u64 = 64 << 10;
+
+/// Cuts operations at the borders of regions, and leaves out what changes
+/// nothing: zeroes for a part of a fresh disk that was never written.
+pub(super) struct ChannelSink {
+    disk: SourceDisk,
+    queues: Vec<SyncSender<Work>>,
+    meter: Arc<Meter>,
+    /// One bit for each [`TOUCHED_BYTES`] of the disk.
+    touched: Vec<u64>,
+}
+
+impl ChannelSink {
+    pub(super) fn new(disk: SourceDisk, queues: Vec<SyncSender<Work>>, meter: Arc<Meter>) -> Self {
+        let bits = disk.size_bytes.div_ceil(TOUCHED_BYTES);
+        let words = usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX);
+        Self { disk, queues, meter, touched: vec![0; words] }
+    }
+
+    fn send(&self, kind: FrameKind, head: DiskHeader, bytes: Vec<u8>) -> io::Result<()> {
+        let channel = disk_channel(self.disk.index, head.offset_bytes, self.queues.len());
+        let operation = DiskOperation { kind, head, bytes };
+        self.queues[channel].send(Work::Disk(operation)).map_err(|_| ended())
+    }
+
+    fn head(&self, may_unmap: bool, offset_bytes: u64, length_bytes: u64) -> DiskHeader {
+        DiskHeader { disk: self.disk.index, may_unmap, offset_bytes, length_bytes }
+    }
+
+    fn bits(offset: u64, length: u64) -> impl Iterator<Item = (usize, u64)> {
+        let first = offset / TOUCHED_BYTES;
+        let last = (offset + length.max(1) - 1) / TOUCHED_BYTES;
+        (first..=last).map(|bit| (usize::try_from(bit / 64).unwrap_or(usize::MAX), 1 << (bit % 64)))
+    }
+
+    fn touch(&mut self, offset: u64, length: u64) {
+        for (word, bit) in Self::bits(offset, length) {
+            self.touched[word] |= bit;
+        }
+    }
+
+    fn is_touched(&self, offset: u64, length: u64) -> bool {
+        Self::bits(offset, length).any(|(word, bit)| self.touched[word] & bit != 0)
+    }
+
+    /// Sends a range piece by piece, without those that change nothing.
+    fn range(
+        &mut self,
+        kind: FrameKind,
+        offset: u64,
+        length: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
+        for (offset, length) in pieces(offset, length, REGION_BYTES) {
+            let changes = !self.disk.fresh || !may_unmap || self.is_touched(offset, length);
+            if changes {
+                self.touch(offset, length);
+                self.send(kind, self.head(may_unmap, offset, length), Vec::new())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DiskSink for ChannelSink {
+    fn write(&mut self, offset: u64, bytes: Vec<u8>) -> io::Result<()> {
+        self.touch(offset, bytes.len() as u64);
+        let mut rest = &bytes[..];
+        for (offset, length) in pieces(offset, bytes.len() as u64, WORK_BYTES_MAX as u64) {
+            let (piece, later) = rest.split_at(usize::try_from(length).unwrap_or(rest.len()));
+            rest = later;
+            let head = self.head(false, offset, length);
+            self.send(FrameKind::DiskWrite, head, piece.to_vec())?;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&mut self, offset: u64, length: u64, may_unmap: bool) -> io::Result<()> {
+        add(&self.meter.disk_zero_bytes, length);
+        self.range(FrameKind::DiskZero, offset, length, may_unmap)
+    }
+
+    fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        // A discarded range may read as anything, on each side: made zero, it
+        // reads the same on both.
+        self.range(FrameKind::DiskDiscard, offset, length, true)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        // Durability is proven before the commit, see `nbd::server`.
+        Ok(())
+    }
+}
+
+/// Cuts a range at multiples of `at_bytes`.
+fn pieces(offset: u64, length: u64, at_bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset + length;
+    let mut from = offset;
+    std::iter::from_fn(move || {
+        if from >= end {
+            return None;
+        }
+        let to = (from / at_bytes + 1).saturating_mul(at_bytes).min(end);
+        let piece = (from, to - from);
+        from = to;
+        Some(piece)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    #[test]
+    fn zeroes_of_a_fresh_disk_are_left_out() {
+        let (queue, work) = sync_channel(100);
+        let disk = SourceDisk { index: 0, size_bytes: 1 << 40, fresh: true };
+        let mut sink = ChannelSink::new(disk, vec![queue], Arc::new(Meter::default()));
+        sink.write_zeroes(0, 1 << 40, true).unwrap();
+        assert!(work.try_recv().is_err());
+        sink.write((1 << 20) - 4, vec![7; 8]).unwrap();
+        assert_eq!(work.try_iter().count(), 2, "cut at the region's border");
+        sink.write_zeroes(0, 1 << 40, true).unwrap();
+        assert_eq!(work.try_iter().count(), 2, "only the two that were written");
+    }
+}

@@ -1,0 +1,226 @@
+//! Packs what one channel carries, and sends it.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use limosa_protocol::frame::{DiskHeader, FrameKind, PageForm, PageHeader};
+
+use super::{Expected, RamBlockSpec};
+use crate::PAGE_BYTES;
+use crate::channel::{FrameWriter, ReadWrite};
+use crate::difference;
+use crate::digest::{DiskChain, PageDigests, page_digest};
+use crate::halt::{Halt, PlaneError};
+use crate::meter::{Meter, add};
+use crate::route::{page_slot, slot_count};
+use crate::settings::PlaneSettings;
+use crate::versions::Versions;
+
+/// How often an idle sender looks whether the plane has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Pages on their way to a sender.
+#[derive(Default)]
+pub(crate) struct Batch {
+    /// Block, page, and whether it is zero; the others' contents are in `bytes`.
+    pub(crate) pages: Vec<(usize, u64, bool)>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// A disk operation on its way to a sender.
+pub(crate) struct DiskOperation {
+    pub(crate) kind: FrameKind,
+    pub(crate) head: DiskHeader,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// What a sender is given.
+pub(crate) enum Work {
+    Pages(Batch),
+    Disk(DiskOperation),
+    Stream(Vec<u8>),
+    StreamEnd,
+    RamBarrier,
+    DiskBarrier,
+}
+
+pub(super) struct Sender {
+    index: usize,
+    channel_count: usize,
+    frames: FrameWriter,
+    digests: PageDigests,
+    versions: Versions,
+    chain: DiskChain,
+    meter: Arc<Meter>,
+    expected: Arc<Mutex<Expected>>,
+    payload: Vec<u8>,
+}
+
+impl Sender {
+    pub(super) fn new(
+        index: usize,
+        channel_count: usize,
+        io: Box<dyn ReadWrite + Send>,
+        ram: &[RamBlockSpec],
+        settings: PlaneSettings,
+        meter: Arc<Meter>,
+        expected: Arc<Mutex<Expected>>,
+    ) -> Result<Self, PlaneError> {
+        let slots = ram.iter().map(|block| slot_count(block.size_bytes, channel_count));
+        Ok(Self {
+            index,
+            channel_count,
+            frames: FrameWriter::new(io, index.to_string(), settings.compression)?,
+            digests: PageDigests::new(slots),
+            versions: Versions::new(settings.page_versions_bytes_max / channel_count as u64),
+            chain: DiskChain::default(),
+            meter,
+            expected,
+            payload: Vec::new(),
+        })
+    }
+
+    pub(super) fn run(mut self, queue: &Receiver<Work>, halt: &Halt) -> Result<(), PlaneError> {
+        loop {
+            let work = match queue.recv_timeout(LOOK_EVERY) {
+                Ok(work) => work,
+                Err(RecvTimeoutError::Timeout) if !halt.is_halted() => continue,
+                Err(_) => return Ok(()),
+            };
+            if let Err(error) = self.take(work) {
+                return if halt.is_halted() { Ok(()) } else { Err(error) };
+            }
+        }
+    }
+
+    fn take(&mut self, work: Work) -> Result<(), PlaneError> {
+        match work {
+            Work::Pages(batch) => self.pages(&batch),
+            Work::Disk(operation) => self.disk(&operation),
+            Work::Stream(bytes) => self.send(FrameKind::Stream, &bytes).map(drop),
+            Work::StreamEnd => {
+                self.send(FrameKind::StreamEnd, &[])?;
+                self.frames.flush()
+            }
+            Work::RamBarrier => {
+                let sum = self.digests.sum();
+                self.lock_expected().ram[self.index] = Some(sum);
+                self.send(FrameKind::RamBarrier, &[])?;
+                self.frames.flush()
+            }
+            Work::DiskBarrier => {
+                let digest = self.chain.digest();
+                self.lock_expected().disk[self.index] = Some(digest);
+                self.send(FrameKind::DiskBarrier, &[])?;
+                self.frames.flush()
+            }
+        }
+    }
+
+    fn lock_expected(&self) -> std::sync::MutexGuard<'_, Expected> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pages(&mut self, batch: &Batch) -> Result<(), PlaneError> {
+        self.payload.clear();
+        let mut contents = batch.bytes.as_chunks::<PAGE_BYTES>().0.iter();
+        for &(block, page, is_zero) in &batch.pages {
+            match if is_zero { None } else { contents.next() } {
+                Some(content) => self.page(block, page, content),
+                None => self.zero_page(block, page),
+            }
+        }
+        if self.payload.is_empty() {
+            return Ok(());
+        }
+        let payload = std::mem::take(&mut self.payload);
+        let packed_bytes = self.send(FrameKind::Pages, &payload)?;
+        add(&self.meter.ram_payload_bytes, payload.len() as u64);
+        add(&self.meter.ram_packed_bytes, packed_bytes);
+        self.payload = payload;
+        Ok(())
+    }
+
+    fn page(&mut self, block: usize, page: u64, content: &[u8; PAGE_BYTES]) {
+        let slot = page_slot(page, self.channel_count);
+        let place = u8::try_from(block).unwrap_or(u8::MAX);
+        let digest = page_digest(place, page, content);
+        if digest == 0 {
+            return self.zero_page(block, page);
+        }
+        let before = self.digests.get(block, slot);
+        if digest == before {
+            return add(&self.meter.unchanged_pages, 1);
+        }
+        self.digests.set(block, slot, digest);
+        let key = key(block, page);
+        let head_at = self.payload.len();
+        let head = |form, bytes: usize| PageHeader {
+            index: u32::try_from(page).unwrap_or(u32::MAX),
+            block: place,
+            form,
+            content_bytes: u16::try_from(bytes).unwrap_or(u16::MAX),
+        };
+        // The place of the head is kept free, then filled with what it was.
+        head(PageForm::Full, PAGE_BYTES).encode_into(&mut self.payload);
+        let known = if before == 0 { None } else { self.versions.get(key) };
+        let difference = known.and_then(|old| difference::encode(old, content, &mut self.payload));
+        if let Some(bytes) = difference {
+            let mut again = Vec::with_capacity(PageHeader::BYTES);
+            head(PageForm::Difference, bytes).encode_into(&mut again);
+            self.payload[head_at..head_at + PageHeader::BYTES].copy_from_slice(&again);
+            add(&self.meter.difference_pages, 1);
+        } else {
+            self.payload.extend_from_slice(content);
+            add(&self.meter.full_pages, 1);
+        }
+        self.versions.put(key, content);
+    }
+
+    fn zero_page(&mut self, block: usize, page: u64) {
+        add(&self.meter.zero_pages, 1);
+        let slot = page_slot(page, self.channel_count);
+        // Zero there already: never sent, or zero when it was sent last.
+        if self.digests.get(block, slot) == 0 {
+            return;
+        }
+        self.digests.set(block, slot, 0);
+        self.versions.forget(key(block, page));
+        let head = PageHeader {
+            index: u32::try_from(page).unwrap_or(u32::MAX),
+            block: u8::try_from(block).unwrap_or(u8::MAX),
+            form: PageForm::Zero,
+            content_bytes: 0,
+        };
+        head.encode_into(&mut self.payload);
+    }
+
+    fn disk(&mut self, operation: &DiskOperation) -> Result<(), PlaneError> {
+        self.payload.clear();
+        self.payload.extend_from_slice(&operation.head.encode());
+        self.payload.extend_from_slice(&operation.bytes);
+        let payload = std::mem::take(&mut self.payload);
+        self.chain.add(operation.kind as u8, &payload);
+        let packed_bytes = self.send(operation.kind, &payload)?;
+        if operation.kind == FrameKind::DiskWrite {
+            add(&self.meter.disk_payload_bytes, operation.bytes.len() as u64);
+            add(&self.meter.disk_packed_bytes, packed_bytes);
+        }
+        self.payload = payload;
+        Ok(())
+    }
+
+    /// Sends a frame; returns the bytes of its payload on the wire.
+    fn send(&mut self, kind: FrameKind, payload: &[u8]) -> Result<u64, PlaneError> {
+        let sent = self.frames.send(kind, payload)?;
+        add(&self.meter.wire_bytes, sent.wire_bytes);
+        Ok(sent.packed_bytes)
+    }
+}
+
+/// A page's name among the versions.
+fn key(block: usize, page: u64) -> u64 {
+    // 2^40 pages are 4 PiB of RAM.
+    (block as u64) << 40 | page
+}
