@@ -57,7 +57,7 @@ fn both() -> Both {
     disk.set_len(DISK_BYTES).unwrap();
     let (qemu, qemu_incoming) = UnixStream::pair().unwrap();
     let (tell, source_events) = channel();
-    let settings = PlaneSettings { page_versions_bytes_max: 1 << 20, ..Default::default() };
+    let settings = PlaneSettings { page_versions_bytes_max: 16 << 20, ..Default::default() };
     let source = SourcePlane::start(SourceSpec {
         channels: ours,
         return_path: ack_in,
