@@ -1,2 +1,37 @@
-//! Placeholder.
-fn main() {}
+//! limosa, the command: moves VMs and looks after the hosts they run on.
+//!
+//! ```text
+//! args (what was typed) ─► command (one request or a few) ─► client ─► limosad
+//!                              └─► progress, summary, table (what is shown)
+//! ```
+//!
+//! **Invariants.** Results go to stdout, everything for people to stderr. Exit
+//! codes are decided in [`exit`] alone.
+
+mod args;
+mod client;
+mod command;
+mod console;
+mod events;
+mod exit;
+mod progress;
+mod show;
+mod summary;
+
+use clap::Parser;
+
+fn main() -> std::process::ExitCode {
+    let arguments = args::Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit::failed(&anyhow::Error::from(error), false),
+    };
+    let json = arguments.global.json;
+    let result = runtime.block_on(command::run(arguments));
+    // A read of the terminal may still be under way; nobody waits for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code.into(),
+        Err(error) => exit::failed(&error, json),
+    }
+}
