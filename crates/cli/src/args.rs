@@ -99,14 +99,14 @@ pub(crate) enum Vm {
     /// Open the serial console; Ctrl-] leaves it
     Console { vm: VmName },
     /// Find everything that stands against a move; touches nothing
-    Compare(Move),
+    Compare(MoveOptions),
     /// Move a VM to another host, running or off, with its disks
     ///
     /// Exit codes: 0 moved, 1 refused or failed, 3 stayed on the source, 4 in
     /// doubt. Ctrl-C cancels the move; pressed again it leaves the move to go on.
     Move {
         #[command(flatten)]
-        options: Move,
+        options: MoveOptions,
         /// Return at once; the move goes on
         #[arg(long)]
         detach: bool,
@@ -114,7 +114,7 @@ pub(crate) enum Vm {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Move {
+pub(crate) struct MoveOptions {
     /// VM to move
     pub(crate) vm: VmName,
     /// Host to move it to

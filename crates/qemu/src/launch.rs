@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::accelerator::Accelerator;
 use crate::image::ImageFormat;
 use crate::probe::QemuFacts;
+use crate::quirk::{RAM_BACKEND_NAMED_BY_ID, memory_argument};
 
 /// Name of the RAM backend, which is the block's name in the stream.
 pub const RAM_BACKEND_ID: &str = "ram0";
@@ -55,6 +56,8 @@ pub struct LaunchSpec {
 pub enum BootSpec {
     /// The firmware's boot order
     Bios,
+    /// Another firmware, such as UEFI, from one file
+    Firmware(PathBuf),
     /// A kernel directly
     Kernel {
         /// The kernel
@@ -94,6 +97,8 @@ pub enum CacheMode {
     Writethrough,
     /// Past the page cache, flushed at each write
     Directsync,
+    /// Through the page cache, never flushed: lost with the host
+    Unsafe,
 }
 
 /// One NIC.
@@ -150,7 +155,7 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
     fits("nics", spec.nics.len(), DISK_SLOT_FIRST - NIC_SLOT_FIRST)?;
     fits("disks", spec.disks.len(), 30 - DISK_SLOT_FIRST)?;
     let mut line = Line(Vec::new());
-    line.pair("-name", format!("{},process=limosa-{}", comma(&spec.name), comma(&spec.name)));
+    line.pair("-name", comma(&spec.name));
     line.pair("-uuid", &spec.uuid);
     for flag in ["-nodefaults", "-no-user-config", "-S"] {
         line.0.push(flag.into());
@@ -164,10 +169,13 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
     line.pair("-accel", accelerator(spec.accelerator));
     line.pair("-cpu", &spec.cpu);
     line.pair("-smp", spec.vcpus.to_string());
-    line.pair("-m", format!("{}M", spec.memory_bytes >> 20));
+    line.pair("-m", memory_argument(spec.memory_bytes));
     line.pair(
         "-object",
-        format!("memory-backend-memfd,id={RAM_BACKEND_ID},size={},share=on", spec.memory_bytes),
+        format!(
+            "memory-backend-memfd,id={RAM_BACKEND_ID},size={},share=on,{RAM_BACKEND_NAMED_BY_ID}",
+            spec.memory_bytes
+        ),
     );
     line.chardev("qmp", &spec.runtime_dir.join(QMP_SOCKET));
     line.pair("-mon", "chardev=qmp,mode=control");
@@ -224,7 +232,15 @@ impl Line {
     }
 
     fn boot(&mut self, boot: &BootSpec) {
-        let BootSpec::Kernel { kernel, initrd, append } = boot else { return };
+        let (kernel, initrd, append) = match boot {
+            BootSpec::Bios => return,
+            BootSpec::Firmware(file) => {
+                self.0.push("-bios".into());
+                self.0.push(file.into());
+                return;
+            }
+            BootSpec::Kernel { kernel, initrd, append } => (kernel, initrd, append),
+        };
         self.0.push("-kernel".into());
         self.0.push(kernel.into());
         if let Some(initrd) = initrd {
@@ -239,12 +255,13 @@ impl Line {
     fn disk(&mut self, disk: &DiskSpec, slot: usize) {
         let node = disk_node(&disk.id);
         let direct = matches!(disk.cache, CacheMode::None | CacheMode::Directsync);
+        let no_flush = disk.cache == CacheMode::Unsafe;
         let unmap = if disk.discard { "unmap" } else { "ignore" };
         let file = json!({
             "driver": "file",
             "node-name": format!("{node}-file"),
             "filename": disk.path,
-            "cache": { "direct": direct, "no-flush": false },
+            "cache": { "direct": direct, "no-flush": no_flush },
             "discard": unmap,
             "read-only": disk.read_only,
         });
@@ -252,7 +269,7 @@ impl Line {
             "driver": disk.format.as_str(),
             "node-name": node,
             "file": format!("{node}-file"),
-            "cache": { "direct": direct, "no-flush": false },
+            "cache": { "direct": direct, "no-flush": no_flush },
             "discard": unmap,
             "read-only": disk.read_only,
         });
@@ -263,7 +280,7 @@ impl Line {
             return;
         }
         let write_cache = match disk.cache {
-            CacheMode::None | CacheMode::Writeback => "on",
+            CacheMode::None | CacheMode::Writeback | CacheMode::Unsafe => "on",
             CacheMode::Writethrough | CacheMode::Directsync => "off",
         };
         self.pair(

@@ -10,7 +10,7 @@ use limosa_protocol::vm::VmDefinition;
 use serde_json::json;
 
 use super::{Session, ask, migration};
-use crate::args::{Move, Vm};
+use crate::args::{MoveOptions, Vm};
 use crate::exit::Exit;
 use crate::{console, show};
 
@@ -59,7 +59,7 @@ fn path(vm: &VmName, what: &str) -> String {
     format!("/v1/vms/{vm}{what}")
 }
 
-fn request(options: &Move) -> MoveRequest {
+fn request(options: &MoveOptions) -> MoveRequest {
     MoveRequest {
         to: options.to.clone(),
         storage_path: options.storage_path.clone(),
@@ -162,7 +162,7 @@ async fn delete(session: &Session, vm: &VmName, yes: bool) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-async fn compare(session: &Session, options: &Move) -> Result<Exit> {
+async fn compare(session: &Session, options: &MoveOptions) -> Result<Exit> {
     let found: Comparison =
         session.client.post(&path(&options.vm, "/compare"), &request(options)).await?;
     let exit = if found.problems.is_empty() { Exit::Done } else { Exit::Failed };
