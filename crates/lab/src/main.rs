@@ -76,6 +76,9 @@ enum Order {
         /// How often each comparison is made
         #[arg(long, default_value_t = 1)]
         times: u32,
+        /// Measure stock QEMU alone, without KVM
+        #[arg(long)]
+        stock_only: bool,
     },
     /// Run all stories over and over
     Soak {
@@ -115,7 +118,7 @@ fn perform(order: Order) -> Result<ExitCode> {
         Order::Up { links_mbit, hosts } => up(&links_mbit, hosts)?,
         Order::Down { id } => down(id.as_deref())?,
         Order::Enter { id, host, command } => return enter(id.as_deref(), &host, &command),
-        Order::Bench { times } => bench::run(times)?,
+        Order::Bench { times, stock_only } => bench::run(times, stock_only)?,
         Order::Demo => demo::run()?,
         Order::Soak { minutes } => soak::run(minutes)?,
         Order::Stories { list: true, .. } => {

@@ -29,6 +29,8 @@ pub(crate) struct Measured {
     pub how: String,
     /// Whether it came to its end
     pub converged: bool,
+    /// Whether the guest still answered afterwards
+    pub alive: bool,
     /// From the request to the VM running there
     pub total_s: f64,
     /// The disks
@@ -50,7 +52,7 @@ pub(crate) struct Measured {
 }
 
 /// Runs all comparisons.
-pub(crate) fn run(times: u32) -> Result<()> {
+pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
     let plan = Plan { links_mbit: vec![Some(LINK_MBIT)], ..Plan::default() };
     let mut all = Vec::new();
     for (name, dirty_mb_s) in [("20 MB/s dirtied", 20), ("200 MB/s dirtied", 200)] {
@@ -60,11 +62,16 @@ pub(crate) fn run(times: u32) -> Result<()> {
                 "\n{name}, {} MiB, link {LINK_MBIT} Mbit/s, run {time}",
                 wanted.memory_mib
             ));
-            let (accelerator, ours) = limosa(&plan, &wanted)?;
-            show(&ours);
+            let mut accelerator = "tcg".to_owned();
+            if !stock_only {
+                let (chosen, ours) = limosa(&plan, &wanted)?;
+                show(&ours);
+                all.push((name, ours));
+                accelerator = chosen;
+            }
             let theirs = stock::run(&plan, &wanted, &accelerator)?;
             show(&theirs);
-            all.push((name, ours, theirs));
+            all.push((name, theirs));
         }
     }
     let folder = paths::lab_dir().join("report");
@@ -106,6 +113,7 @@ fn measure(lab: &mut Lab, wanted: &Wanted) -> Result<(String, Measured)> {
     let result = Measured {
         how: "Limosa".to_owned(),
         converged: true,
+        alive: crate::client::status::ask(lab.client(), crate::net::guest_v4(0)).is_ok(),
         total_s: Duration::from_millis(summary.total_ms).as_secs_f64() - phase_s(Phase::Retire),
         mirror_s: phase_s(Phase::Prepare) + phase_s(Phase::Mirror),
         memory_s: phase_s(Phase::PreCopy) + phase_s(Phase::Switchover),
@@ -135,7 +143,11 @@ fn show(result: &Measured) {
         result.total_s,
         result.mirror_s,
         result.memory_s,
-        if result.converged { "" } else { " NOT CONVERGED" },
+        match (result.converged, result.alive) {
+            (true, true) => "",
+            (true, false) => " GUEST DEAD AFTERWARDS",
+            (false, _) => " NOT CONVERGED",
+        },
         report::words::bytes(result.wire_bytes),
         ms(result.downtime_ms),
         ms(result.blackout_ms),
