@@ -5,43 +5,44 @@
 //! flush is answered when the sink says so. Nothing is promised by that: before
 //! a hand-over the plane proves, with a barrier of its own, that all of it is
 //! durable at the destination, and a mirror is never pivoted to.
+//!
+//! **Invariants.** One thread calls the sink, in order of arrival, with ranges
+//! that are not empty and lie inside the export. Once the sink failed it is not
+//! called again and every request gets an error: a mirror with a gap in it never
+//! looks complete.
 
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::negotiation::handshake;
 use super::{
-    CMD_DISC, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
-    CMD_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HAS_FLAGS, INFO_BLOCK_SIZE, INFO_EXPORT,
-    MAGIC, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPTION_BYTES_MAX, OPTION_MAGIC, REP_ACK,
-    REP_ERR_INVALID, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REPLY_MAGIC, REQUEST_BYTES_MAX,
-    REQUEST_MAGIC, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, SIMPLE_REPLY_MAGIC, length,
-    protocol, read_u16, read_u32, read_u64,
+    CMD_DISC, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM,
+    CMD_WRITE, CMD_WRITE_ZEROES, EINVAL, EIO, ENOSPC, ENOTSUP, REPLY_BYTES, REQUEST_BYTES_MAX,
+    RequestHead, SIMPLE_REPLY_MAGIC, protocol,
 };
 
-/// How often a listener without a client looks whether it shall end.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
-/// Requests that QEMU should make, in bytes: a block of the mirror.
-const PREFERRED_BYTES: u32 = 64 << 10;
-/// Most options of one handshake.
-const OPTION_COUNT_MAX: u32 = 64;
+/// Longest silence of a client before its handshake is done. Others wait for it.
+const HANDSHAKE_SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Pause after a connection could not be taken, for want of descriptors say.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
+/// Bytes that are read ahead: more than the heads of all requests in flight.
+const READ_AHEAD_BYTES: usize = 32 << 10;
 
-const EIO: u32 = 5;
-const EINVAL: u32 = 22;
-const ENOSPC: u32 = 28;
-const ENOTSUP: u32 = 95;
-
-/// Takes the operations of one export, in order of their arrival. An error ends
-/// the connection with it: QEMU's job fails, its guest does not notice.
+/// Takes the operations of one export, in order of their arrival.
+///
+/// Ranges are in bytes, never empty, and end inside the export. After the first
+/// error nothing more is asked of it: QEMU's job fails, its guest does not notice.
 pub trait DiskSink: Send {
     /// Takes bytes; may wait, which slows the mirror down.
     ///
     /// # Errors
     /// When nothing more can be taken.
     fn write(&mut self, offset_bytes: u64, bytes: Vec<u8>) -> io::Result<()>;
-    /// Takes a range of zeroes.
+    /// Takes a range of zeroes, which may be a hole if it `may_unmap`.
     ///
     /// # Errors
     /// When nothing more can be taken.
@@ -67,14 +68,34 @@ pub struct Export {
     pub size_bytes: u64,
 }
 
-/// A served export; ends when it is dropped.
-pub struct ServerHandle {
-    stopped: Arc<AtomicBool>,
-    client: Arc<Mutex<Option<UnixStream>>>,
-    thread: Option<std::thread::JoinHandle<()>>,
+/// What the server's thread and its handle share.
+#[derive(Default)]
+struct Shared {
+    stopped: AtomicBool,
+    /// The connection of now
+    client: Mutex<Option<UnixStream>>,
+    /// The sink's error
+    failure: OnceLock<(io::ErrorKind, String)>,
 }
 
-/// Serves an export to one client after the other.
+impl Shared {
+    fn client(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+}
+
+/// A served export; ends when it is dropped.
+pub struct ServerHandle {
+    shared: Arc<Shared>,
+    listener: UnixListener,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Serves an export to one client after the other, on a thread of its own.
 ///
 /// # Errors
 /// The kernel's.
@@ -83,207 +104,214 @@ pub fn serve(
     export: Export,
     mut sink: Box<dyn DiskSink>,
 ) -> io::Result<ServerHandle> {
-    listener.set_nonblocking(true)?;
-    let stopped = Arc::new(AtomicBool::new(false));
-    let client = Arc::new(Mutex::new(None));
-    let (stop, place) = (Arc::clone(&stopped), Arc::clone(&client));
-    let thread =
-        std::thread::Builder::new().name(format!("nbd-{}", export.name)).spawn(move || {
-            while !stop.load(Ordering::Acquire) {
-                match listener.accept() {
-                    Ok((stream, _)) => {
-                        if let Err(error) = one_client(stream, &place, &export, &mut *sink) {
-                            tracing::debug!(export = export.name, %error, "an NBD client ended");
-                        }
-                        *place.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    listener.set_nonblocking(false)?;
+    let shared = Arc::new(Shared::default());
+    let (own, accepting) = (Arc::clone(&shared), listener.try_clone()?);
+    // The only character that a thread's name cannot have.
+    let thread_name = format!("nbd-{}", export.name).replace('\0', "");
+    let thread = std::thread::Builder::new().name(thread_name).spawn(move || {
+        while !own.is_stopped() {
+            match accepting.accept() {
+                Ok((stream, _)) => {
+                    if let Err(error) = one_client(stream, &own, &export, &mut *sink) {
+                        tracing::debug!(export = export.name, %error, "an NBD client ended");
                     }
-                    Err(_) => std::thread::sleep(LOOK_EVERY),
+                    *own.client() = None;
                 }
+                Err(_) if own.is_stopped() => {}
+                Err(_) => std::thread::sleep(ACCEPT_AGAIN),
             }
-        })?;
-    Ok(ServerHandle { stopped, client, thread: Some(thread) })
+        }
+    })?;
+    Ok(ServerHandle { shared, listener, thread: Some(thread) })
 }
 
 impl ServerHandle {
-    /// Ends the export and its client's connection.
+    /// Whether a client is connected now.
+    #[must_use]
+    pub fn connected(&self) -> bool {
+        self.shared.client().is_some()
+    }
+
+    /// Why the sink takes nothing more, if that is so.
+    #[must_use]
+    pub fn failure(&self) -> Option<io::Error> {
+        self.shared.failure.get().map(|(kind, text)| io::Error::new(*kind, text.clone()))
+    }
+
+    /// Ends the export and its client's connection, without waiting for a sink
+    /// that is in the middle of a call.
     pub fn stop(self) {
         drop(self);
+    }
+
+    /// Ends the export and returns when its sink is dropped. Only for those who
+    /// know that the sink does not wait for them.
+    ///
+    /// # Errors
+    /// The sink's, if it failed; or what the sink panicked with.
+    pub fn stop_and_join(mut self) -> io::Result<()> {
+        self.close();
+        if let Some(thread) = self.thread.take() {
+            thread.join().map_err(|_| io::Error::other("the thread of the export panicked"))?;
+        }
+        self.failure().map_or(Ok(()), Err)
+    }
+
+    fn close(&self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        // Wakes the one who waits for a client, and refuses those who come. What
+        // is closed already needs no closing.
+        rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both).ok();
+        if let Some(stream) = &*self.shared.client() {
+            stream.shutdown(std::net::Shutdown::Both).ok();
+        }
     }
 }
 
 impl Drop for ServerHandle {
     fn drop(&mut self) {
-        self.stopped.store(true, Ordering::Release);
-        if let Some(stream) = &*self.client.lock().unwrap_or_else(PoisonError::into_inner) {
-            // One that is closed already needs no closing.
-            stream.shutdown(std::net::Shutdown::Both).ok();
-        }
-        // Joined elsewhere than here: a sink may wait for a plane that ends later.
-        self.thread.take();
+        self.close();
     }
 }
 
 fn one_client(
     stream: UnixStream,
-    place: &Mutex<Option<UnixStream>>,
+    shared: &Shared,
     export: &Export,
     sink: &mut dyn DiskSink,
 ) -> io::Result<()> {
-    stream.set_nonblocking(false)?;
-    *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
+    *shared.client() = Some(stream.try_clone()?);
+    // Who stops the export shuts down the client that it finds; one that came
+    // later finds the export stopped.
+    if shared.is_stopped() {
+        return Ok(());
+    }
+    stream.set_read_timeout(Some(HANDSHAKE_SILENCE_MAX))?;
     let mut writer = stream.try_clone()?;
-    let mut reader = BufReader::with_capacity(64 << 10, stream);
+    let mut reader = BufReader::with_capacity(READ_AHEAD_BYTES, stream);
     if handshake(&mut reader, &mut writer, export)? {
-        transmission(&mut reader, &mut writer, export, sink)?;
+        reader.get_ref().set_read_timeout(None)?;
+        transmission(&mut reader, &mut writer, export, &mut Intake { sink, shared })?;
     }
     Ok(())
 }
 
-/// What the export can do.
-const TRANSMISSION: u16 = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES;
-
-/// `true` when transmission begins.
-pub(crate) fn handshake(
-    reader: &mut impl Read,
-    writer: &mut impl Write,
-    export: &Export,
-) -> io::Result<bool> {
-    let mut hello = Vec::new();
-    hello.extend_from_slice(&MAGIC.to_be_bytes());
-    hello.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
-    hello.extend_from_slice(&(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_be_bytes());
-    writer.write_all(&hello)?;
-    let no_zeroes = read_u32(reader)? & u32::from(FLAG_NO_ZEROES) != 0;
-    for _ in 0..OPTION_COUNT_MAX {
-        if read_u64(reader)? != OPTION_MAGIC {
-            return Err(protocol("an option without its magic"));
-        }
-        let option = read_u32(reader)?;
-        let bytes = read_u32(reader)?;
-        if bytes > OPTION_BYTES_MAX {
-            return Err(protocol("an option that is too long"));
-        }
-        let mut content = vec![0; bytes as usize];
-        reader.read_exact(&mut content)?;
-        match option {
-            OPT_EXPORT_NAME if content == export.name.as_bytes() => {
-                let mut answer = export.size_bytes.to_be_bytes().to_vec();
-                answer.extend_from_slice(&TRANSMISSION.to_be_bytes());
-                if !no_zeroes {
-                    answer.resize(answer.len() + 124, 0);
-                }
-                writer.write_all(&answer)?;
-                return Ok(true);
-            }
-            OPT_EXPORT_NAME => return Err(protocol("an export that is not here")),
-            OPT_ABORT => {
-                option_reply(writer, option, REP_ACK, &[])?;
-                return Ok(false);
-            }
-            OPT_INFO | OPT_GO => match named(&content) {
-                None => option_reply(writer, option, REP_ERR_INVALID, &[])?,
-                Some(name) if name != export.name.as_bytes() => {
-                    option_reply(writer, option, REP_ERR_UNKNOWN, &[])?;
-                }
-                Some(_) => {
-                    describe(writer, option, export)?;
-                    if option == OPT_GO {
-                        return Ok(true);
-                    }
-                }
-            },
-            _ => option_reply(writer, option, REP_ERR_UNSUP, &[])?,
-        }
-    }
-    Err(protocol("a handshake without an end"))
-}
-
-/// The export's name in an INFO or GO option.
-fn named(content: &[u8]) -> Option<&[u8]> {
-    let (length, rest) = content.split_first_chunk::<4>()?;
-    rest.get(..usize::try_from(u32::from_be_bytes(*length)).ok()?)
-}
-
-fn describe(writer: &mut impl Write, option: u32, export: &Export) -> io::Result<()> {
-    let mut info = INFO_EXPORT.to_be_bytes().to_vec();
-    info.extend_from_slice(&export.size_bytes.to_be_bytes());
-    info.extend_from_slice(&TRANSMISSION.to_be_bytes());
-    option_reply(writer, option, REP_INFO, &info)?;
-    let mut info = INFO_BLOCK_SIZE.to_be_bytes().to_vec();
-    for bytes in [1, PREFERRED_BYTES, REQUEST_BYTES_MAX] {
-        info.extend_from_slice(&bytes.to_be_bytes());
-    }
-    option_reply(writer, option, REP_INFO, &info)?;
-    option_reply(writer, option, REP_ACK, &[])
-}
-
-fn option_reply(writer: &mut impl Write, option: u32, kind: u32, content: &[u8]) -> io::Result<()> {
-    let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
-    bytes.extend_from_slice(&option.to_be_bytes());
-    bytes.extend_from_slice(&kind.to_be_bytes());
-    bytes.extend_from_slice(&length(content)?.to_be_bytes());
-    bytes.extend_from_slice(content);
-    writer.write_all(&bytes)
-}
-
-/// Serves requests until the client says goodbye.
-pub(crate) fn transmission(
+/// Talks to one client over any connection, from the hello to the goodbye.
+///
+/// # Errors
+/// The connection's, and a client that does not follow the protocol.
+pub fn converse(
     reader: &mut impl Read,
     writer: &mut impl Write,
     export: &Export,
     sink: &mut dyn DiskSink,
 ) -> io::Result<()> {
+    if handshake(reader, writer, export)? {
+        let intake = &mut Intake { sink, shared: &Shared::default() };
+        transmission(reader, writer, export, intake)?;
+    }
+    Ok(())
+}
+
+/// The sink, until it fails.
+struct Intake<'a> {
+    sink: &'a mut dyn DiskSink,
+    shared: &'a Shared,
+}
+
+impl Intake<'_> {
+    /// Gives an operation to the sink; 0 or the number of an error.
+    fn take(&mut self, operation: impl FnOnce(&mut dyn DiskSink) -> io::Result<()>) -> u32 {
+        if self.shared.failure.get().is_some() {
+            return EIO;
+        }
+        let Err(error) = operation(self.sink) else { return 0 };
+        let kind = error.kind();
+        // Nobody else sets it.
+        self.shared.failure.set((kind, error.to_string())).ok();
+        tracing::debug!(%error, "a mirrored operation was not taken");
+        if kind == io::ErrorKind::StorageFull { ENOSPC } else { EIO }
+    }
+}
+
+/// Serves requests until the client says goodbye, or the export is stopped.
+fn transmission(
+    reader: &mut impl Read,
+    writer: &mut impl Write,
+    export: &Export,
+    intake: &mut Intake<'_>,
+) -> io::Result<()> {
     loop {
-        if read_u32(reader)? != REQUEST_MAGIC {
-            return Err(protocol("a request without its magic"));
+        let head = RequestHead::read(reader)?;
+        // What had arrived can be read after the connection was shut down.
+        if intake.shared.is_stopped() || head.command == CMD_DISC {
+            return Ok(());
         }
-        let flags = read_u16(reader)?;
-        let command = read_u16(reader)?;
-        let cookie = read_u64(reader)?;
-        let offset = read_u64(reader)?;
-        let bytes = read_u32(reader)?;
-        let mut payload = Vec::new();
-        if command == CMD_WRITE {
-            if bytes > REQUEST_BYTES_MAX {
-                return Err(protocol("a write that is too long"));
+        let error = match refusal(&head, export) {
+            Some(error) => {
+                skip_payload(reader, &head)?;
+                error
             }
-            payload.resize(bytes as usize, 0);
-            reader.read_exact(&mut payload)?;
-        }
-        let inside = offset.checked_add(bytes.into()).is_some_and(|end| end <= export.size_bytes);
-        let error = match command {
-            CMD_DISC => return Ok(()),
-            CMD_FLUSH => errno(sink.flush()),
-            CMD_WRITE | CMD_WRITE_ZEROES if !inside => ENOSPC,
-            CMD_TRIM | CMD_READ if !inside => EINVAL,
-            CMD_WRITE => errno(sink.write(offset, payload)),
-            CMD_WRITE_ZEROES => {
-                let may_unmap = flags & CMD_FLAG_NO_HOLE == 0;
-                errno(sink.write_zeroes(offset, bytes.into(), may_unmap))
-            }
-            CMD_TRIM => errno(sink.discard(offset, bytes.into())),
-            // A mirror's target is written only; what it holds is elsewhere.
-            CMD_READ => ENOTSUP,
-            _ => EINVAL,
+            None => perform(reader, &head, intake)?,
         };
-        let error = match error {
-            0 if flags & CMD_FLAG_FUA != 0 => errno(sink.flush()),
-            error => error,
-        };
-        let mut reply = [0; 16];
+        let mut reply = [0; REPLY_BYTES];
         reply[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
         reply[4..8].copy_from_slice(&error.to_be_bytes());
-        reply[8..].copy_from_slice(&cookie.to_be_bytes());
+        reply[8..].copy_from_slice(&head.cookie.to_be_bytes());
         writer.write_all(&reply)?;
     }
 }
 
-fn errno(result: io::Result<()>) -> u32 {
-    match result {
-        Ok(()) => 0,
-        Err(error) => {
-            tracing::debug!(%error, "a mirrored operation was not taken");
-            EIO
-        }
+/// The error to which a request leads by its head alone.
+fn refusal(head: &RequestHead, export: &Export) -> Option<u32> {
+    let (flags_allowed, past_the_end) = match head.command {
+        CMD_WRITE => (CMD_FLAG_FUA, ENOSPC),
+        CMD_WRITE_ZEROES => (CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO, ENOSPC),
+        CMD_TRIM => (CMD_FLAG_FUA, EINVAL),
+        CMD_FLUSH => return (head.flags & !CMD_FLAG_FUA != 0).then_some(EINVAL),
+        // The mirror's target is written only; what it holds is elsewhere.
+        CMD_READ => return Some(ENOTSUP),
+        _ => return Some(EINVAL),
+    };
+    if head.flags & !flags_allowed != 0 {
+        return Some(EINVAL);
     }
+    let end = head.offset.checked_add(head.bytes.into());
+    end.is_none_or(|end| end > export.size_bytes).then_some(past_the_end)
+}
+
+/// Passes over the payload of a refused write, without keeping it.
+fn skip_payload(reader: &mut impl Read, head: &RequestHead) -> io::Result<()> {
+    let payload_bytes = payload_bytes(head)?;
+    let skipped = io::copy(&mut reader.take(payload_bytes), &mut io::sink())?;
+    if skipped == payload_bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Bytes that follow the head.
+fn payload_bytes(head: &RequestHead) -> io::Result<u64> {
+    match head.command {
+        CMD_WRITE if head.bytes > REQUEST_BYTES_MAX => Err(protocol("a write that is too long")),
+        CMD_WRITE => Ok(head.bytes.into()),
+        _ => Ok(0),
+    }
+}
+
+/// Does a request that was not refused; 0 or the number of an error.
+fn perform(reader: &mut impl Read, head: &RequestHead, intake: &mut Intake<'_>) -> io::Result<u32> {
+    let mut payload = vec![0; usize::try_from(payload_bytes(head)?).map_err(io::Error::other)?];
+    reader.read_exact(&mut payload)?;
+    let (offset, bytes) = (head.offset, u64::from(head.bytes));
+    let error = intake.take(|sink| match head.command {
+        CMD_FLUSH => sink.flush(),
+        // What an empty request does is not specified: here, nothing.
+        _ if bytes == 0 => Ok(()),
+        CMD_WRITE => sink.write(offset, payload),
+        CMD_WRITE_ZEROES => sink.write_zeroes(offset, bytes, head.flags & CMD_FLAG_NO_HOLE == 0),
+        _ => sink.discard(offset, bytes),
+    });
+    if error == 0 && head.command != CMD_FLUSH && head.flags & CMD_FLAG_FUA != 0 {
+        return Ok(intake.take(|sink| sink.flush()));
+    }
+    Ok(error)
 }
