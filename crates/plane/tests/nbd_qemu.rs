@@ -182,11 +182,18 @@ impl Qemu {
         self.execute("blockdev-mirror", mirror);
     }
 
-    /// A write as a guest makes it: `what` in the words of `qemu-io`.
-    fn guest(&mut self, what: &str) {
-        let line = format!("qemu-io disk \"{what}\"");
-        let answer = self.execute("human-monitor-command", json!({ "command-line": line }));
-        assert!(!answer.to_string().contains("rror"), "{what}: {answer}");
+    /// A writer that stands where a guest's device does: above the filter that a
+    /// mirror, which starts later, puts on the disk. (What goes straight to the
+    /// node goes past the filter, and from QEMU 8.2 on the mirror misses it.)
+    fn guest(&mut self, folder: &Path) -> NbdClient {
+        let socket = folder.join("guest.sock");
+        let address = json!({ "type": "unix", "data": { "path": socket } });
+        self.execute("nbd-server-start", json!({ "addr": address }));
+        let export = json!({
+            "type": "nbd", "id": "guest", "node-name": "disk", "name": "guest", "writable": true,
+        });
+        self.execute("block-export-add", export);
+        NbdClient::connect(&socket, "guest").unwrap()
     }
 
     fn quit(mut self) {
@@ -220,12 +227,17 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// Bytes without a stretch of zeroes.
+fn noise(length: u64, seed: u8) -> Vec<u8> {
+    (0..length).map(|at| ((at % 251) as u8 ^ (at >> 13) as u8).wrapping_add(seed)).collect()
+}
+
 /// A raw image with data here and there, also across its blocks' borders.
 fn sparse_image(folder: &Path, size_bytes: u64) -> PathBuf {
     let path = folder.join("source.raw");
     let file = File::create(&path).unwrap();
     file.set_len(size_bytes).unwrap();
-    let noise: Vec<u8> = (0..3 * MIB).map(|at| (at % 251) as u8 ^ (at >> 13) as u8).collect();
+    let noise = noise(3 * MIB, 0);
     for (offset, bytes) in [(0, 512), (5 * MIB - 700, 1400), (300 * MIB + 4096, noise.len())] {
         file.write_all_at(&noise[..bytes], offset).unwrap();
     }
@@ -257,23 +269,25 @@ fn mirror_is_equal_and_sparse(format: &str) {
     let disk = Disk::new(&copy, size_bytes);
     let (socket, server) = served(folder.path(), &disk, size_bytes);
     let mut qemu = Qemu::start(folder.path(), format, &image);
+    let mut guest = qemu.guest(folder.path());
     qemu.mirror(&socket);
-    qemu.guest("write -P 0x11 700M 1M");
+    guest.write(700 * MIB, &noise(MIB, 1)).unwrap();
     qemu.event(&["BLOCK_JOB_READY"]);
     let bulk_count = disk.log.lock().unwrap().len();
     assert!(disk.written_bytes() < 6 * MIB, "only data crosses: {}", disk.written_bytes());
-    qemu.guest("write -P 0x22 300M 2M");
-    qemu.guest("write -P 0x33 5000 3000");
-    qemu.guest("write -z -u 301M 1M");
-    qemu.guest("write -z 302M 64k");
-    qemu.guest("write -P 0 900M 1M");
-    qemu.guest("discard 700M 512k");
-    qemu.guest("flush");
+    guest.write(300 * MIB, &noise(2 * MIB, 2)).unwrap();
+    guest.write(5000, &noise(3000, 3)).unwrap();
+    guest.write_zeroes(301 * MIB, MIB, true).unwrap();
+    guest.write_zeroes(302 * MIB, 64 << 10, false).unwrap();
+    guest.write(900 * MIB, &vec![0; at(MIB)]).unwrap();
+    guest.discard(700 * MIB, MIB / 2).unwrap();
+    guest.flush().unwrap();
     qemu.execute("block-job-cancel", json!({ "device": "mirror" }));
     let end = qemu.event(&["BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"]);
     assert_eq!(end["event"], "BLOCK_JOB_COMPLETED");
     assert!(end["data"].get("error").is_none(), "{end}");
     qemu.execute("blockdev-del", json!({ "node-name": "target" }));
+    guest.disconnect().unwrap();
     qemu.quit();
     server.stop_and_join().unwrap();
     if let Ok(path) = std::env::var("LIMOSA_TEST_NBD_LOG") {
@@ -308,15 +322,20 @@ fn a_sink_that_fails_fails_the_mirror_and_nothing_else() {
     disk.write_bytes_max = MIB;
     let (socket, server) = served(folder.path(), &disk, 512 * MIB);
     let mut qemu = Qemu::start(folder.path(), "raw", &image);
+    let mut guest = qemu.guest(folder.path());
     qemu.mirror(&socket);
     let end = qemu.event(&["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"]);
     assert_eq!(end["event"], "BLOCK_JOB_COMPLETED");
     assert_eq!(end["data"]["error"], "No space left on device");
     assert_eq!(server.failure().unwrap().kind(), io::ErrorKind::StorageFull);
-    qemu.guest("write -P 0x44 1M 1M");
-    qemu.guest("read -P 0x44 1M 1M");
+    guest.write(MIB, &noise(MIB, 4)).unwrap();
+    guest.flush().unwrap();
+    guest.disconnect().unwrap();
     server.stop();
     qemu.quit();
+    let mut read = vec![0; at(MIB)];
+    File::open(&image).unwrap().read_exact_at(&mut read, MIB).unwrap();
+    assert!(read == noise(MIB, 4));
 }
 
 /// QEMU's tools find the export by its name and as the default one, and write a

@@ -4,6 +4,9 @@
 //! source:      disk node ─ mirror job ─► NBD client node ─► the agent's socket
 //! destination: QEMU's NBD server ─ export ─► disk node
 //! ```
+//!
+//! **Invariant.** A mirror counts as ended well only by QEMU's own word for it:
+//! a job that is gone without one has failed.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,6 +18,10 @@ use crate::qmp::{Qmp, QmpError, part};
 
 /// How often a job is looked at that is about to end.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How often a job is looked at that is not ready yet.
+const READY_LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Longest wait for an export to close.
+const EXPORT_CLOSE_MAX: Duration = Duration::from_secs(10);
 
 /// A block job.
 #[derive(Debug, Clone, Deserialize)]
@@ -28,6 +35,8 @@ pub struct Job {
     pub len: u64,
     /// A mirror: both sides are equal from now on
     pub ready: bool,
+    /// Its run state, such as `running` or `ready`
+    pub status: String,
     /// Why it stands still
     pub error: Option<String>,
 }
@@ -77,6 +86,37 @@ pub async fn start_mirror(
         "auto-dismiss": true,
     });
     qmp.execute("blockdev-mirror", options).await.map(drop)
+}
+
+/// Waits until a mirror is ready.
+///
+/// Looks at the job too, because events may be lost: one that is gone failed.
+///
+/// # Errors
+/// As every command; [`QmpError::Command`] also when the job failed.
+pub async fn wait_ready(qmp: &Qmp, job: &str) -> Result<(), QmpError> {
+    let mut events = qmp.events();
+    let mut last_word: Option<String> = None;
+    loop {
+        match jobs(qmp).await?.into_iter().find(|found| found.id == job) {
+            Some(found) => match found.error {
+                Some(error) => return Err(failed(job, &error)),
+                None if found.ready => return Ok(()),
+                None => {}
+            },
+            None => {
+                let why = last_word.as_deref().unwrap_or("it ended before it was ready");
+                return Err(failed(job, why));
+            }
+        }
+        let until = tokio::time::Instant::now() + READY_LOOK_EVERY;
+        while let Ok(Ok(event)) = tokio::time::timeout_at(until, events.recv()).await {
+            if event.data["device"] == job || qmp.is_closed() {
+                last_word = event.data["error"].as_str().map(str::to_owned).or(last_word);
+                break;
+            }
+        }
+    }
 }
 
 /// All block jobs.
@@ -191,6 +231,62 @@ pub async fn export(
         "writable": writable,
     });
     qmp.execute("block-export-add", options).await.map(drop)
+}
+
+/// Ids of all exports.
+///
+/// # Errors
+/// As every command.
+pub async fn exports(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+    #[derive(Deserialize)]
+    struct Export {
+        id: String,
+    }
+    let answer = qmp.execute("query-block-exports", json!({})).await?;
+    let list: Vec<Export> = part("query-block-exports", answer)?;
+    Ok(list.into_iter().map(|export| export.id).collect())
+}
+
+/// Ends an export, clients or not, and waits until it is gone.
+///
+/// # Errors
+/// As every command; [`QmpError::Timeout`] when it does not close.
+pub async fn stop_export(qmp: &Qmp, id: &str) -> Result<(), QmpError> {
+    qmp.execute("block-export-del", json!({ "id": id, "mode": "hard" })).await?;
+    let gone = async {
+        while exports(qmp).await?.iter().any(|found| found == id) {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(EXPORT_CLOSE_MAX, gone).await.unwrap_or_else(|_| {
+        let command = "block-export-del".to_owned();
+        Err(QmpError::Timeout { command, limit: EXPORT_CLOSE_MAX })
+    })
+}
+
+/// What a migration that was cut short left in a QEMU.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Block jobs
+    pub jobs: Vec<String>,
+    /// Exports
+    pub exports: Vec<String>,
+    /// Block nodes
+    pub nodes: Vec<String>,
+}
+
+/// Lists what carries a name that begins with `prefix`.
+///
+/// # Errors
+/// As every command.
+pub async fn leftovers(qmp: &Qmp, prefix: &str) -> Result<Leftovers, QmpError> {
+    let ours = |names: Vec<String>| names.into_iter().filter(|n| n.starts_with(prefix)).collect();
+    Ok(Leftovers {
+        jobs: ours(jobs(qmp).await?.into_iter().map(|job| job.id).collect()),
+        exports: ours(exports(qmp).await?),
+        nodes: ours(nodes(qmp).await?),
+    })
 }
 
 /// Stops QEMU's NBD server and all its exports.

@@ -1,16 +1,30 @@
 //! Disk images as files: made and looked at with `qemu-img`.
 //!
-//! **Invariant.** The format is always said, never guessed from the content: a
+//! **Invariants.** The format is always said, never guessed from the content: a
 //! guest that writes a qcow2 header into its raw disk must not make the host
-//! open what that header names.
+//! open what that header names. An image may come from a stranger: the tool runs
+//! with limits, and its answers are read up to a limit. Paths begin at the root,
+//! because QEMU takes `nbd:host:port` for another kind of name.
 
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
+/// Most address space that the tool may take, in bytes.
+const ADDRESS_SPACE_BYTES_MAX: u64 = 2 << 30;
+/// Most bytes of an answer, or of a complaint, that are read.
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of content that are taken out of an image at once.
+const CONTENT_STEP_BYTES: u64 = 32 << 20;
+/// Bytes of content that wait for their reader.
+const CONTENT_QUEUE_BYTES: usize = 1 << 20;
 /// Longest a look at, or the making of, an image may take.
 const TOOL_MAX: Duration = Duration::from_secs(60);
 
@@ -63,6 +77,21 @@ pub enum ImageError {
         /// Its own words
         words: String,
     },
+    /// The path does not begin at the root.
+    #[error("the path {} does not begin with /", path.display())]
+    Relative {
+        /// The path
+        path: PathBuf,
+    },
+    /// The image keeps its content in another file, which Limosa does not move.
+    #[error("the image keeps its content in another file, {name}")]
+    DataFile {
+        /// Name of the other file
+        name: String,
+    },
+    /// Its answer is too long.
+    #[error("an answer of more than {ANSWER_BYTES_MAX} bytes")]
+    TooLong,
     /// It took too long.
     #[error("no answer within {} s", TOOL_MAX.as_secs())]
     Silent,
@@ -79,28 +108,73 @@ struct Answer {
     actual_size: u64,
     #[serde(rename = "backing-filename")]
     backing: Option<String>,
+    #[serde(rename = "format-specific")]
+    specific: Option<Specific>,
+}
+
+#[derive(Deserialize)]
+struct Specific {
+    #[serde(rename = "data")]
+    qcow2: serde_json::Value,
+}
+
+fn check_path(path: &Path) -> Result<(), ImageError> {
+    if path.is_absolute() { Ok(()) } else { Err(ImageError::Relative { path: path.to_owned() }) }
+}
+
+fn limited(tool: &Path) -> Command {
+    let mut command = Command::new(tool);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .current_dir("/")
+        .kill_on_drop(true);
+    let limits = || {
+        use rustix::process::{Resource, Rlimit, setrlimit};
+        let to = |most| Rlimit { current: Some(most), maximum: Some(most) };
+        setrlimit(Resource::As, to(ADDRESS_SPACE_BYTES_MAX))?;
+        setrlimit(Resource::Core, to(0))?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made.
+    unsafe { command.pre_exec(limits) };
+    command
 }
 
 async fn run(tool: &Path, command: &mut Command) -> Result<Vec<u8>, ImageError> {
     let at = |source| ImageError::Start { tool: tool.to_owned(), source };
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(at)?;
-    let output = tokio::time::timeout(TOOL_MAX, child.wait_with_output())
-        .await
-        .map_err(|_| ImageError::Silent)?
-        .map_err(at)?;
-    if output.status.success() {
-        Ok(output.stdout)
-    } else {
-        let words = String::from_utf8_lossy(&output.stderr);
-        let words = words.trim().trim_start_matches("qemu-img: ").chars().take(500).collect();
-        Err(ImageError::Refused { words })
+    let mut child = command.spawn().map_err(at)?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let work = async {
+        // Both at once: a child that waits to be read on one never ends the other.
+        let (answer, words) = tokio::join!(read_limited(stdout), read_limited(stderr));
+        Ok::<_, std::io::Error>((answer?, words?, child.wait().await?))
+    };
+    let (answer, words, status) =
+        tokio::time::timeout(TOOL_MAX, work).await.map_err(|_| ImageError::Silent)?.map_err(at)?;
+    if !status.success() {
+        return Err(refused(&words));
     }
+    if u64::try_from(answer.len()).unwrap_or(u64::MAX) > ANSWER_BYTES_MAX {
+        return Err(ImageError::TooLong);
+    }
+    Ok(answer)
+}
+
+/// Reads one byte more than allowed, so that too long an answer shows.
+async fn read_limited(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(stream) = stream {
+        stream.take(ANSWER_BYTES_MAX + 1).read_to_end(&mut bytes).await?;
+    }
+    Ok(bytes)
+}
+
+fn refused(words: &[u8]) -> ImageError {
+    let words = String::from_utf8_lossy(words);
+    let words = words.trim().trim_start_matches("qemu-img: ").chars().take(500).collect();
+    ImageError::Refused { words }
 }
 
 /// Makes an empty image.
@@ -113,7 +187,8 @@ pub async fn image_create(
     format: ImageFormat,
     size_bytes: u64,
 ) -> Result<(), ImageError> {
-    let mut command = Command::new(tool);
+    check_path(path)?;
+    let mut command = limited(tool);
     command
         .args(["create", "-q", "-f", format.as_str(), "--"])
         .arg(path)
@@ -130,10 +205,16 @@ pub async fn image_facts(
     path: &Path,
     format: ImageFormat,
 ) -> Result<ImageFacts, ImageError> {
-    let mut command = Command::new(tool);
+    check_path(path)?;
+    let mut command = limited(tool);
     command.args(["info", "-U", "--output=json", "-f", format.as_str(), "--"]).arg(path);
     let text = run(tool, &mut command).await?;
     let answer: Answer = serde_json::from_slice(&text).map_err(ImageError::Answer)?;
+    if let Some(name) =
+        answer.specific.and_then(|s| s.qcow2["data-file"].as_str().map(str::to_owned))
+    {
+        return Err(ImageError::DataFile { name });
+    }
     Ok(ImageFacts {
         virtual_size: answer.virtual_size,
         actual_size: answer.actual_size,
@@ -141,24 +222,97 @@ pub async fn image_facts(
     })
 }
 
-/// Reads the content that a guest sees: the caller reads it from the child.
+/// What a guest sees on a disk, read from its image.
+#[derive(Debug)]
+pub struct Content {
+    /// The bytes, in order; to be read to their end before [`Content::wait`].
+    pub stdout: Option<tokio::io::DuplexStream>,
+    reader: tokio::task::JoinHandle<Result<ExitStatus, std::io::Error>>,
+}
+
+impl Content {
+    /// How reading went: only after success were the bytes all of the content.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub async fn wait(&mut self) -> std::io::Result<ExitStatus> {
+        (&mut self.reader).await.map_err(std::io::Error::other)?
+    }
+}
+
+impl Drop for Content {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// Reads the content that a guest sees, also while a QEMU holds the image.
+///
+/// The tool writes only to files that it can seek in, so it fills a piece of
+/// memory, a step at a time, and the memory is read from here.
 ///
 /// # Errors
-/// [`ImageError::Start`].
-pub fn read_content(
+/// [`ImageError`].
+pub fn read_content(tool: &Path, path: &Path, format: ImageFormat) -> Result<Content, ImageError> {
+    check_path(path)?;
+    let at = |source| ImageError::Start { tool: tool.to_owned(), source };
+    let memory = rustix::fs::memfd_create("limosa-content", rustix::fs::MemfdFlags::CLOEXEC)
+        .map_err(|error| at(error.into()))?;
+    let mut memory = File::from(memory);
+    let (mut sink, stdout) = tokio::io::duplex(CONTENT_QUEUE_BYTES);
+    let (tool, path) = (tool.to_owned(), path.to_owned());
+    let reader = tokio::spawn(async move {
+        let facts = image_facts(&tool, &path, format).await.map_err(std::io::Error::other)?;
+        let mut status = ExitStatus::default();
+        let mut buffer = vec![0; CONTENT_QUEUE_BYTES];
+        let mut offset = 0;
+        while offset < facts.virtual_size && status.success() {
+            let size = CONTENT_STEP_BYTES.min(facts.virtual_size - offset);
+            memory.set_len(0)?;
+            status = copy_step(&tool, (&path, format), (offset, size), &memory).await?;
+            memory.rewind()?;
+            let mut left = size;
+            while left > 0 && status.success() {
+                // From memory, so it does not wait.
+                let count = memory.read(&mut buffer)?;
+                if count == 0 {
+                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                }
+                sink.write_all(&buffer[..count]).await?;
+                left = left.saturating_sub(u64::try_from(count).unwrap_or(left));
+            }
+            offset += size;
+        }
+        Ok(status)
+    });
+    Ok(Content { stdout: Some(stdout), reader })
+}
+
+/// Fills `memory` with `size` bytes of an image from `offset` on.
+///
+/// A window over the image in QEMU's own words: the tool's `dd` counts `count`
+/// from the start of the image up to 10.0, and not from `skip`.
+async fn copy_step(
     tool: &Path,
-    path: &Path,
-    format: ImageFormat,
-) -> Result<tokio::process::Child, ImageError> {
-    // `dd` writes to a file only; a pipe behind /dev/stdout is one to it.
-    Command::new(tool)
-        .args(["dd", "-U", "-f", format.as_str(), "-O", "raw", "bs=1M"])
-        .arg(format!("if={}", path.display()))
-        .arg("of=/dev/stdout")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
+    (path, format): (&Path, ImageFormat),
+    (offset, size): (u64, u64),
+    memory: &File,
+) -> std::io::Result<ExitStatus> {
+    let window = serde_json::json!({
+        "driver": "raw",
+        "offset": offset,
+        "size": size,
+        "file": {
+            "driver": format.as_str(),
+            "file": { "driver": "file", "filename": path },
+        },
+    });
+    limited(tool)
+        .args(["convert", "-U", "-O", "raw"])
+        .arg(format!("json:{window}"))
+        .arg(format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()))
+        .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|source| ImageError::Start { tool: tool.to_owned(), source })
+        .status()
+        .await
 }

@@ -30,7 +30,7 @@ pub struct LaunchSpec {
     /// The VM's identity
     pub uuid: String,
     /// Guest RAM
-    pub memory_bytes: u64,
+    pub ram_bytes: u64,
     /// Virtual CPUs
     pub vcpus: u32,
     /// Versioned machine type
@@ -169,12 +169,12 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
     line.pair("-accel", accelerator(spec.accelerator));
     line.pair("-cpu", &spec.cpu);
     line.pair("-smp", spec.vcpus.to_string());
-    line.pair("-m", memory_argument(spec.memory_bytes));
+    line.pair("-m", memory_argument(spec.ram_bytes));
     line.pair(
         "-object",
         format!(
             "memory-backend-memfd,id={RAM_BACKEND_ID},size={},share=on,{RAM_BACKEND_NAMED_BY_ID}",
-            spec.memory_bytes
+            spec.ram_bytes
         ),
     );
     line.chardev("qmp", &spec.runtime_dir.join(QMP_SOCKET));

@@ -1,9 +1,10 @@
 //! Everything Limosa knows about stock QEMU, 7.2 to 10.x, and nothing else.
 //!
 //! ```text
-//! probe, accelerator ─► launch (command line) ─► process (one QEMU)
-//!                                                   │
-//!          power, block, migrate ─► qmp ◄───────────┘
+//! probe, accelerator, quirk ─► launch (command line) ─► process (one QEMU)
+//!                                                          │
+//!                 power, block, migrate ─► qmp ◄───────────┘
+//!                                 image ─► files, with qemu-img
 //! ```
 //!
 //! **Invariants.** No name, flag or format of QEMU is written anywhere else in
@@ -19,4 +20,8 @@ pub mod power;
 pub mod probe;
 pub mod process;
 pub mod qmp;
+pub mod quirk;
 pub mod stream;
+
+#[cfg(test)]
+mod tests;

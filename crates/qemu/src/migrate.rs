@@ -54,6 +54,8 @@ pub struct MigrateStatus {
     pub status: MigrationStatus,
     /// What it says of RAM, once it does
     pub ram: Option<RamStatus>,
+    /// How long QEMU had the vCPUs stopped, in milliseconds, once it is done
+    pub downtime_ms: Option<u64>,
     /// Why it failed
     pub error_desc: Option<String>,
 }
@@ -70,6 +72,9 @@ pub struct RamStatus {
     /// Rounds over the dirty bitmap
     #[serde(rename = "dirty-sync-count", default)]
     pub dirty_sync_count: u64,
+    /// Bytes of a page
+    #[serde(rename = "page-size", default)]
+    pub page_bytes: u64,
 }
 
 /// Settings of a source.
@@ -79,9 +84,16 @@ pub struct SourceParameters {
     pub downtime_limit_ms: u32,
 }
 
+/// Every capability that Limosa ever sets. They stay set in a QEMU, and one that
+/// came here as a destination is the source of the next move.
+const CAPABILITIES: [&str; 5] =
+    ["events", "pause-before-switchover", "auto-converge", "late-block-activate", "return-path"];
+
 async fn set_capabilities(qmp: &Qmp, on: &[&str]) -> Result<(), QmpError> {
-    let list: Vec<Value> =
-        on.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+    let list: Vec<Value> = CAPABILITIES
+        .iter()
+        .map(|name| json!({ "capability": name, "state": on.contains(name) }))
+        .collect();
     qmp.execute("migrate-set-capabilities", json!({ "capabilities": list })).await.map(drop)
 }
 
@@ -175,7 +187,8 @@ pub async fn status(qmp: &Qmp) -> Result<MigrateStatus, QmpError> {
         ram => Some(part("query-migrate", ram)?),
     };
     let error_desc = answer["error-desc"].as_str().map(str::to_owned);
-    Ok(MigrateStatus { status, ram, error_desc })
+    let downtime_ms = answer["downtime"].as_u64();
+    Ok(MigrateStatus { status, ram, downtime_ms, error_desc })
 }
 
 /// Reads an event about the migration. The end of QEMU counts as its failure.

@@ -45,6 +45,8 @@ pub struct QemuFacts {
     lacking: BTreeMap<String, Vec<String>>,
     /// What a CPU model can show at most on this host
     features: Vec<String>,
+    /// QMP commands
+    commands: BTreeSet<String>,
 }
 
 /// Why a binary gave no facts.
@@ -59,6 +61,12 @@ pub enum ProbeError {
         #[source]
         source: std::io::Error,
     },
+    /// It is too old.
+    #[error("it is QEMU {version}; {} or newer is needed", crate::quirk::VERSION_MIN)]
+    TooOld {
+        /// What it is
+        version: Version,
+    },
     /// It does not speak as QEMU does.
     #[error("it does not answer over QMP")]
     Qmp(#[from] QmpError),
@@ -68,6 +76,11 @@ pub enum ProbeError {
 struct Machine {
     name: String,
     alias: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -82,46 +95,35 @@ struct Cpu {
 /// # Errors
 /// [`ProbeError`].
 pub async fn probe(binary: &Path, accelerator: Accelerator) -> Result<QemuFacts, ProbeError> {
-    let at = |source| ProbeError::Start { binary: binary.to_owned(), source };
-    let folder = std::env::temp_dir().join(format!(
-        "limosa-probe-{}-{:?}",
-        std::process::id(),
-        std::thread::current().id()
-    ));
-    std::fs::create_dir_all(&folder).map_err(at)?;
-    let socket = folder.join("qmp.sock");
-    // `-machine none` has no CPU to ask for; a real machine with stopped vCPUs
-    // knows them all and costs as little.
-    let child = tokio::process::Command::new(binary)
-        .args(["-S", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35"])
-        .args(["-accel", &accelerator.to_string(), "-m", "16M", "-qmp"])
-        .arg(format!("unix:{},server=on,wait=off", socket.display()))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
+    let mut child = tokio::process::Command::new(binary)
+        .args(["-S", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"])
+        // Over its own standard streams: no file that somebody else could make.
+        .args(["-accel", &accelerator.to_string(), "-qmp", "stdio"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .kill_on_drop(true)
         .spawn()
-        .map_err(at);
-    let asked = match child {
-        Ok(mut child) => {
-            let asked = tokio::select! {
-                asked = ask(&socket) => asked,
-                _ = child.wait() => Err(QmpError::Closed),
-            };
-            child.kill().await.ok();
-            asked.map_err(ProbeError::Qmp)
-        }
-        Err(error) => Err(error),
+        .map_err(|source| ProbeError::Start { binary: binary.to_owned(), source })?;
+    let (Some(reader), Some(writer)) = (child.stdout.take(), child.stdin.take()) else {
+        return Err(ProbeError::Qmp(QmpError::Closed));
     };
-    std::fs::remove_dir_all(&folder).ok();
-    asked
+    let asked = async { ask(Qmp::over(reader, writer, None, PROBE_MAX).await?).await };
+    let facts = asked.await;
+    child.kill().await.ok();
+    let facts = facts?;
+    if facts.version < crate::quirk::VERSION_MIN {
+        return Err(ProbeError::TooOld { version: facts.version });
+    }
+    Ok(facts)
 }
 
-async fn ask(socket: &Path) -> Result<QemuFacts, QmpError> {
-    let qmp = Qmp::connect(socket, PROBE_MAX).await?;
+async fn ask(qmp: Qmp) -> Result<QemuFacts, QmpError> {
     let mut version = qmp.execute("query-version", json!({})).await?;
     let machines = qmp.execute("query-machines", json!({})).await?;
     let machines: Vec<Machine> = part("query-machines", machines)?;
+    let commands = qmp.execute("query-commands", json!({})).await?;
+    let commands: Vec<Named> = part("query-commands", commands)?;
     let cpus = qmp.execute("query-cpu-definitions", json!({})).await?;
     let cpus: Vec<Cpu> = part("query-cpu-definitions", cpus)?;
     let wish = json!({ "type": "full", "model": { "name": "max" } });
@@ -142,6 +144,7 @@ async fn ask(socket: &Path) -> Result<QemuFacts, QmpError> {
         machines: machines.into_iter().map(|machine| machine.name).collect(),
         lacking: cpus.into_iter().map(|cpu| (cpu.name, cpu.unavailable_features)).collect(),
         features,
+        commands: commands.into_iter().map(|command| command.name).collect(),
     })
 }
 
@@ -151,6 +154,17 @@ impl QemuFacts {
     pub fn resolve_machine<'a>(&'a self, name: &str) -> Option<&'a str> {
         let versioned = self.aliases.get(name).map_or(name, String::as_str);
         self.machines.get(versioned).map(String::as_str)
+    }
+
+    /// Whether it has a QMP command.
+    #[must_use]
+    pub fn has(&self, command: &str) -> bool {
+        self.commands.contains(command)
+    }
+
+    /// Versioned machine types.
+    pub fn machines(&self) -> impl Iterator<Item = &str> {
+        self.machines.iter().map(String::as_str)
     }
 
     /// Features of a CPU model that this host does not have; `None` when QEMU

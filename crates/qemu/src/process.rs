@@ -5,12 +5,15 @@
 //! works alike for a child and for one that an earlier agent started.
 //!
 //! **Invariants.** QEMU leads its own session: signals to the agent do not reach
-//! it. Of the agent's descriptors it inherits only those it is given.
+//! it. Of the agent's descriptors it inherits only those it is given (all others
+//! are closed at `exec`: nothing in Limosa opens one that is not). An answer on
+//! its QMP socket counts only when the kernel says that it comes from it.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -25,6 +28,12 @@ use crate::qmp::{Qmp, QmpError};
 const INHERITED_FD_FIRST: RawFd = 10;
 /// Numbers from here on are free in a child that was just forked.
 const SPARE_FD_FIRST: RawFd = 200;
+/// Most descriptors that QEMU can inherit.
+pub const INHERITED_COUNT_MAX: usize = 16;
+/// Times a start is tried whose descriptors collide.
+const START_COUNT_MAX: u32 = 5;
+/// Beginning of the name of the memory file behind guest RAM, as `/proc` shows it.
+const RAM_LINK: &str = "/memfd:memory-backend-memfd";
 /// Bytes of QEMU's last words that go into an error.
 const LOG_TAIL_BYTES: u64 = 1024;
 
@@ -102,6 +111,18 @@ pub enum ProcessError {
     /// It does not answer.
     #[error("it does not answer")]
     Silent(#[source] QmpError),
+    /// Another process answers in its place.
+    #[error("its QMP socket is answered by another process ({})", found.unwrap_or(0))]
+    Stranger {
+        /// Number of the other, if known
+        found: Option<u32>,
+    },
+    /// More descriptors than there are numbers for.
+    #[error("{count} descriptors are more than the {INHERITED_COUNT_MAX} it can inherit")]
+    TooMany {
+        /// How many
+        count: usize,
+    },
     /// It still runs.
     #[error("process {pid} still runs after {} s", limit.as_secs())]
     StillRuns {
@@ -140,14 +161,48 @@ pub struct QemuProcess {
 /// Starts a process.
 ///
 /// # Errors
-/// [`ProcessError::Start`] and [`ProcessError::Log`]. A cgroup that cannot be
-/// used is logged, and the process runs without it.
+/// [`ProcessError::Start`], [`ProcessError::Log`], [`ProcessError::TooMany`]. A
+/// cgroup that cannot be used is logged, and the process runs without it.
+#[expect(clippy::unused_async, reason = "needs a runtime to reap the child")]
 pub async fn spawn(spec: &ProcessSpec) -> Result<QemuProcess, ProcessError> {
+    if spec.keep_fds.len() > INHERITED_COUNT_MAX {
+        return Err(ProcessError::TooMany { count: spec.keep_fds.len() });
+    }
+    let at_start = |source| ProcessError::Start { binary: spec.binary.clone(), source };
+    let mut tries = 1;
+    let mut child = loop {
+        let placeholders = occupy_inherited().map_err(at_start)?;
+        let started = command(spec)?.spawn();
+        drop(placeholders);
+        match started {
+            Ok(child) => break child,
+            Err(error) if is_collision(&error) && tries < START_COUNT_MAX => tries += 1,
+            Err(error) => return Err(at_start(error)),
+        }
+    };
+    let pid = child.id().ok_or_else(|| at_start(io::Error::other("it is gone already")))?;
+    if let Some(group) = &spec.cgroup
+        && let Err(error) = std::fs::write(group.join("cgroup.procs"), pid.to_string())
+    {
+        tracing::warn!(pid, group = %group.display(), %error, "not in a cgroup of its own");
+    }
+    // Not waited for yet, so at least its entry is there.
+    let (start_time_ticks, _) = start_time(pid)
+        .ok_or_else(|| at_start(io::Error::other("its start time cannot be read")))?;
+    // Waited for, so that it does not stay as a zombie.
+    tokio::spawn(async move { child.wait().await });
+    Ok(QemuProcess { id: ProcessId { pid, start_time_ticks }, log: spec.stderr_log.clone() })
+}
+
+fn command(spec: &ProcessSpec) -> Result<tokio::process::Command, ProcessError> {
     let at_log = |source| ProcessError::Log { path: spec.stderr_log.clone(), source };
     let log = OpenOptions::new()
         .create(true)
         .write(true)
         .truncate(true)
+        .mode(0o600)
+        // QEMU's user may own the folder, and must not choose what is emptied.
+        .custom_flags(libc::O_NOFOLLOW)
         .open(&spec.stderr_log)
         .map_err(at_log)?;
     let mut command = tokio::process::Command::new(&spec.binary);
@@ -163,18 +218,31 @@ pub async fn spawn(spec: &ProcessSpec) -> Result<QemuProcess, ProcessError> {
     // SAFETY: between fork and exec only system calls are made; nothing
     // allocates, locks or unwinds.
     unsafe { command.pre_exec(move || become_qemu(&fds, user.as_ref())) };
-    let at_start = |source| ProcessError::Start { binary: spec.binary.clone(), source };
-    let mut child = command.spawn().map_err(at_start)?;
-    let pid = child.id().ok_or_else(|| at_start(io::Error::other("it is gone already")))?;
-    if let Some(group) = &spec.cgroup
-        && let Err(error) = std::fs::write(group.join("cgroup.procs"), pid.to_string())
-    {
-        tracing::warn!(pid, group = %group.display(), %error, "not in a cgroup of its own");
+    Ok(command)
+}
+
+/// Holds the numbers that QEMU's descriptors will have, as far as they are free.
+///
+/// The standard library opens a pipe by which the child says that its `exec`
+/// failed. Were it opened at one of these numbers, the child would put a TAP in
+/// its place, and write into the TAP.
+fn occupy_inherited() -> io::Result<Vec<OwnedFd>> {
+    let null = File::open("/dev/null")?;
+    let mut held = Vec::new();
+    loop {
+        let fd = rustix::io::fcntl_dupfd_cloexec(&null, INHERITED_FD_FIRST)?;
+        let is_past = inherited_fd(INHERITED_COUNT_MAX) <= fd.as_raw_fd();
+        held.push(fd);
+        if is_past {
+            return Ok(held);
+        }
     }
-    let start_time_ticks = start_time(pid).map(|(ticks, _)| ticks).unwrap_or_default();
-    // Waited for, so that it does not stay as a zombie.
-    tokio::spawn(async move { child.wait().await });
-    Ok(QemuProcess { id: ProcessId { pid, start_time_ticks }, log: spec.stderr_log.clone() })
+}
+
+/// Whether a start failed because that pipe got such a number all the same:
+/// another thread closed one at the wrong moment.
+fn is_collision(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
 }
 
 /// In the child: a session of its own, the given descriptors, the given user.
@@ -182,13 +250,16 @@ fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
     rustix::process::setsid()?;
     let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(rustix::process::Resource::Core, no_core)?;
-    let mut spares = [-1; 16];
+    let mut spares = [-1; INHERITED_COUNT_MAX];
     // Through spare numbers: a given descriptor may sit where another shall go.
     for (spare, fd) in spares.iter_mut().zip(fds) {
         // SAFETY: plain system call on a descriptor that the parent holds open.
         *spare = check(unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, SPARE_FD_FIRST) })?;
     }
     for (to, spare) in (INHERITED_FD_FIRST..).zip(spares.iter().take(fds.len())) {
+        if is_report_pipe(to) {
+            return Err(io::Error::from_raw_os_error(libc::EBUSY));
+        }
         // SAFETY: as above; what stood at `to` is not used between fork and exec.
         check(unsafe { libc::dup2(*spare, to) })?;
     }
@@ -203,6 +274,20 @@ fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether a number may be that of the pipe in [`occupy_inherited`]: the writing
+/// end of a pipe.
+fn is_report_pipe(fd: RawFd) -> bool {
+    // SAFETY: all bytes zero are a valid `stat`.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` is valid for writes; a number that is not open is an error.
+    let known = unsafe { libc::fstat(fd, &raw mut stat) } == 0;
+    // SAFETY: plain system call.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    known
+        && stat.st_mode & libc::S_IFMT == libc::S_IFIFO
+        && flags & libc::O_ACCMODE == libc::O_WRONLY
+}
+
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -214,15 +299,31 @@ impl QemuProcess {
     /// [`ProcessError::Ended`] with its last words, or [`ProcessError::Silent`].
     pub async fn wait_ready(&self, socket: &Path, limit: Duration) -> Result<Qmp, ProcessError> {
         tokio::select! {
-            qmp = Qmp::connect(socket, limit) => qmp.map_err(|error| {
-                if is_alive(&self.id) { ProcessError::Silent(error) } else { self.ended() }
-            }),
+            qmp = connect(&self.id, socket, limit) => match qmp {
+                Err(ProcessError::Silent(_)) if !is_alive(&self.id) => Err(self.ended()),
+                qmp => qmp,
+            },
             Ok(()) = wait_exit(&self.id, limit) => Err(self.ended()),
         }
     }
 
     fn ended(&self) -> ProcessError {
         ProcessError::Ended { words: log_tail(&self.log) }
+    }
+}
+
+/// Connects to the QMP socket of a process that runs already, and makes sure
+/// that it is this very process that answers there.
+///
+/// # Errors
+/// [`ProcessError::Silent`] and [`ProcessError::Stranger`].
+pub async fn connect(id: &ProcessId, socket: &Path, limit: Duration) -> Result<Qmp, ProcessError> {
+    let qmp = Qmp::connect(socket, limit).await.map_err(ProcessError::Silent)?;
+    // Its number first, then that the number is still its own.
+    if qmp.peer_pid() == Some(id.pid) && is_alive(id) {
+        Ok(qmp)
+    } else {
+        Err(ProcessError::Stranger { found: qmp.peer_pid() })
     }
 }
 
@@ -304,8 +405,9 @@ pub async fn wait_exit(id: &ProcessId, limit: Duration) -> Result<(), ProcessErr
 
 /// Opens the memory of a QEMU's guest.
 ///
-/// QEMU holds it as a memfd; its name is the type of the backend, and its size
-/// tells it from any other.
+/// QEMU holds it as a memfd. Among its descriptors in `/proc` it is found by its
+/// name, which is the type of the backend, and by its size. Opening it there
+/// gives a description of its own, which outlives QEMU.
 ///
 /// # Errors
 /// [`ProcessError::NoRam`] when there is none of that size.
@@ -314,7 +416,7 @@ pub fn ram_backend_file(id: &ProcessId, size_bytes: u64) -> Result<File, Process
     for entry in std::fs::read_dir(format!("/proc/{}/fd", id.pid)).map_err(at)? {
         let path = entry.map_err(at)?.path();
         let Ok(link) = std::fs::read_link(&path) else { continue };
-        if !link.to_string_lossy().starts_with("/memfd:") {
+        if !link.to_string_lossy().starts_with(RAM_LINK) {
             continue;
         }
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(at)?;

@@ -4,9 +4,15 @@
 //! and Limosa speaks to several versions at once. Commands go out with a number,
 //! answers are matched by it, events go to whoever listens.
 //!
+//! ```text
+//! execute ─► lines ─► writer task ─► QEMU ─► reader task ─┬► the asker, by number
+//!                                                         └► events
+//! ```
+//!
 //! **Invariants.** A line longer than [`LINE_BYTES_MAX`] ends the connection. A
 //! command is answered, fails, or ends with the connection; it never waits
-//! longer than [`COMMAND_MAX`].
+//! longer than [`COMMAND_MAX`]. A caller that gives up half-way leaves no half
+//! a line behind, because only the writer task writes.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -15,10 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 /// Longest line that QEMU may send, in bytes.
 pub const LINE_BYTES_MAX: u64 = 16 << 20;
@@ -26,6 +31,8 @@ pub const LINE_BYTES_MAX: u64 = 16 << 20;
 pub const COMMAND_MAX: Duration = Duration::from_secs(30);
 /// Events that a slow listener may be behind before it loses the oldest.
 const EVENT_COUNT_MAX: usize = 256;
+/// Commands that may wait to be written.
+const QUEUE_COUNT_MAX: usize = 64;
 /// How often a socket that is not there yet is tried.
 const CONNECT_EVERY: Duration = Duration::from_millis(10);
 
@@ -79,6 +86,8 @@ pub struct QmpEvent {
     pub name: String,
     /// What it says, by event
     pub data: Value,
+    /// When QEMU saw it, in microseconds since 1970 by its host's clock
+    pub at_us: u64,
 }
 
 type Answer = Result<Value, (String, String)>;
@@ -91,11 +100,24 @@ pub struct Qmp {
 
 #[derive(Debug)]
 struct Shared {
-    writer: tokio::sync::Mutex<OwnedWriteHalf>,
+    lines: mpsc::Sender<String>,
     waiting: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
     next: AtomicU64,
     events: broadcast::Sender<QmpEvent>,
     closed: watch::Sender<bool>,
+    peer: Option<u32>,
+}
+
+/// A command that waits for its answer; forgotten when its asker gives up.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.lock().remove(&self.id);
+    }
 }
 
 impl Qmp {
@@ -117,36 +139,52 @@ impl Qmp {
                 Err(_) => tokio::time::sleep(CONNECT_EVERY).await,
             }
         };
+        let peer = stream.peer_cred().ok().and_then(|cred| u32::try_from(cred.pid()?).ok());
         let (reader, writer) = stream.into_split();
-        let mut lines = BufReader::new(reader);
-        let greeting = tokio::time::timeout(limit.max(CONNECT_EVERY), read_line(&mut lines)).await;
-        let bad = |what: &str| QmpError::Protocol {
-            command: "the greeting".to_owned(),
-            what: what.to_owned(),
-        };
-        let greeting = match greeting {
-            Ok(Some(value)) => value,
-            Ok(None) => return Err(QmpError::Closed),
-            Err(_) => {
-                return Err(QmpError::Timeout { command: "the greeting".to_owned(), limit });
-            }
-        };
-        if greeting.get("QMP").is_none() {
-            return Err(bad("it is not QMP's"));
-        }
+        Self::over(reader, writer, peer, limit).await
+    }
+
+    /// Speaks QMP over any pair of streams.
+    ///
+    /// - `peer`: number of the process at the other end, if known.
+    ///
+    /// # Errors
+    /// As for a command.
+    pub async fn over(
+        reader: impl AsyncRead + Send + Unpin + 'static,
+        mut writer: impl AsyncWrite + Send + Unpin + 'static,
+        peer: Option<u32>,
+        limit: Duration,
+    ) -> Result<Self, QmpError> {
+        let mut reader = BufReader::new(reader);
+        greeting(&mut reader, limit.max(CONNECT_EVERY)).await?;
+        let (lines, mut queue) = mpsc::channel::<String>(QUEUE_COUNT_MAX);
         let shared = Arc::new(Shared {
-            writer: tokio::sync::Mutex::new(writer),
+            lines,
             waiting: Mutex::default(),
             next: AtomicU64::new(1),
             events: broadcast::Sender::new(EVENT_COUNT_MAX),
             closed: watch::Sender::new(false),
+            peer,
         });
+        // Both tasks hold it weakly: the connection ends with its last user.
         let weak = Arc::downgrade(&shared);
         tokio::spawn(async move {
-            while let Some(value) = read_line(&mut lines).await {
+            while let Some(value) = read_line(&mut reader).await {
                 match weak.upgrade() {
                     Some(shared) => shared.take(value),
                     None => return,
+                }
+            }
+            if let Some(shared) = weak.upgrade() {
+                shared.end();
+            }
+        });
+        let weak = Arc::downgrade(&shared);
+        tokio::spawn(async move {
+            while let Some(line) = queue.recv().await {
+                if writer.write_all(line.as_bytes()).await.is_err() {
+                    break;
                 }
             }
             if let Some(shared) = weak.upgrade() {
@@ -163,19 +201,21 @@ impl Qmp {
     /// # Errors
     /// QEMU's refusal, or no answer: then it may or may not have been done.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let shared = &*self.shared;
+        let id = shared.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        shared.lock().insert(id, sender);
+        let _waiting = Waiting { shared, id };
+        // Looked at after the entry is made: the end of the connection clears
+        // the entries after it says so, so one of the two is always seen.
         if self.is_closed() {
             return Err(QmpError::Closed);
         }
-        let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
-        self.shared.lock().insert(id, sender);
+        tracing::trace!(command, %arguments, "qmp");
         let mut text = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         text.push('\n');
-        tracing::trace!(command, %arguments, "qmp");
         let exchange = async {
-            let mut writer = self.shared.writer.lock().await;
-            writer.write_all(text.as_bytes()).await.map_err(|_| QmpError::Closed)?;
-            drop(writer);
+            shared.lines.send(text).await.map_err(|_| QmpError::Closed)?;
             match receiver.await {
                 Ok(Ok(value)) => Ok(value),
                 Ok(Err((class, desc))) => {
@@ -185,9 +225,14 @@ impl Qmp {
             }
         };
         tokio::time::timeout(COMMAND_MAX, exchange).await.unwrap_or_else(|_| {
-            self.shared.lock().remove(&id);
             Err(QmpError::Timeout { command: command.to_owned(), limit: COMMAND_MAX })
         })
+    }
+
+    /// Number of the process at the other end, as the kernel knows it.
+    #[must_use]
+    pub fn peer_pid(&self) -> Option<u32> {
+        self.shared.peer
     }
 
     /// Events from now on.
@@ -216,7 +261,12 @@ impl Shared {
 
     fn take(&self, mut value: Value) {
         if let Some(name) = value.get("event").and_then(Value::as_str) {
-            let event = QmpEvent { name: name.to_owned(), data: value["data"].clone() };
+            let time = |part: &str| value["timestamp"][part].as_u64().unwrap_or_default();
+            let event = QmpEvent {
+                name: name.to_owned(),
+                data: value["data"].clone(),
+                at_us: time("seconds").saturating_mul(1_000_000) + time("microseconds") % 1_000_000,
+            };
             tracing::trace!(event = event.name, data = %event.data, "qmp");
             // Nobody listening is no fault.
             self.events.send(event).ok();
@@ -236,18 +286,36 @@ impl Shared {
     }
 
     fn end(&self) {
-        self.closed.send_replace(true);
+        if self.closed.send_replace(true) {
+            return;
+        }
         self.lock().clear();
         // Listeners must wake up; `closed` tells them why.
-        self.events.send(QmpEvent { name: CLOSED_EVENT.to_owned(), data: Value::Null }).ok();
+        let last = QmpEvent { name: CLOSED_EVENT.to_owned(), data: Value::Null, at_us: 0 };
+        self.events.send(last).ok();
     }
 }
 
 /// Name of the event that this client adds when the connection ends.
 pub const CLOSED_EVENT: &str = "LIMOSA_CLOSED";
 
+async fn greeting(
+    reader: &mut BufReader<impl AsyncRead + Unpin>,
+    limit: Duration,
+) -> Result<(), QmpError> {
+    let command = || "the greeting".to_owned();
+    match tokio::time::timeout(limit, read_line(reader)).await {
+        Ok(Some(value)) if value.get("QMP").is_some() => Ok(()),
+        Ok(Some(_)) => {
+            Err(QmpError::Protocol { command: command(), what: "it is not QMP's".to_owned() })
+        }
+        Ok(None) => Err(QmpError::Closed),
+        Err(_) => Err(QmpError::Timeout { command: command(), limit }),
+    }
+}
+
 /// The next line as JSON; `None` at the end, or when it is not QMP any more.
-async fn read_line(lines: &mut BufReader<OwnedReadHalf>) -> Option<Value> {
+async fn read_line(lines: &mut BufReader<impl AsyncRead + Unpin>) -> Option<Value> {
     let mut line = Vec::new();
     let read = lines.take(LINE_BYTES_MAX).read_until(b'\n', &mut line).await.ok()?;
     if read == 0 || line.last() != Some(&b'\n') {

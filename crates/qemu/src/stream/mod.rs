@@ -202,6 +202,9 @@ impl StreamParser {
     }
 
     fn advance(&mut self, bytes: &[u8], sink: &mut impl StreamSink) -> Result<(), StreamError> {
+        if self.place == Place::Broken {
+            return Err(self.malformed("bytes after an error"));
+        }
         let mut rest = self.complete_pending(bytes, sink)?;
         while !rest.is_empty() {
             match self.step(rest, sink)? {
@@ -262,7 +265,7 @@ impl StreamParser {
                 sink.inline(bytes).map_err(StreamError::Sink)?;
                 return Ok(Step::Took(bytes.len()));
             }
-            Place::Broken => return Err(self.malformed("bytes after an error")),
+            Place::Broken => return Ok(Step::More),
         };
         Ok(match done {
             Some(()) => Step::Took(cursor.taken()),

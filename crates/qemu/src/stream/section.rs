@@ -31,7 +31,11 @@ const SECTION_FOOTER: u8 = 0x7e;
 
 const COMMAND_OPEN_RETURN_PATH: u16 = 1;
 const COMMAND_PING: u16 = 2;
+/// From here to COLO all belong to post-copy.
+const COMMAND_POSTCOPY_ADVISE: u16 = 3;
 const COMMAND_ENABLE_COLO: u16 = 8;
+/// From here to switchover again.
+const COMMAND_POSTCOPY_RESUME: u16 = 9;
 /// QEMU 10, with a machine type of 10.0 or later.
 const COMMAND_SWITCHOVER_START: u16 = 11;
 /// One past the last command that a QEMU is known to send.
@@ -152,17 +156,23 @@ impl StreamParser {
     /// Post-copy and COLO are refused by their first command: pages that the
     /// destination's QEMU did not receive itself would count as missing.
     fn command(&self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
-        let Some(command) = cursor.be16() else { return Ok(None) };
+        let (Some(command), Some(length)) = (cursor.be16(), cursor.be16()) else {
+            return Ok(None);
+        };
         let content_bytes = match command {
             COMMAND_OPEN_RETURN_PATH | COMMAND_SWITCHOVER_START => 0,
             COMMAND_PING => 4,
+            // Without content it announces dirty bitmaps alone.
+            COMMAND_POSTCOPY_ADVISE if length == 0 => return Err(self.capability("dirty-bitmaps")),
+            COMMAND_POSTCOPY_ADVISE..COMMAND_ENABLE_COLO
+            | COMMAND_POSTCOPY_RESUME..COMMAND_SWITCHOVER_START => {
+                return Err(self.capability("postcopy-ram"));
+            }
             COMMAND_ENABLE_COLO => return Err(self.capability("x-colo")),
             0 | COMMAND_UNKNOWN.. => {
                 return Err(self.malformed(format!("an unknown command {command}")));
             }
-            _ => return Err(self.capability("postcopy-ram")),
         };
-        let Some(length) = cursor.be16() else { return Ok(None) };
         if length != content_bytes {
             return Err(self.malformed(format!("{length} bytes of content for command {command}")));
         }

@@ -1,0 +1,276 @@
+//! Mirrors and migrations between two real QEMUs, without anything in between.
+
+use std::os::unix::fs::FileExt;
+
+use tokio::sync::broadcast;
+
+use super::*;
+use crate::block::{self, Leftovers};
+use crate::migrate::{self, MigrationStatus, SourceParameters};
+use crate::power::{self, RunState};
+use crate::qmp::{QmpError, QmpEvent};
+
+const JOB: &str = "mirror-root";
+const EXPORT: &str = "export-root";
+const GRANULARITY_BYTES: u32 = 65_536;
+
+/// A source and a waiting destination, each with its folder and its disk.
+struct Pair {
+    source: Running,
+    destination: Running,
+    folders: [tempfile::TempDir; 2],
+}
+
+impl Pair {
+    async fn start(format: ImageFormat, content: impl Fn(&Path)) -> Self {
+        let folders = [folder(), folder()];
+        let disks = [folders[0].path().join("disk"), folders[1].path().join("disk")];
+        content(&disks[0]);
+        let size = std::fs::metadata(&disks[0]).expect("a disk").len();
+        match format {
+            ImageFormat::Raw => {
+                std::fs::File::create(&disks[1])
+                    .and_then(|file| file.set_len(size))
+                    .expect("a disk");
+                let all = std::fs::Permissions::from_mode(0o666);
+                std::fs::set_permissions(&disks[1], all).expect("its permissions");
+            }
+            ImageFormat::Qcow2 => make_image(&disks[1], format, &[]),
+        }
+        let there = spec(folders[0].path(), vec![disk(&disks[0], format)]);
+        let mut here = spec(folders[1].path(), vec![disk(&disks[1], format)]);
+        here.incoming = true;
+        let source = start(folders[0].path(), &there).await;
+        let destination = start(folders[1].path(), &here).await;
+        Self { source, destination, folders }
+    }
+
+    fn disk(&self, index: usize) -> PathBuf {
+        self.folders[index].path().join("disk")
+    }
+
+    async fn start_mirror(&self) {
+        let socket = self.folders[1].path().join("nbd.sock");
+        let node = launch::disk_node("root");
+        let (from, to) = (&self.source.qmp, &self.destination.qmp);
+        block::start_nbd_server(to, &socket).await.expect("an NBD server");
+        block::export(to, EXPORT, &node, "root", true).await.expect("an export");
+        block::add_nbd_node(from, JOB, &socket, "root").await.expect("a node");
+        block::start_mirror(from, JOB, &node, JOB, GRANULARITY_BYTES).await.expect("a job");
+    }
+
+    async fn stop_export(&self) {
+        block::stop_export(&self.destination.qmp, EXPORT).await.expect("it closes");
+        block::stop_nbd_server(&self.destination.qmp).await.expect("it stops");
+    }
+
+    async fn start_migration(&self) -> broadcast::Receiver<QmpEvent> {
+        let socket = self.folders[1].path().join("migrate.sock");
+        let (from, to) = (&self.source.qmp, &self.destination.qmp);
+        migrate::prepare_destination(to).await.expect("a destination");
+        migrate::start_incoming(to, &socket).await.expect("it listens");
+        let events = from.events();
+        migrate::prepare_source(from, &SourceParameters { downtime_limit_ms: 300 })
+            .await
+            .expect("a source");
+        migrate::start_outgoing(from, &socket).await.expect("it sends");
+        events
+    }
+}
+
+async fn wait_for(events: &mut broadcast::Receiver<QmpEvent>, want: MigrationStatus) {
+    loop {
+        let event = events.recv().await.expect("an event");
+        match migrate::migration_event(&event) {
+            Some(found) if found == want => return,
+            Some(MigrationStatus::Failed) => panic!("it failed: {event:?}"),
+            _ => {}
+        }
+    }
+}
+
+async fn state(qemu: &Running) -> RunState {
+    power::query_status(&qemu.qmp).await.expect("an answer")
+}
+
+async fn end(qemu: Running) {
+    power::quit(&qemu.qmp).await.expect("it quits");
+    process::wait_exit(&qemu.process.id, START_MAX).await.expect("it is gone");
+}
+
+fn assert_equal_images(format: ImageFormat, one: &Path, other: &Path) {
+    let compared = Command::new("qemu-img")
+        .args(["compare", "-f", format.as_str(), "-F", format.as_str()])
+        .args([one, other])
+        .output()
+        .expect("qemu-img (Debian: qemu-utils)");
+    assert!(compared.status.success(), "{compared:?}");
+}
+
+/// Story: a disk is mirrored into another QEMU's export, the mirror is ended
+/// well, and both images hold the same. What a first try left is listed.
+#[tokio::test]
+async fn a_mirror_that_is_ended_well_leaves_equal_images() {
+    for format in [ImageFormat::Qcow2, ImageFormat::Raw] {
+        let writes = ["write -P 7 1M 3M", "write -P 9 39M 64k"];
+        let pair = Pair::start(format, |path| make_image(path, format, &writes)).await;
+        let qmp = &pair.source.qmp;
+        pair.start_mirror().await;
+        let left = block::leftovers(qmp, "mirror-").await.expect("a list");
+        assert_eq!(left.nodes, [JOB]);
+        block::force_cancel(qmp, JOB).await.ok();
+        while !block::jobs(qmp).await.expect("jobs").is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        block::remove_node(qmp, JOB).await.expect("it goes");
+        let there = block::leftovers(&pair.destination.qmp, "export-").await.expect("a list");
+        assert_eq!(there.exports, [EXPORT]);
+        pair.stop_export().await;
+
+        pair.start_mirror().await;
+        block::wait_ready(qmp, JOB).await.expect("both sides are equal");
+        let jobs = block::jobs(qmp).await.expect("jobs");
+        assert!(jobs[0].ready && jobs[0].error.is_none() && jobs[0].offset == jobs[0].len);
+        block::complete_mirror_without_pivot(qmp, JOB).await.expect("it ends well");
+        block::remove_node(qmp, JOB).await.expect("it goes");
+        let left = block::leftovers(qmp, "mirror-").await.expect("a list");
+        assert_eq!(left, Leftovers::default());
+        assert!(block::nodes(qmp).await.expect("nodes").contains(&launch::disk_node("root")));
+        pair.stop_export().await;
+        let disks = [pair.disk(0), pair.disk(1)];
+        let Pair { source, destination, folders } = pair;
+        end(source).await;
+        end(destination).await;
+        assert_equal_images(format, &disks[0], &disks[1]);
+        drop(folders);
+    }
+}
+
+/// Story: the destination dies under a mirror. The mirror's end is a failure,
+/// and the source's guest goes on.
+#[tokio::test]
+async fn a_mirror_whose_destination_dies_has_failed() {
+    let pair = Pair::start(ImageFormat::Raw, make_counting_disk).await;
+    let qmp = &pair.source.qmp;
+    power::cont(qmp).await.expect("the guest runs");
+    pair.start_mirror().await;
+    block::wait_ready(qmp, JOB).await.expect("both sides are equal");
+    process::kill(&pair.destination.process.id).await.expect("it ends");
+    // A mirror that has nothing left to send may end well all the same, unless
+    // it flushes; one that never becomes ready must not.
+    let ended = block::complete_mirror_without_pivot(qmp, JOB).await;
+    assert!(ended.is_err(), "the target is gone");
+    block::remove_node(qmp, JOB).await.expect("it goes");
+    let gone = block::complete_mirror_without_pivot(qmp, JOB).await;
+    assert!(matches!(gone, Err(QmpError::Command { .. })), "{gone:?}");
+    assert!(block::wait_ready(qmp, JOB).await.is_err());
+    assert_eq!(state(&pair.source).await, RunState::Running);
+}
+
+/// Story: a running guest moves, disk and memory; the source could take it back
+/// after its migration completed, and the destination can run it.
+#[tokio::test]
+async fn a_guest_moves_and_could_still_come_back() {
+    let pair = Pair::start(ImageFormat::Raw, make_counting_disk).await;
+    let (from, to) = (&pair.source.qmp, &pair.destination.qmp);
+    power::cont(from).await.expect("the guest runs");
+    pair.start_mirror().await;
+    block::wait_ready(from, JOB).await.expect("both sides are equal");
+    wait_counting(&pair.source).await;
+
+    let mut arrived = to.events();
+    let mut events = pair.start_migration().await;
+    wait_for(&mut events, MigrationStatus::PreSwitchover).await;
+    let status = migrate::status(from).await.expect("an answer");
+    assert_eq!(status.status, MigrationStatus::PreSwitchover);
+    assert_eq!(status.ram.expect("it says of RAM").page_bytes, 4096);
+    assert_eq!(state(&pair.source).await, RunState::FinishMigrate);
+    block::complete_mirror_without_pivot(from, JOB).await.expect("it ends well");
+    block::remove_node(from, JOB).await.expect("it goes");
+    migrate::continue_from_pre_switchover(from).await.expect("it goes on");
+    wait_for(&mut events, MigrationStatus::Completed).await;
+    wait_for(&mut arrived, MigrationStatus::Completed).await;
+    assert_eq!(state(&pair.source).await, RunState::Postmigrate);
+    assert_ne!(state(&pair.destination).await, RunState::Running, "not before it is told");
+    assert!(migrate::status(from).await.expect("an answer").downtime_ms.is_some());
+    assert_equal_ram(&pair);
+
+    pair.stop_export().await;
+    power::cont(from).await.expect("the way home");
+    assert_eq!(state(&pair.source).await, RunState::Running);
+    wait_counting(&pair.source).await;
+    power::stop(from).await.expect("it stops");
+    power::cont(to).await.expect("the destination runs it");
+    assert_eq!(state(&pair.destination).await, RunState::Running);
+    wait_counting(&pair.destination).await;
+    power::announce_self(to).await.expect("it announces");
+    let disks = [pair.disk(0), pair.disk(1)];
+    let Pair { source, destination, folders } = pair;
+    end(source).await;
+    end(destination).await;
+    assert_equal_images(ImageFormat::Raw, &disks[0], &disks[1]);
+    drop(folders);
+}
+
+/// Story: a migration is cancelled when the guest is stopped already. It goes
+/// on at the source, and a second try to another destination succeeds.
+#[tokio::test]
+async fn a_cancelled_migration_leaves_the_guest_and_another_can_follow() {
+    let pair = Pair::start(ImageFormat::Raw, make_counting_disk).await;
+    let from = &pair.source.qmp;
+    power::cont(from).await.expect("the guest runs");
+    let mut events = pair.start_migration().await;
+    wait_for(&mut events, MigrationStatus::PreSwitchover).await;
+    migrate::cancel(from).await.expect("it is given up");
+    wait_for(&mut events, MigrationStatus::Cancelled).await;
+    power::cont(from).await.expect("the guest goes on");
+    wait_counting(&pair.source).await;
+
+    let folder = folder();
+    let mut second = spec(folder.path(), vec![disk(&pair.disk(1), ImageFormat::Raw)]);
+    second.incoming = true;
+    let Pair { source, destination, folders } = pair;
+    process::kill(&destination.process.id).await.expect("it ends");
+    let destination = start(folder.path(), &second).await;
+    let pair =
+        Pair { source, destination, folders: [folders.into_iter().next().expect("one"), folder] };
+    let mut arrived = pair.destination.qmp.events();
+    let mut events = pair.start_migration().await;
+    wait_for(&mut events, MigrationStatus::PreSwitchover).await;
+    migrate::continue_from_pre_switchover(&pair.source.qmp).await.expect("it goes on");
+    wait_for(&mut events, MigrationStatus::Completed).await;
+    wait_for(&mut arrived, MigrationStatus::Completed).await;
+    assert_equal_ram(&pair);
+}
+
+fn ram(qemu: &Running) -> std::fs::File {
+    process::ram_backend_file(&qemu.process.id, RAM_BYTES).expect("its RAM")
+}
+
+/// Waits until the guest has counted on in its memory.
+async fn wait_counting(qemu: &Running) {
+    let memory = ram(qemu);
+    let look = || {
+        let mut count = [0; 4];
+        memory.read_exact_at(&mut count, 0x7e00).expect("memory");
+        u32::from_le_bytes(count)
+    };
+    let first = look();
+    while look() == first {
+        assert_eq!(state(qemu).await, RunState::Running);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn assert_equal_ram(pair: &Pair) {
+    let read = |qemu: &Running| {
+        let mut bytes = vec![0; usize::try_from(RAM_BYTES).expect("it fits")];
+        ram(qemu).read_exact_at(&mut bytes, 0).expect("memory");
+        bytes
+    };
+    let (here, there) = (read(&pair.source), read(&pair.destination));
+    assert!(here == there, "the memories differ");
+    assert!(here.iter().any(|byte| *byte != 0), "there is something in them");
+    let other = process::ram_backend_file(&pair.source.process.id, RAM_BYTES + 4096);
+    assert!(matches!(other, Err(process::ProcessError::NoRam { .. })), "{other:?}");
+}
