@@ -19,6 +19,7 @@ use limosa_protocol::api::Switch;
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, Role};
 use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::process::ProcessId;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
@@ -48,7 +49,7 @@ pub(crate) struct VmRecord {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct RunRecord {
     pub(crate) process: ProcessId,
-    pub(crate) accelerator: String,
+    pub(crate) accelerator: Accelerator,
     pub(crate) cgroup: Option<PathBuf>,
 }
 

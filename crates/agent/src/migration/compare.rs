@@ -180,7 +180,11 @@ pub(crate) async fn make_offer(
         request: request.clone(),
         running: inner.qemu.is_some(),
         qemu_version: (version.major, version.minor, version.micro),
-        accelerator: agent.qemu.accelerator.to_string(),
+        accelerator: inner
+            .qemu
+            .as_ref()
+            .map_or(agent.qemu.accelerator, |qemu| qemu.accelerator)
+            .to_string(),
         cpu_features: agent.qemu.facts.cpu_features(&definition.cpu),
         cpu_lacking: agent
             .qemu

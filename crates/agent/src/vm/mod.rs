@@ -24,6 +24,7 @@ use limosa_protocol::api;
 use limosa_protocol::id::{MigrationId, VmName};
 use limosa_protocol::migration::Role;
 use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::process::ProcessId;
 use limosa_qemu::qmp::Qmp;
 use tokio::sync::{Mutex, MutexGuard};
@@ -58,7 +59,7 @@ pub(crate) struct Inner {
 pub(crate) struct Qemu {
     pub(crate) process: ProcessId,
     pub(crate) qmp: Qmp,
-    pub(crate) accelerator: String,
+    pub(crate) accelerator: Accelerator,
     pub(crate) cgroup: Option<std::path::PathBuf>,
 }
 
@@ -120,7 +121,7 @@ impl Vm {
             power,
             epoch: inner.record.epoch,
             pid: inner.qemu.as_ref().map(|qemu| qemu.process.pid),
-            accelerator: inner.qemu.as_ref().map(|qemu| qemu.accelerator.clone()),
+            accelerator: inner.qemu.as_ref().map(|qemu| qemu.accelerator.to_string()),
             migration: inner.migration.map(|(id, _)| id),
             addresses: self.addresses.list(),
             fault: inner.fault.clone(),

@@ -40,7 +40,7 @@ pub(crate) async fn launch(
     let spec = LaunchSpec {
         name: definition.name.to_string(),
         uuid: definition.uuid.unwrap_or_default().to_string(),
-        memory_bytes: definition.memory_bytes(),
+        ram_bytes: agent.qemu.accelerator.ram_bytes(definition.memory_bytes()),
         vcpus: definition.vcpus,
         machine: definition.machine.clone(),
         cpu: definition.cpu.clone(),
@@ -81,7 +81,7 @@ pub(crate) async fn launch(
             )));
         }
     };
-    Ok(Qemu { process: process.id, qmp, accelerator: agent.qemu.accelerator.to_string(), cgroup })
+    Ok(Qemu { process: process.id, qmp, accelerator: agent.qemu.accelerator, cgroup })
 }
 
 /// Ends a QEMU and waits until it is gone. Its guest's memory is lost.
@@ -222,7 +222,7 @@ pub(crate) fn record(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) -> 
 pub(crate) fn run_record(qemu: &Qemu) -> RunRecord {
     RunRecord {
         process: qemu.process.clone(),
-        accelerator: qemu.accelerator.clone(),
+        accelerator: qemu.accelerator,
         cgroup: qemu.cgroup.clone(),
     }
 }
@@ -327,7 +327,7 @@ pub(crate) async fn connect_again(
     Ok(Qemu {
         process: run.process.clone(),
         qmp,
-        accelerator: run.accelerator.clone(),
+        accelerator: run.accelerator,
         cgroup: run.cgroup.clone(),
     })
 }

@@ -119,7 +119,7 @@ impl Incoming {
             let socket = runtime.join("incoming.sock");
             migrate::start_incoming(&qemu.qmp, &socket).await.or_fail(doing)?;
             qemu_incoming = Some(std::os::unix::net::UnixStream::connect(&socket).or_fail(doing)?);
-            let size_bytes = inner.definition.memory_bytes();
+            let size_bytes = qemu.accelerator.ram_bytes(inner.definition.memory_bytes());
             ram.push(RamTarget {
                 name: RAM_BACKEND_ID.to_owned(),
                 size_bytes,

@@ -221,7 +221,7 @@ async fn compare_fully(
         ))
     };
     if let (Some(theirs), Some(qemu)) = (&request.full_ram_digest, qemu) {
-        let ours = verify::ram(&qemu.process, definition.memory_bytes()).await?;
+        let ours = verify::ram(qemu, definition).await?;
         if ours != *theirs {
             return Err(different("RAM"));
         }

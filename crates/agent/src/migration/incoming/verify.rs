@@ -1,17 +1,18 @@
 //! Full verification: digests of what really stands in RAM and in images.
 
-use limosa_protocol::vm::Disk;
+use limosa_protocol::vm::{Disk, VmDefinition};
 use limosa_qemu::image;
-use limosa_qemu::process::{self, ProcessId};
+use limosa_qemu::process;
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
-use crate::vm::{create, files};
+use crate::vm::{Qemu, create, files};
 
 /// Digest of a QEMU's whole guest RAM.
-pub(crate) async fn ram(qemu: &ProcessId, size_bytes: u64) -> Outcome<String> {
+pub(crate) async fn ram(qemu: &Qemu, definition: &VmDefinition) -> Outcome<String> {
     let doing = "reading RAM again";
-    let memory = process::ram_backend_file(qemu, size_bytes).or_fail(doing)?;
+    let size_bytes = qemu.accelerator.ram_bytes(definition.memory_bytes());
+    let memory = process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?;
     let digest =
         tokio::task::spawn_blocking(move || limosa_plane::full_ram_digest(&memory, size_bytes))
             .await

@@ -79,7 +79,7 @@ impl Source {
         }
         vec![RamBlockSpec {
             name: RAM_BACKEND_ID.to_owned(),
-            size_bytes: self.offer.definition.memory_bytes(),
+            size_bytes: self.qemu.accelerator.ram_bytes(self.offer.definition.memory_bytes()),
         }]
     }
 

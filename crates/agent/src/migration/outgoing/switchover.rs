@@ -163,8 +163,7 @@ impl Source {
     /// With full verification: digests of what really stands in RAM and images.
     async fn read_everything_again(&self) -> Outcome<(Option<String>, Option<Vec<String>>)> {
         let ram = if self.offer.running {
-            let bytes = self.offer.definition.memory_bytes();
-            Some(super::super::incoming::verify::ram(&self.qemu.process, bytes).await?)
+            Some(super::super::incoming::verify::ram(&self.qemu, &self.offer.definition).await?)
         } else {
             None
         };
