@@ -1,200 +1,190 @@
-//! Requests to an agent: over its local socket, or HTTPS with certificates.
+//! Requests to an agent: HTTP with JSON, over whatever [`crate::connect`] opens.
+//!
+//! **Invariants.** Each request has a connection of its own and a limit in time;
+//! each answer has a limit in bytes. A refusal of the agent is a [`Refused`],
+//! with its own words; everything else that fails is between us and it.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::client::conn::http1::handshake;
+use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
-use limosa_auth::{Fingerprint, Identity, tls};
-use limosa_protocol::api::{CONSOLE_PROTOCOL, Failure, PORT};
+use limosa_auth::Fingerprint;
+use limosa_protocol::api::{BODY_BYTES_MAX, CONSOLE_PROTOCOL, Failure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
+
+use crate::connect::{self, Address};
 
 /// Largest answer, in bytes.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
-/// Longest wait for a connection.
-const CONNECT_MAX: Duration = Duration::from_secs(10);
+/// Largest answer that tells of a failure, in bytes.
+const FAILURE_BYTES_MAX: usize = 1 << 20;
+/// Longest wait for an answer, in seconds, unless the request itself waits.
+pub(crate) const ANSWER_SECONDS_MAX: u64 = 120;
 
 /// The agent refused, with its own words.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.message)]
 pub(crate) struct Refused(pub(crate) Failure);
 
-/// Where the agent is.
+/// An agent to ask.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
-    place: Place,
+    address: Address,
+    fingerprint: Option<Fingerprint>,
 }
 
-#[derive(Debug, Clone)]
-enum Place {
-    Local(PathBuf),
-    Remote { address: String, fingerprint: Fingerprint },
+/// One request.
+struct Ask {
+    method: Method,
+    path: String,
+    body: Bytes,
+    /// Wish to go on with raw bytes
+    upgrade: bool,
 }
 
 impl Client {
-    /// - `agent`: `unix:PATH` or `https://HOST[:PORT]`.
-    pub(crate) fn new(agent: &str, fingerprint: Option<&str>) -> Result<Self> {
-        if let Some(path) = agent.strip_prefix("unix:") {
-            return Ok(Self { place: Place::Local(path.into()) });
-        }
-        let Some(host) = agent.strip_prefix("https://") else {
-            bail!("{agent:?} is no agent: use unix:PATH or https://HOST[:PORT]");
-        };
-        let Some(fingerprint) = fingerprint else {
-            bail!(
-                "give --fingerprint with the agent's fingerprint: `limosa host show` prints it on \
-                 that host"
-            );
-        };
-        let host = host.trim_end_matches('/');
-        let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-        let address = if has_port { host.to_owned() } else { format!("{host}:{PORT}") };
-        let fingerprint = fingerprint.parse().context("--fingerprint")?;
-        Ok(Self { place: Place::Remote { address, fingerprint } })
+    /// - `fingerprint`: of a remote agent's certificate, if the operator gave it.
+    pub(crate) fn new(address: Address, fingerprint: Option<Fingerprint>) -> Self {
+        Self { address, fingerprint }
     }
 
     pub(crate) async fn get<R: DeserializeOwned>(&self, path: &str) -> Result<R> {
-        self.ask(Method::GET, path, Bytes::new()).await
+        self.ask(Method::GET, path, Bytes::new(), ANSWER_SECONDS_MAX).await
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Result<()> {
-        self.ask(Method::DELETE, path, Bytes::new()).await
+        // Whatever comes with a success has nothing more to say.
+        let _: serde::de::IgnoredAny =
+            self.ask(Method::DELETE, path, Bytes::new(), ANSWER_SECONDS_MAX).await?;
+        Ok(())
     }
 
-    pub(crate) async fn post<B: Serialize, R: DeserializeOwned>(
+    /// An order that needs no words.
+    pub(crate) async fn order<R: DeserializeOwned>(&self, path: &str) -> Result<R> {
+        self.ask(Method::POST, path, Bytes::new(), ANSWER_SECONDS_MAX).await
+    }
+
+    pub(crate) async fn post<R: DeserializeOwned>(
         &self,
         path: &str,
-        body: &B,
+        body: &impl Serialize,
     ) -> Result<R> {
-        self.ask(Method::POST, path, serde_json::to_vec(body)?.into()).await
+        self.post_within(path, body, ANSWER_SECONDS_MAX).await
     }
 
-    async fn ask<R: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<R> {
-        let answer = self.send(method, path, body, false).await?;
-        let bytes = Limited::new(answer.into_body(), ANSWER_BYTES_MAX)
-            .collect()
-            .await
-            .map_err(|error| anyhow::anyhow!("the agent's answer was cut off: {error}"))?
-            .to_bytes();
-        serde_json::from_slice(&bytes)
-            .context("the agent's answer is not understood: are limosa and limosad of one version?")
+    pub(crate) async fn post_within<R: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        seconds_max: u64,
+    ) -> Result<R> {
+        let body = serde_json::to_vec(body)?;
+        anyhow::ensure!(
+            body.len() <= BODY_BYTES_MAX,
+            "the request has {} bytes: an agent takes at most {BODY_BYTES_MAX}",
+            body.len()
+        );
+        self.ask(Method::POST, path, body.into(), seconds_max).await
     }
 
-    /// A stream of server-sent events.
+    /// A stream of server-sent events; it has no limit in time.
     pub(crate) async fn stream(&self, path: &str) -> Result<Incoming> {
-        Ok(self.send(Method::GET, path, Bytes::new(), false).await?.into_body())
+        let ask = Ask::new(Method::GET, path, Bytes::new());
+        Ok(in_time(ANSWER_SECONDS_MAX, self.send(ask)).await?.into_body())
     }
 
-    /// A connection of raw bytes to a console.
+    /// A connection of raw bytes to a console; it has no limit in time.
     pub(crate) async fn upgrade(&self, path: &str) -> Result<TokioIo<hyper::upgrade::Upgraded>> {
-        let answer = self.send(Method::GET, path, Bytes::new(), true).await?;
+        let ask = Ask { upgrade: true, ..Ask::new(Method::GET, path, Bytes::new()) };
+        let answer = in_time(ANSWER_SECONDS_MAX, self.send(ask)).await?;
+        anyhow::ensure!(
+            answer.status() == StatusCode::SWITCHING_PROTOCOLS,
+            "the agent did not open the console: are limosa and limosad of one version?"
+        );
         Ok(TokioIo::new(hyper::upgrade::on(answer).await?))
     }
 
-    async fn send(
+    async fn ask<R: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: Bytes,
-        upgrade: bool,
-    ) -> Result<Response<Incoming>> {
+        seconds_max: u64,
+    ) -> Result<R> {
+        let ask = Ask::new(method, path, body);
+        let bytes = in_time(seconds_max, async {
+            collect(self.send(ask).await?.into_body(), ANSWER_BYTES_MAX).await
+        })
+        .await?;
+        // An answer without a word is the JSON of nothing.
+        let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+        serde_json::from_slice(bytes)
+            .context("the agent's answer is not understood: are limosa and limosad of one version?")
+    }
+
+    async fn send(&self, ask: Ask) -> Result<Response<Incoming>> {
         let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "limosa")
-            .header("content-type", "application/json");
-        if upgrade {
-            request = request.header("connection", "upgrade").header("upgrade", CONSOLE_PROTOCOL);
+            .method(ask.method)
+            .uri(ask.path)
+            .header(header::HOST, "limosa")
+            .header(header::USER_AGENT, concat!("limosa/", env!("CARGO_PKG_VERSION")));
+        if !ask.body.is_empty() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
         }
-        let request = request.body(Full::new(body))?;
-        let mut sender = self.connect().await?;
-        let answer = sender.send_request(request).await.context("the agent gave no answer")?;
+        if ask.upgrade {
+            request = request
+                .header(header::CONNECTION, "upgrade")
+                .header(header::UPGRADE, CONSOLE_PROTOCOL);
+        }
+        let request = request.body(Full::new(ask.body))?;
+        let stream = connect::connect(&self.address, self.fingerprint).await?;
+        let answer = async {
+            let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
+            tokio::spawn(connection.with_upgrades());
+            sender.send_request(request).await
+        };
+        let answer =
+            answer.await.map_err(|error| match connect::refusal(&self.address, &error) {
+                Some(refusal) => anyhow::Error::from(refusal),
+                None => anyhow::Error::from(error).context(
+                    "the agent gave no answer: its log says more (`journalctl -u limosad`)",
+                ),
+            })?;
         let status = answer.status();
-        if status.is_success() || (upgrade && status == StatusCode::SWITCHING_PROTOCOLS) {
+        if status.is_success() || (ask.upgrade && status == StatusCode::SWITCHING_PROTOCOLS) {
             return Ok(answer);
         }
-        let bytes = Limited::new(answer.into_body(), ANSWER_BYTES_MAX)
-            .collect()
-            .await
-            .map_err(|error| anyhow::anyhow!("the agent's answer was cut off: {error}"))?
-            .to_bytes();
+        let bytes = collect(answer.into_body(), FAILURE_BYTES_MAX).await?;
         match serde_json::from_slice::<Failure>(&bytes) {
             Ok(failure) => Err(Refused(failure).into()),
-            Err(_) => bail!("the agent answered {status}"),
-        }
-    }
-
-    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>> {
-        match &self.place {
-            Place::Local(path) => {
-                let stream =
-                    UnixStream::connect(path).await.map_err(|error| local(path, &error))?;
-                speak(stream).await
-            }
-            Place::Remote { address, fingerprint } => {
-                let identity = identity()?;
-                let config = tls::client_config(&identity, *fingerprint, tls::ALPN_HTTP);
-                let connect = async {
-                    let stream = TcpStream::connect(address).await?;
-                    let connector = tokio_rustls::TlsConnector::from(config);
-                    connector.connect(tls::server_name(), stream).await
-                };
-                let stream = tokio::time::timeout(CONNECT_MAX, connect)
-                    .await
-                    .with_context(|| format!("no connection to {address} in time"))?
-                    .with_context(|| {
-                        format!(
-                            "cannot connect to {address}: does limosad run there, and does it \
-                                 know you (`limosa operator add`)?"
-                        )
-                    })?;
-                speak(stream).await
-            }
+            Err(_) => bail!("the agent answered {status}, without a reason"),
         }
     }
 }
 
-fn local(path: &Path, error: &std::io::Error) -> anyhow::Error {
-    let shown = path.display();
-    match error.kind() {
-        std::io::ErrorKind::PermissionDenied => {
-            anyhow::anyhow!("you may not use {shown}: become root, or a member of the group limosa")
-        }
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
-            "limosad does not run here ({shown}: {error}): start it with `systemctl start limosad`"
-        ),
-        _ => anyhow::anyhow!("cannot connect to {shown}: {error}"),
+impl Ask {
+    fn new(method: Method, path: &str, body: Bytes) -> Self {
+        Self { method, path: path.to_owned(), body, upgrade: false }
     }
 }
 
-async fn speak(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-) -> Result<SendRequest<Full<Bytes>>> {
-    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection.with_upgrades());
-    Ok(sender)
+async fn collect(body: Incoming, bytes_max: usize) -> Result<Bytes> {
+    let collected = Limited::new(body, bytes_max).collect().await;
+    // The error is a box that anyhow cannot take as it is.
+    let collected = collected.map_err(|error| anyhow::anyhow!("{error}"));
+    Ok(collected.context("the agent's answer broke off")?.to_bytes())
 }
 
-/// Folder of the user's own certificate.
-pub(crate) fn identity_folder() -> Result<PathBuf> {
-    let base = match std::env::var_os("XDG_CONFIG_HOME") {
-        Some(folder) => PathBuf::from(folder),
-        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".config"),
-    };
-    Ok(base.join("limosa"))
-}
-
-/// The user's own certificate, made when missing.
-pub(crate) fn identity() -> Result<Identity> {
-    let name = std::env::var("USER").unwrap_or_else(|_| "operator".to_owned());
-    let checked: limosa_protocol::id::HostName =
-        name.parse().or_else(|_| "operator".parse()).context("a name for your certificate")?;
-    Ok(Identity::load_or_create(&identity_folder()?, checked.as_str())?)
+async fn in_time<R>(seconds_max: u64, work: impl Future<Output = Result<R>>) -> Result<R> {
+    match tokio::time::timeout(Duration::from_secs(seconds_max), work).await {
+        Ok(result) => result,
+        Err(_) => {
+            bail!("the agent gave no answer within {seconds_max} s; it may still do what was asked")
+        }
+    }
 }

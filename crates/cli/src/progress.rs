@@ -1,8 +1,15 @@
-//! A move as it goes: bars in a terminal, lines elsewhere.
+//! A move as it goes: bars in a terminal, lines elsewhere, JSON lines on wish.
+//!
+//! ```text
+//! web1 to host2: pre-copy, 12 s, 113.2 MiB/s on the wire
+//!   disk root  ━━━━━━━━━━━━━━━━━━━━ 100 %  8.0 GiB of 8.0 GiB
+//!   memory     ━━━━━━━━━─────────── 42 %   430.1 MiB of 1.0 GiB, 98.1 MiB/s, 6 s left
+//!              round 2, the guest dirties 20.0 MiB/s, 1.2 GiB sent
+//! ```
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use limosa_protocol::id::DiskId;
@@ -12,20 +19,26 @@ use crate::show;
 
 /// Where there is no terminal, a line comes at least this often.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+/// Bytes of a page of guest RAM.
+const PAGE_BYTES: u64 = 4096;
+/// Widest name of a bar, in characters; longer ones push the bar away.
+const NAME_CHARS_MAX: usize = 24;
 
-/// Shows a migration.
+/// Shows a migration to people.
 pub(crate) enum Progress {
     Bars(Bars),
     Lines { phase: Option<Phase>, last: Instant },
     Json,
 }
 
-/// Bars for each disk, for memory, and a line for the phase.
+/// A bar for each disk, one for memory, and lines around them.
 pub(crate) struct Bars {
     all: MultiProgress,
     phase: ProgressBar,
     disks: BTreeMap<DiskId, ProgressBar>,
-    memory: Option<ProgressBar>,
+    /// Memory's bar and the line below it
+    memory: Option<(ProgressBar, ProgressBar)>,
+    name_chars: usize,
 }
 
 impl Progress {
@@ -33,14 +46,15 @@ impl Progress {
         if json {
             return Self::Json;
         }
-        if !std::io::stderr().is_terminal() {
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+        if dumb || !std::io::stderr().is_terminal() {
             return Self::Lines { phase: None, last: Instant::now() };
         }
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(10));
         let phase = all.add(ProgressBar::no_length());
-        phase.set_style(style("{spinner} {msg}"));
+        phase.set_style(style("{spinner} {wide_msg}"));
         phase.enable_steady_tick(Duration::from_millis(120));
-        Self::Bars(Bars { all, phase, disks: BTreeMap::new(), memory: None })
+        Self::Bars(Bars { all, phase, disks: BTreeMap::new(), memory: None, name_chars: 6 })
     }
 
     pub(crate) fn show(&mut self, view: &Migration) {
@@ -50,7 +64,7 @@ impl Progress {
                 if *phase != Some(view.phase) || last.elapsed() >= LINE_EVERY {
                     *phase = Some(view.phase);
                     *last = Instant::now();
-                    show::note(&sentence(view));
+                    show::note(&line(view));
                 }
             }
             Self::Json => {
@@ -66,15 +80,23 @@ impl Progress {
         match self {
             Self::Bars(bars) => bars.all.suspend(|| show::note(text)),
             Self::Lines { .. } => show::note(text),
+            // Whoever reads the lines expects nothing but JSON.
             Self::Json => {}
         }
     }
 
-    pub(crate) fn end(self) {
+    /// Leaves the bars where they stand, or takes them away when `clear`.
+    pub(crate) fn end(self, clear: bool) {
         if let Self::Bars(bars) = self {
             bars.phase.finish_and_clear();
-            for bar in bars.disks.values().chain(&bars.memory) {
+            if clear {
+                bars.all.clear().ok();
+            }
+            for bar in bars.disks.values().chain(bars.memory.iter().map(|(bar, _)| bar)) {
                 bar.abandon();
+            }
+            if let Some((_, below)) = &bars.memory {
+                below.finish_and_clear();
             }
         }
     }
@@ -82,22 +104,53 @@ impl Progress {
 
 impl Bars {
     fn show(&mut self, view: &Migration) {
-        self.phase.set_message(sentence(view));
-        for (id, transfer) in &view.progress.disks {
-            let bar = self
-                .disks
-                .entry(id.clone())
-                .or_insert_with(|| bar(&self.all, &format!("disk {id}")));
-            set(bar, transfer, String::new());
+        self.phase.set_message(headline(view));
+        let progress = &view.progress;
+        if self.disks.len() != progress.disks.len() {
+            let longest = progress.disks.keys().map(|id| id.as_str().len() + 5).max();
+            self.name_chars = longest.unwrap_or(0).clamp(6, NAME_CHARS_MAX);
+            for id in progress.disks.keys() {
+                if !self.disks.contains_key(id) {
+                    let bar = self.bar(&format!("disk {id}"));
+                    self.disks.insert(id.clone(), bar);
+                }
+            }
         }
-        let memory = &view.progress.memory;
-        if memory.total_bytes > 0 {
-            let bar = self.memory.get_or_insert_with(|| bar(&self.all, "memory"));
-            let dirty = view.progress.dirty_pages_per_second.saturating_mul(4096);
-            let further =
-                format!("round {}, {}/s dirtied", view.progress.round, show::bytes(dirty));
-            set(bar, memory, further);
+        for (id, transfer) in &progress.disks {
+            if let Some(bar) = self.disks.get(id) {
+                set(bar, transfer);
+            }
         }
+        if progress.memory.total_bytes == 0 {
+            return;
+        }
+        let (bar, below) = match self.memory.take() {
+            Some(bars) => bars,
+            None => {
+                let bar = self.bar("memory");
+                let below = self.all.insert_after(&bar, ProgressBar::no_length());
+                below.set_style(style(&format!("  {:1$} {{wide_msg}}", "", self.name_chars + 1)));
+                (bar, below)
+            }
+        };
+        set(&bar, &progress.memory);
+        below.set_message(rounds(view));
+        self.memory = Some((bar, below));
+    }
+
+    /// A bar below those of the disks, above that of memory.
+    fn bar(&self, name: &str) -> ProgressBar {
+        let new = ProgressBar::new(0);
+        let bar = match &self.memory {
+            Some((memory, _)) => self.all.insert_before(memory, new),
+            None => self.all.add(new),
+        };
+        let width = self.name_chars;
+        bar.set_style(style(&format!(
+            "  {{prefix:<{width}}}  {{bar:20.cyan/dim}} {{percent:>3}} %  {{wide_msg}}"
+        )));
+        bar.set_prefix(name.to_owned());
+        bar
     }
 }
 
@@ -106,41 +159,79 @@ fn style(template: &str) -> ProgressStyle {
     style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━─")
 }
 
-fn bar(all: &MultiProgress, name: &str) -> ProgressBar {
-    let bar = all.add(ProgressBar::new(0));
-    bar.set_style(style("  {prefix:<12} {bar:24.cyan/dim} {msg}"));
-    bar.set_prefix(name.to_owned());
-    bar
-}
-
-fn set(bar: &ProgressBar, transfer: &Transfer, further: String) {
+fn set(bar: &ProgressBar, transfer: &Transfer) {
     bar.set_length(transfer.total_bytes);
-    bar.set_position(transfer.done_bytes);
-    let mut parts = vec![
-        format!("{} of {}", show::bytes(transfer.done_bytes), show::bytes(transfer.total_bytes)),
-        format!("{}/s", show::bytes(transfer.rate_bytes_per_second)),
-    ];
-    let left_bytes = transfer.total_bytes.saturating_sub(transfer.done_bytes);
-    if left_bytes > 0 {
-        let left = transfer.left_seconds.map_or("?".to_owned(), |seconds| format!("{seconds} s"));
-        parts.push(format!("{} remaining, {left} left", show::bytes(left_bytes)));
-    }
-    if !further.is_empty() {
-        parts.push(further);
-    }
-    bar.set_message(parts.join(", "));
+    bar.set_position(transfer.done_bytes.min(transfer.total_bytes));
+    bar.set_message(sentence(transfer));
 }
 
-fn sentence(view: &Migration) -> String {
-    let mut text =
-        format!("{}: {} to {}: {}", view.vm, view.source, view.destination, view.phase.as_str());
+/// How far one transfer is. The most wanted comes first: narrow terminals cut the rest.
+pub(crate) fn sentence(transfer: &Transfer) -> String {
+    let mut parts = vec![format!(
+        "{} of {}",
+        show::bytes(transfer.done_bytes),
+        show::bytes(transfer.total_bytes)
+    )];
+    let remaining_bytes = transfer.total_bytes.saturating_sub(transfer.done_bytes);
+    if remaining_bytes > 0 {
+        if transfer.rate_bytes_per_second > 0 {
+            parts.push(show::rate(transfer.rate_bytes_per_second));
+        }
+        if let Some(left) = transfer.left_seconds {
+            parts.push(format!("{} left", show::seconds(left)));
+        }
+        parts.push(format!("{} remaining", show::bytes(remaining_bytes)));
+    }
+    parts.join(", ")
+}
+
+/// What is told of pre-copy beside memory's bar.
+pub(crate) fn rounds(view: &Migration) -> String {
     let progress = &view.progress;
-    if progress.wire_bytes_per_second > 0 {
-        text.push_str(&format!(
-            ", {}/s on the wire, {} sent",
-            show::bytes(progress.wire_bytes_per_second),
-            show::bytes(progress.moved.wire_bytes)
-        ));
+    let mut parts = Vec::new();
+    if progress.round > 0 {
+        let dirty = progress.dirty_pages_per_second.saturating_mul(PAGE_BYTES);
+        parts.push(format!("round {}, the guest dirties {}", progress.round, show::rate(dirty)));
+    }
+    if progress.moved.wire_bytes > 0 {
+        parts.push(format!("{} sent", show::bytes(progress.moved.wire_bytes)));
+    }
+    parts.join(", ")
+}
+
+/// The VM, where it goes, the phase, how long it takes already.
+fn headline(view: &Migration) -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    // The agent's clock may be another than ours: then it says too little, not nonsense.
+    let elapsed = now.saturating_sub(Duration::from_millis(view.started_unix_ms)).as_secs();
+    let mut text = format!(
+        "{} to {}: {}, {}",
+        view.vm,
+        view.destination,
+        view.phase.as_str(),
+        show::seconds(elapsed)
+    );
+    if view.progress.wire_bytes_per_second > 0 {
+        let rate = show::rate(view.progress.wire_bytes_per_second);
+        text.push_str(&format!(", {rate} on the wire"));
     }
     text
+}
+
+/// All of it in one line.
+fn line(view: &Migration) -> String {
+    let mut parts = vec![headline(view)];
+    let progress = &view.progress;
+    match view.phase {
+        Phase::Mirror => {
+            parts
+                .extend(progress.disks.iter().map(|(id, disk)| format!("{id} {}", sentence(disk))));
+        }
+        Phase::PreCopy if progress.memory.total_bytes > 0 => {
+            parts.push(format!("memory {}", sentence(&progress.memory)));
+            parts.push(rounds(view));
+        }
+        _ => {}
+    }
+    parts.join("; ")
 }

@@ -1,88 +1,139 @@
-//! One summary at the end of a migration.
+//! One summary at the end of a migration, and the same of one that goes on.
+//!
+//! ```text
+//! web1 moved from host1 to host2 in 41.3 s
+//!   downtime  187 ms: stop 12.1, final round 94.0, device state 51.2, commit 20.3, resume 9.4
+//!   phases    prepare 112 ms, mirror 28.1 s, pre-copy 12.5 s, switchover 190 ms, retire 388 ms
+//!   memory    …
+//! ```
 
-use limosa_protocol::migration::{Migration, Outcome, Summary};
+use limosa_protocol::migration::{Downtime, Migration, Moved, Outcome, Summary};
 
+use crate::progress;
 use crate::show::{bytes, millis};
 
-/// All that is said of an ended migration.
+/// All that is said of a migration.
 pub(crate) fn text(view: &Migration) -> String {
     let mut lines = vec![headline(view)];
+    let mut add = |what: &str, text: &str| lines.push(format!("  {what:<9} {text}"));
     if let Some(reason) = &view.reason {
-        lines.push(format!("  why         {reason}"));
+        // A move that succeeded has no reason, but may have left something to be done.
+        add(if view.outcome == Some(Outcome::Moved) { "note" } else { "why" }, reason);
     }
-    if let Some(summary) = &view.summary {
-        details(summary, &mut lines);
+    if let Some(next) = next_step(view) {
+        add("next", &next);
     }
-    match view.outcome {
-        Some(Outcome::Stayed) => lines.push(format!(
-            "  next        the VM is on {} as before; mend the cause and move it again",
-            view.source
-        )),
-        Some(Outcome::InDoubt) => lines.push(format!(
-            "  next        see that limosad runs on {} and can be reached; it settles by itself",
-            view.destination
-        )),
-        _ => {}
+    match &view.summary {
+        Some(summary) => details(summary, &mut add),
+        None => under_way(view, &mut add),
     }
+    add("id", &view.id.to_string());
     lines.join("\n")
 }
 
 fn headline(view: &Migration) -> String {
     let (vm, source, destination) = (&view.vm, &view.source, &view.destination);
-    let total = view.summary.as_ref().map_or(0, |summary| summary.total_ms);
+    let total = view.summary.as_ref().map(|summary| millis(summary.total_ms));
+    let time = |word: &str| total.map_or(String::new(), |time| format!(" {word} {time}"));
     match view.outcome {
-        Some(Outcome::Moved) => {
-            format!("{vm} moved from {source} to {destination} in {}", millis(total))
+        Some(Outcome::Moved) => format!("{vm} moved from {source} to {destination}{}", time("in")),
+        Some(Outcome::Stayed) => format!("{vm} stayed at {source}{}", time("after")),
+        Some(Outcome::InDoubt) => {
+            format!("{vm} is in doubt between {source} and {destination}: both copies are stopped")
         }
-        Some(Outcome::Stayed) => format!("{vm} stayed on {source}, after {}", millis(total)),
-        Some(Outcome::InDoubt) => format!("{vm} is in doubt between {source} and {destination}"),
         None => format!("{vm} moves from {source} to {destination}: {}", view.phase.as_str()),
     }
 }
 
-fn details(summary: &Summary, lines: &mut Vec<String>) {
+/// What people should do now, if anything.
+fn next_step(view: &Migration) -> Option<String> {
+    let (vm, source, destination) = (&view.vm, &view.source, &view.destination);
+    match view.outcome? {
+        Outcome::Moved => None,
+        Outcome::Stayed => Some(format!(
+            "mend the cause and move it again; on {source}, `limosa vm compare {vm} --to \
+             {destination}` finds what stands against it"
+        )),
+        Outcome::InDoubt => Some(format!(
+            "see that limosad runs on both hosts and that they reach each other; they settle it by \
+             themselves, and `limosa migration show {}` then tells how. Start no copy by hand",
+            view.id
+        )),
+    }
+}
+
+fn under_way(view: &Migration, add: &mut impl FnMut(&str, &str)) {
+    for (id, disk) in &view.progress.disks {
+        add("disk", &format!("{id}: {}", progress::sentence(disk)));
+    }
+    if view.progress.memory.total_bytes > 0 {
+        add("memory", &progress::sentence(&view.progress.memory));
+    }
+    let rounds = progress::rounds(view);
+    if !rounds.is_empty() {
+        add("", &rounds);
+    }
+}
+
+fn details(summary: &Summary, add: &mut impl FnMut(&str, &str)) {
+    match &summary.downtime {
+        Some(downtime) => add("downtime", &parts(downtime)),
+        None => add("downtime", "none: the guest was never stopped"),
+    }
     let phases: Vec<String> = summary
         .phase_ms
         .iter()
         .map(|(phase, ms)| format!("{} {}", phase.as_str(), millis(*ms)))
         .collect();
-    lines.push(format!("  phases      {}", phases.join(", ")));
-    if let Some(downtime) = &summary.downtime {
-        lines.push(format!(
-            "  downtime    {:.0} ms: stop {:.0}, final round {:.0}, device state {:.0}, commit \
-             {:.0}, resume {:.0}",
-            downtime.total_ms,
-            downtime.stop_ms,
-            downtime.final_round_ms,
-            downtime.device_state_ms,
-            downtime.commit_ms,
-            downtime.resume_ms
-        ));
+    if !phases.is_empty() {
+        add("phases", &phases.join(", "));
     }
     let moved = &summary.moved;
-    if summary.rounds > 0 {
-        lines.push(format!(
-            "  memory      {} pages zero, {} unchanged, {} differences, {} full; {} rounds",
-            moved.zero_pages,
-            moved.unchanged_pages,
-            moved.difference_pages,
-            moved.full_pages,
-            summary.rounds
-        ));
-        lines.push(format!(
-            "              {} before compression, {} after",
-            bytes(moved.ram_payload_bytes),
-            bytes(moved.ram_packed_bytes)
-        ));
+    memory(moved, summary.rounds, add);
+    if moved.disk_payload_bytes > 0 || moved.disk_zero_bytes > 0 {
+        let holes = bytes(moved.disk_zero_bytes);
+        let packed = packed(moved.disk_payload_bytes, moved.disk_packed_bytes);
+        add("disks", &format!("{packed}; {holes} of zeroes and holes"));
     }
-    lines.push(format!(
-        "  disks       {} before compression, {} after; {} of zeroes and holes",
-        bytes(moved.disk_payload_bytes),
-        bytes(moved.disk_packed_bytes),
-        bytes(moved.disk_zero_bytes)
-    ));
-    lines.push(format!("  wire        {}", bytes(moved.wire_bytes)));
+    if moved.wire_bytes > 0 {
+        add("wire", &format!("{} in all", bytes(moved.wire_bytes)));
+    }
     for proof in &summary.proofs {
-        lines.push(format!("  proof       {proof}"));
+        add("proof", proof);
     }
+}
+
+fn memory(moved: &Moved, rounds: u64, add: &mut impl FnMut(&str, &str)) {
+    let kinds = [
+        ("zero", moved.zero_pages),
+        ("unchanged", moved.unchanged_pages),
+        ("difference", moved.difference_pages),
+        ("full", moved.full_pages),
+    ];
+    if kinds.iter().all(|(_, pages)| *pages == 0) {
+        return;
+    }
+    let kinds: Vec<String> = kinds
+        .iter()
+        .map(|(kind, pages)| format!("{} {kind}", bytes(pages.saturating_mul(4096))))
+        .collect();
+    let rounds = if rounds == 1 { "1 round".to_owned() } else { format!("{rounds} rounds") };
+    add("memory", &format!("{} of pages, in {rounds}", kinds.join(", ")));
+    add("", &packed(moved.ram_payload_bytes, moved.ram_packed_bytes));
+}
+
+fn packed(payload_bytes: u64, packed_bytes: u64) -> String {
+    format!("{} before compression, {} after", bytes(payload_bytes), bytes(packed_bytes))
+}
+
+fn parts(downtime: &Downtime) -> String {
+    format!(
+        "{:.0} ms: stop {:.1}, final round {:.1}, device state {:.1}, commit {:.1}, resume {:.1}",
+        downtime.total_ms,
+        downtime.stop_ms,
+        downtime.final_round_ms,
+        downtime.device_state_ms,
+        downtime.commit_ms,
+        downtime.resume_ms
+    )
 }

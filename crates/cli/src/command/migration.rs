@@ -1,151 +1,158 @@
-//! `limosa migration …`, and following a move.
-
-use std::time::Duration;
+//! `limosa migration …`, and following a move to its end.
 
 use anyhow::{Result, bail};
 use limosa_protocol::id::MigrationId;
-use limosa_protocol::migration::Migration as View;
-use serde_json::json;
+use limosa_protocol::migration::{Migration as View, Outcome};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::Session;
 use crate::args::Migration;
-use crate::events::Events;
+use crate::client::Client;
+use crate::events::{Follower, News};
 use crate::exit::Exit;
 use crate::progress::Progress;
 use crate::{show, summary};
 
-/// How often a migration is asked for whose events broke off.
-const ASK_EVERY: Duration = Duration::from_millis(500);
-
 pub(super) async fn run(session: &Session, command: Migration) -> Result<Exit> {
     match command {
         Migration::List => list(session).await,
-        Migration::Show { id } => {
-            let view = find(session, &id).await?;
-            if session.json {
-                show::json(&view)?;
-            } else {
-                show::line(&summary::text(&view))?;
-            }
-            Ok(Exit::Done)
+        Migration::Show(one) => {
+            let view = find(session, &one.word).await?;
+            session.result(&view, |view| show::line(&summary::text(view)))
         }
-        Migration::Watch { id } => {
-            let id = find(session, &id).await?.id;
-            watch(session, id, false).await
+        Migration::Watch(one) => {
+            let id = find(session, &one.word).await?.id;
+            watch(session, id, CtrlC::Leaves).await
         }
-        Migration::Cancel { id } => {
-            let id = find(session, &id).await?.id;
-            let view: View =
-                session.client.post(&format!("/v1/migrations/{id}/cancel"), &json!(null)).await?;
-            if session.json {
-                show::json(&view)?;
-            } else {
-                show::note(&format!("{} stays on {}", view.vm, view.source));
-            }
-            Ok(Exit::Done)
+        Migration::Cancel(one) => {
+            let view = find(session, &one.word).await?;
+            let view = cancel(&session.client, view.id).await?;
+            session.result(&view, |view| {
+                show::note(&match view.outcome {
+                    Some(Outcome::Stayed) => {
+                        format!("cancelled: {} stays at {}", view.vm, view.source)
+                    }
+                    Some(outcome) => format!("it has ended already: {}", outcome.as_str()),
+                    None => format!(
+                        "cancelling: {} stays at {}; `limosa migration watch {}` tells when it is \
+                         done",
+                        view.vm, view.source, view.id
+                    ),
+                });
+                Ok(())
+            })
         }
     }
+}
+
+async fn cancel(client: &Client, id: MigrationId) -> Result<View> {
+    client.order(&format!("/v1/migrations/{id}/cancel")).await
 }
 
 async fn list(session: &Session) -> Result<Exit> {
     let views: Vec<View> = session.client.get("/v1/migrations").await?;
-    if session.json {
-        show::json(&views)?;
-        return Ok(Exit::Done);
-    }
-    let rows: Vec<Vec<String>> = views
-        .iter()
-        .map(|view| {
-            let outcome = view.outcome.map_or(view.phase.as_str(), |outcome| outcome.as_str());
-            let downtime = view.summary.as_ref().and_then(|summary| summary.downtime.as_ref());
-            vec![
-                view.id.to_string(),
-                view.vm.to_string(),
-                view.source.to_string(),
-                view.destination.to_string(),
-                outcome.to_owned(),
-                view.summary.as_ref().map_or(String::new(), |all| show::millis(all.total_ms)),
-                downtime.map_or(String::new(), |parts| format!("{:.0} ms", parts.total_ms)),
-            ]
-        })
-        .collect();
-    show::table(&["ID", "VM", "FROM", "TO", "STATUS", "TIME", "DOWNTIME"], &rows)?;
-    Ok(Exit::Done)
+    session.result(&views, |views| {
+        let rows: Vec<_> = views.iter().map(row).collect();
+        show::table(
+            &["ID", "VM", "FROM", "TO", "STATUS", "TIME", "DOWNTIME"],
+            &rows,
+            "no migration yet: `limosa vm move --help` tells how to begin one",
+        )
+    })
+}
+
+fn row(view: &View) -> Vec<String> {
+    let summary = view.summary.as_ref();
+    let downtime = summary.and_then(|summary| summary.downtime.as_ref());
+    let dash = || "-".to_owned();
+    vec![
+        view.id.to_string(),
+        view.vm.to_string(),
+        view.source.to_string(),
+        view.destination.to_string(),
+        view.outcome.map_or(view.phase.as_str(), Outcome::as_str).to_owned(),
+        summary.map_or_else(dash, |summary| show::millis(summary.total_ms)),
+        downtime.map_or_else(dash, |downtime| format!("{:.0} ms", downtime.total_ms)),
+    ]
 }
 
 /// A migration by its id, the beginning of it, or its VM.
 async fn find(session: &Session, word: &str) -> Result<View> {
+    if let Ok(id) = word.parse::<MigrationId>() {
+        return session.client.get(&format!("/v1/migrations/{id}")).await;
+    }
     let views: Vec<View> = session.client.get("/v1/migrations").await?;
-    if let Some(view) = views.iter().rev().find(|view| view.vm.as_str() == word) {
+    let of_vm = views.iter().filter(|view| view.vm.as_str() == word);
+    if let Some(view) = of_vm.max_by_key(|view| (view.started_unix_ms, view.id)) {
         return Ok(view.clone());
     }
-    let mut found: Vec<View> =
-        views.into_iter().filter(|view| view.id.to_string().starts_with(word)).collect();
-    match found.len() {
-        0 => bail!("no migration {word}: `limosa migration list` shows those there are"),
-        1 => Ok(found.remove(0)),
-        count => bail!("{count} migrations begin with {word}: write more of the id"),
+    let beginning = word.to_ascii_lowercase();
+    let begins = |view: &&View| !word.is_empty() && view.id.to_string().starts_with(&beginning);
+    let found: Vec<&View> = views.iter().filter(begins).collect();
+    match found.as_slice() {
+        [] => bail!("no migration {word:?}: `limosa migration list` shows those there are"),
+        [view] => Ok((*view).clone()),
+        several => bail!("{} migrations begin with {word}: write more of the id", several.len()),
     }
 }
 
-/// Follows a migration to its end.
-///
-/// - `own`: it was begun by this command, so Ctrl-C cancels it.
-pub(super) async fn watch(session: &Session, id: MigrationId, own: bool) -> Result<Exit> {
+/// What Ctrl-C does to a migration that is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CtrlC {
+    /// The first one cancels it, the second one leaves it to go on
+    Cancels,
+    /// It only ends the watching
+    Leaves,
+}
+
+/// Follows a migration to its end and shows its summary.
+pub(super) async fn watch(session: &Session, id: MigrationId, mut ctrl_c: CtrlC) -> Result<Exit> {
+    let mut interrupts = signal(SignalKind::interrupt())?;
+    let mut follower = Follower::new(session.client.clone(), id);
     let mut progress = Progress::new(session.json);
-    let mut cancelled = false;
-    let view = {
-        let follow = follow(session, id, &mut progress);
-        tokio::pin!(follow);
-        loop {
-            tokio::select! {
-                view = &mut follow => break view?,
-                _ = tokio::signal::ctrl_c() => {
-                    if !own || cancelled {
-                        show::note(&format!("\nit goes on; `limosa migration watch {id}`"));
-                        return Ok(Exit::Failed);
+    let mut cancelling = None;
+    let mut in_trouble = false;
+    let view = loop {
+        tokio::select! {
+            news = follower.next() => match news? {
+                News::View(view) => {
+                    in_trouble = false;
+                    progress.show(&view);
+                    if view.outcome.is_some() {
+                        break view;
                     }
-                    cancelled = true;
-                    show::note("\ncancelling; Ctrl-C again leaves it to go on");
-                    let path = format!("/v1/migrations/{id}/cancel");
-                    let asked: Result<View> = session.client.post(&path, &json!(null)).await;
-                    if let Err(error) = asked {
-                        show::note(&format!("{error:#}"));
-                    }
+                }
+                News::Trouble(error) if !in_trouble => {
+                    in_trouble = true;
+                    progress.say(&format!("{error:#}\nThe migration may go on; asking again."));
+                }
+                News::Trouble(_) => {}
+            },
+            _ = interrupts.recv() => match ctrl_c {
+                CtrlC::Leaves => {
+                    progress.end(false);
+                    show::note(&format!("\nIt goes on: `limosa migration watch {id}` looks again."));
+                    return Ok(Exit::Left);
+                }
+                CtrlC::Cancels => {
+                    ctrl_c = CtrlC::Leaves;
+                    progress.say("\nCancelling; Ctrl-C again leaves the move to go on by itself.");
+                    let client = session.client.clone();
+                    // Beside the rest, so that the second Ctrl-C is not kept waiting.
+                    cancelling = Some(tokio::spawn(async move { cancel(&client, id).await }));
+                }
+            },
+            asked = async { cancelling.as_mut().expect("checked by the branch").await },
+                if cancelling.is_some() =>
+            {
+                cancelling = None;
+                if let Err(error) = asked? {
+                    progress.say(&format!("It cannot be cancelled: {error:#}"));
                 }
             }
         }
     };
-    progress.end();
-    if session.json {
-        show::json(&view)?;
-    } else {
-        show::line(&summary::text(&view))?;
-    }
+    progress.end(true);
+    session.result(&view, |view| show::line(&summary::text(view)))?;
     Ok(view.outcome.map_or(Exit::Failed, Exit::from))
-}
-
-async fn follow(session: &Session, id: MigrationId, progress: &mut Progress) -> Result<View> {
-    let mut told = false;
-    loop {
-        match session.client.stream(&format!("/v1/migrations/{id}/events")).await {
-            Ok(body) => {
-                let mut events = Events::new(body);
-                while let Ok(Some(view)) = events.next().await {
-                    progress.show(&view);
-                    if view.outcome.is_some() {
-                        return Ok(view);
-                    }
-                }
-            }
-            Err(error) if error.is::<crate::client::Refused>() => return Err(error),
-            Err(error) => {
-                if !told {
-                    told = true;
-                    progress.say(&format!("{error:#}; asking on"));
-                }
-            }
-        }
-        tokio::time::sleep(ASK_EVERY).await;
-    }
 }

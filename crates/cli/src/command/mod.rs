@@ -1,15 +1,25 @@
-//! What each command does.
+//! What each command does: one request or a few, and what is shown of the answer.
 
 mod host;
 mod migration;
+mod operator;
+mod switch;
 mod vm;
+
+use std::io::{BufRead, IsTerminal, Write};
 
 use anyhow::{Context, Result};
 use clap::CommandFactory;
+use serde::Serialize;
+use serde_json::json;
 
 use crate::args::{Arguments, Command};
 use crate::client::Client;
 use crate::exit::Exit;
+use crate::show;
+
+/// Longest answer to a question, in bytes.
+const REPLY_BYTES_MAX: u64 = 4096;
 
 /// A command with its agent.
 pub(crate) struct Session {
@@ -17,22 +27,41 @@ pub(crate) struct Session {
     pub(crate) json: bool,
 }
 
+impl Session {
+    /// Shows a result: as JSON, or as `text` tells it.
+    fn result<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> Result<()>) -> Result<Exit> {
+        if self.json {
+            show::json(value)?
+        } else {
+            text(value)?
+        }
+        Ok(Exit::Done)
+    }
+
+    /// Tells that something is done which has no result.
+    fn done(&self, text: &str) -> Result<Exit> {
+        self.result(&json!(null), |_| {
+            show::note(text);
+            Ok(())
+        })
+    }
+}
+
 /// Runs what was typed.
 pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
-    let global = &arguments.global;
-    let session = || {
-        let client = Client::new(&global.agent, global.fingerprint.as_deref())?;
-        anyhow::Ok(Session { client, json: global.json })
-    };
+    let global = arguments.global;
+    let session =
+        Session { client: Client::new(global.agent, global.fingerprint), json: global.json };
     match arguments.command {
-        Command::Vm(command) => vm::run(&session()?, command).await,
-        Command::Migration(command) => migration::run(&session()?, command).await,
-        Command::Host(command) => host::run(&session()?, command).await,
-        Command::Switch(command) => host::switch(&session()?, command).await,
-        Command::Operator(command) => host::operator(&session, command).await,
+        Command::Vm(command) => vm::run(&session, command).await,
+        Command::Migration(command) => migration::run(&session, command).await,
+        Command::Host(command) => host::run(&session, command).await,
+        Command::Switch(command) => switch::run(&session, command).await,
+        Command::Operator(command) => operator::run(&session, command).await,
         Command::Completions { shell } => {
-            let mut command = Arguments::command();
-            clap_complete::generate(shell, &mut command, "limosa", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
+            show::raw(&script)?;
             Ok(Exit::Done)
         }
         Command::Man { folder } => {
@@ -45,15 +74,18 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
     }
 }
 
+/// Whether there is somebody to ask.
+pub(crate) fn can_ask() -> bool {
+    std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
+}
+
 /// Asks a question on the terminal.
-pub(crate) fn ask(question: &str) -> Result<String> {
-    use std::io::{BufRead, IsTerminal, Write};
-    anyhow::ensure!(
-        std::io::stdin().is_terminal(),
-        "there is no terminal to ask on: give the answer as an option"
-    );
+///
+/// - `option`: what answers it where there is no terminal.
+pub(crate) fn ask(question: &str, option: &str) -> Result<String> {
+    anyhow::ensure!(can_ask(), "there is no terminal to ask on: give {option}");
     write!(std::io::stderr(), "{question} ")?;
-    let mut answer = String::new();
-    std::io::stdin().lock().read_line(&mut answer)?;
-    Ok(answer.trim().to_owned())
+    let mut reply = String::new();
+    std::io::Read::take(std::io::stdin().lock(), REPLY_BYTES_MAX).read_line(&mut reply)?;
+    Ok(reply.trim().to_owned())
 }

@@ -1,57 +1,41 @@
 //! `limosa vm …`
 
-use std::io::Read;
+use std::path::Path;
 
 use anyhow::{Context, Result};
-use limosa_protocol::api::{Comparison, Power, StopRequest, Vm as View};
+use limosa_protocol::api::{BODY_BYTES_MAX, Comparison, Power, StopRequest, Vm as View};
 use limosa_protocol::id::VmName;
-use limosa_protocol::migration::{Migration, MoveRequest, Verify};
+use limosa_protocol::migration::{self, Migration, MoveRequest};
 use limosa_protocol::vm::VmDefinition;
-use serde_json::json;
 
-use super::{Session, ask, migration};
-use crate::args::{MoveOptions, Vm};
-use crate::exit::Exit;
-use crate::{console, show};
+use super::migration::{CtrlC, watch};
+use super::{Session, ask};
+use crate::args::{MoveOptions, OneVm, Stop, Verify, Vm};
+use crate::client::ANSWER_SECONDS_MAX;
+use crate::exit::{Exit, problem_text};
+use crate::{console, known, show};
 
 pub(super) async fn run(session: &Session, command: Vm) -> Result<Exit> {
     let client = &session.client;
     match command {
         Vm::Create { file } => create(session, &file).await,
         Vm::List => list(session).await,
-        Vm::Show { vm } => one(session, &client.get(&path(&vm, "")).await?),
-        Vm::Start { vm } => order(session, &vm, "start").await,
-        Vm::Pause { vm } => order(session, &vm, "pause").await,
-        Vm::Resume { vm } => order(session, &vm, "resume").await,
-        Vm::Stop { vm, force, timeout } => {
-            let request = StopRequest { force, timeout_seconds: timeout };
-            if !force {
-                show::note(&format!("asking the guest of {vm} to power off"));
-            }
-            let view: View = client.post(&path(&vm, "/stop"), &request).await?;
-            told(session, &view)
+        Vm::Show(OneVm { vm }) => {
+            let view: View = client.get(&path(&vm, "")).await?;
+            session.result(&view, about)
         }
-        Vm::Delete { vm, yes } => delete(session, &vm, yes).await,
-        Vm::Console { vm } => {
+        Vm::Start(OneVm { vm }) => order(session, &vm, "start").await,
+        Vm::Pause(OneVm { vm }) => order(session, &vm, "pause").await,
+        Vm::Resume(OneVm { vm }) => order(session, &vm, "resume").await,
+        Vm::Stop(options) => stop(session, &options).await,
+        Vm::Delete { vm, yes } => delete(session, &vm.vm, yes).await,
+        Vm::Console(OneVm { vm }) => {
             let stream = client.upgrade(&path(&vm, "/console")).await?;
             console::run(vm.as_str(), stream).await?;
             Ok(Exit::Done)
         }
         Vm::Compare(options) => compare(session, &options).await,
-        Vm::Move { options, detach } => {
-            let begun: Migration =
-                client.post(&path(&options.vm, "/move"), &request(&options)).await?;
-            if detach {
-                if session.json {
-                    show::json(&begun)?;
-                } else {
-                    show::line(&begun.id.to_string())?;
-                    show::note(&format!("watch it with `limosa migration watch {}`", begun.vm));
-                }
-                return Ok(Exit::Done);
-            }
-            migration::watch(session, begun.id, true).await
-        }
+        Vm::Move { options, detach } => move_vm(session, &options, detach).await,
     }
 }
 
@@ -59,124 +43,152 @@ fn path(vm: &VmName, what: &str) -> String {
     format!("/v1/vms/{vm}{what}")
 }
 
-fn request(options: &MoveOptions) -> MoveRequest {
-    MoveRequest {
-        to: options.to.clone(),
-        storage_path: options.storage_path.clone(),
-        disks: options.disks.iter().cloned().collect(),
-        switches: options.switches.iter().cloned().collect(),
-        downtime_limit_ms: options.downtime_limit_ms,
-        verify: if options.verify == "full" { Verify::Full } else { Verify::Running },
-        retain_source_disks: options.retain_source_disks,
-    }
-}
-
-async fn create(session: &Session, file: &std::path::Path) -> Result<Exit> {
-    let shown = file.display();
-    let text = if file.as_os_str() == "-" {
-        let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text).context("reading standard input")?;
-        text
-    } else {
-        std::fs::read_to_string(file).with_context(|| format!("reading {shown}"))?
-    };
+async fn create(session: &Session, file: &Path) -> Result<Exit> {
+    let shown =
+        if file.as_os_str() == "-" { "standard input".into() } else { file.display().to_string() };
+    let bytes_max = u64::try_from(BODY_BYTES_MAX).unwrap_or(u64::MAX);
+    let text = known::read_limited(file, bytes_max).with_context(|| format!("reading {shown}"))?;
     let definition: VmDefinition =
-        toml::from_str(&text).with_context(|| format!("{shown} is not a VM's definition"))?;
-    definition.check().with_context(|| format!("in {shown}"))?;
+        toml::from_str(&text).with_context(|| format!("{shown} does not define a VM"))?;
+    definition.check().with_context(|| format!("{shown} does not define a VM"))?;
     let view: View = session.client.post("/v1/vms", &definition).await?;
     told(session, &view)
 }
 
 async fn order(session: &Session, vm: &VmName, what: &str) -> Result<Exit> {
-    let view: View = session.client.post(&path(vm, &format!("/{what}")), &json!(null)).await?;
+    let view: View = session.client.order(&path(vm, &format!("/{what}"))).await?;
+    told(session, &view)
+}
+
+async fn stop(session: &Session, options: &Stop) -> Result<Exit> {
+    let vm = &options.vm.vm;
+    let request = StopRequest { force: options.force, timeout_seconds: options.timeout };
+    if !options.force && !session.json {
+        let limit = show::seconds(options.timeout.into());
+        show::note(&format!("asking the guest of {vm} to power off; waiting for at most {limit}"));
+    }
+    // The answer comes when the VM is off or the guest's time is over.
+    let seconds_max = ANSWER_SECONDS_MAX.saturating_add(options.timeout.into());
+    let view = session.client.post_within(&path(vm, "/stop"), &request, seconds_max).await?;
     told(session, &view)
 }
 
 fn told(session: &Session, view: &View) -> Result<Exit> {
-    if session.json {
-        show::json(view)?;
-    } else {
+    session.result(view, |view| {
         show::note(&format!("{} is {}", view.definition.name, power(view.power)));
-    }
-    Ok(Exit::Done)
+        Ok(())
+    })
 }
 
 async fn list(session: &Session) -> Result<Exit> {
     let views: Vec<View> = session.client.get("/v1/vms").await?;
-    if session.json {
-        show::json(&views)?;
-        return Ok(Exit::Done);
-    }
-    let rows: Vec<Vec<String>> = views
-        .iter()
-        .map(|view| {
-            let definition = &view.definition;
-            let addresses: Vec<_> = view.addresses.iter().map(ToString::to_string).collect();
-            vec![
-                definition.name.to_string(),
-                power(view.power).to_owned(),
-                format!("{} MiB", definition.memory_mib),
-                definition.vcpus.to_string(),
-                definition.disks.len().to_string(),
-                addresses.join(" "),
-            ]
-        })
-        .collect();
-    show::table(&["NAME", "POWER", "MEMORY", "VCPUS", "DISKS", "ADDRESSES"], &rows)?;
-    Ok(Exit::Done)
+    session.result(&views, |views| {
+        let rows: Vec<_> = views.iter().map(row).collect();
+        show::table(
+            &["NAME", "POWER", "MEMORY", "VCPUS", "DISKS", "ADDRESSES"],
+            &rows,
+            "no VM yet: `limosa vm create FILE` makes one",
+        )
+    })
 }
 
-fn one(session: &Session, view: &View) -> Result<Exit> {
-    if session.json {
-        show::json(view)?;
-        return Ok(Exit::Done);
+fn row(view: &View) -> Vec<String> {
+    let definition = &view.definition;
+    let addresses: Vec<_> = view.addresses.iter().map(ToString::to_string).collect();
+    vec![
+        definition.name.to_string(),
+        power(view.power).to_owned(),
+        show::bytes(definition.memory_bytes()),
+        definition.vcpus.to_string(),
+        definition.disks.len().to_string(),
+        if addresses.is_empty() { "-".to_owned() } else { addresses.join(" ") },
+    ]
+}
+
+/// The definition in TOML; what is no part of it stands in comments before.
+fn about(view: &View) -> Result<()> {
+    let mut lines = vec![format!("power: {}, epoch {}", power(view.power), view.epoch)];
+    if let Some(pid) = view.pid {
+        let accelerator = view.accelerator.as_deref().unwrap_or("an unknown accelerator");
+        lines.push(format!("QEMU: process {pid}, with {accelerator}"));
     }
-    show::line(&format!("# power = {}, epoch {}", power(view.power), view.epoch))?;
-    if let (Some(pid), Some(accelerator)) = (view.pid, &view.accelerator) {
-        show::line(&format!("# QEMU is process {pid}, with {accelerator}"))?;
+    if !view.addresses.is_empty() {
+        let addresses: Vec<_> = view.addresses.iter().map(ToString::to_string).collect();
+        lines.push(format!("addresses: {}", addresses.join(" ")));
     }
     if let Some(migration) = &view.migration {
-        show::line(&format!("# moving: `limosa migration watch {migration}`"))?;
+        lines.push(format!("migration: see `limosa migration watch {migration}`"));
     }
     if let Some(fault) = &view.fault {
-        show::line(&format!("# fault: {fault}"))?;
+        // Of several lines each must be a comment.
+        lines.extend(format!("fault: {fault}").lines().map(str::to_owned));
     }
-    show::line(toml::to_string_pretty(&view.definition)?.trim_end())?;
-    Ok(Exit::Done)
+    for line in lines {
+        show::line(&format!("# {line}"))?;
+    }
+    show::line(toml::to_string_pretty(&view.definition)?.trim_end())
 }
 
 async fn delete(session: &Session, vm: &VmName, yes: bool) -> Result<Exit> {
     if !yes {
-        let answer = ask(&format!("Delete VM {vm} and the disks in its folder? Type its name:"))?;
-        if answer != vm.as_str() {
+        let question =
+            format!("Delete VM {vm} with the disks in its own folder, for good? Type its name:");
+        if ask(&question, "--yes")? != vm.as_str() {
             show::note("nothing was deleted");
             return Ok(Exit::Failed);
         }
     }
     session.client.delete(&path(vm, "")).await?;
-    if session.json {
-        show::json(&json!(null))?;
-    } else {
-        show::note(&format!("{vm} is deleted"));
-    }
-    Ok(Exit::Done)
+    session.done(&format!("{vm} is deleted"))
+}
+
+fn request(options: &MoveOptions) -> Result<MoveRequest> {
+    let request = MoveRequest {
+        to: options.to.clone(),
+        storage_path: options.storage_path.clone(),
+        disks: options.disks.iter().cloned().collect(),
+        switches: options.switches.iter().cloned().collect(),
+        downtime_limit_ms: options.downtime_limit_ms,
+        verify: match options.verify {
+            Verify::Running => migration::Verify::Running,
+            Verify::Full => migration::Verify::Full,
+        },
+        retain_source_disks: options.retain_source_disks,
+    };
+    // Of two places for one thing none is right by itself.
+    anyhow::ensure!(request.disks.len() == options.disks.len(), "--disk names a disk twice");
+    anyhow::ensure!(
+        request.switches.len() == options.switches.len(),
+        "--switch names a switch of the source twice"
+    );
+    Ok(request)
 }
 
 async fn compare(session: &Session, options: &MoveOptions) -> Result<Exit> {
-    let found: Comparison =
-        session.client.post(&path(&options.vm, "/compare"), &request(options)).await?;
-    let exit = if found.problems.is_empty() { Exit::Done } else { Exit::Failed };
-    if session.json {
-        show::json(&found)?;
-        return Ok(exit);
+    let vm = &options.vm.vm;
+    let found: Comparison = session.client.post(&path(vm, "/compare"), &request(options)?).await?;
+    session.result(&found, |found| {
+        let (vm, to) = (&found.vm, &found.to);
+        if found.problems.is_empty() {
+            return show::line(&format!("nothing stands against moving {vm} to {to}"));
+        }
+        show::line(&format!("{vm} cannot move to {to}:"))?;
+        found.problems.iter().try_for_each(|problem| show::line(&problem_text(problem)))
+    })?;
+    Ok(if found.problems.is_empty() { Exit::Done } else { Exit::Failed })
+}
+
+async fn move_vm(session: &Session, options: &MoveOptions, detach: bool) -> Result<Exit> {
+    let vm = &options.vm.vm;
+    let begun: Migration = session.client.post(&path(vm, "/move"), &request(options)?).await?;
+    if !detach {
+        return watch(session, begun.id, CtrlC::Cancels).await;
     }
-    if found.problems.is_empty() {
-        show::line(&format!("nothing stands against moving {} to {}", found.vm, found.to))?;
-    }
-    for problem in &found.problems {
-        show::line(&format!("- {}\n  mend: {}", problem.message, problem.mend))?;
-    }
-    Ok(exit)
+    session.result(&begun, |begun| {
+        show::line(&begun.id.to_string())?;
+        show::note(&format!("it goes on by itself; see `limosa migration watch {}`", begun.vm));
+        Ok(())
+    })
 }
 
 fn power(power: Power) -> &'static str {

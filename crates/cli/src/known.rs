@@ -1,0 +1,113 @@
+//! The remote agents whose certificates were confirmed once, in a file of the user.
+//!
+//! ```toml
+//! [agents]
+//! "host2:6600" = "0d1c-…"
+//! ```
+//!
+//! **Invariants.** An agent's fingerprint comes in only after a person or an
+//! option confirmed it and a connection held with it. The file is replaced
+//! whole, so a crash leaves the old one or the new one.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use limosa_auth::{Fingerprint, Identity};
+use limosa_protocol::id::HostName;
+use serde::{Deserialize, Serialize};
+
+/// Name of the file in the user's folder.
+const FILE: &str = "known-agents.toml";
+/// Largest file that is read, in bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// The agents known to this user.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Known {
+    #[serde(default)]
+    agents: BTreeMap<String, Fingerprint>,
+}
+
+/// The user's own folder for certificate and known agents.
+pub(crate) fn folder() -> Result<PathBuf> {
+    let base = match std::env::var_os("XDG_CONFIG_HOME").filter(|folder| !folder.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => PathBuf::from(
+            std::env::var_os("HOME")
+                .context("HOME is not set: set it, or XDG_CONFIG_HOME, to your own folder")?,
+        )
+        .join(".config"),
+    };
+    Ok(base.join("limosa"))
+}
+
+/// The user's own certificate, made when missing.
+pub(crate) fn identity() -> Result<Identity> {
+    let name = std::env::var("USER").unwrap_or_default();
+    // It only decorates the certificate: any valid name will do.
+    let name = if name.parse::<HostName>().is_ok() { name.as_str() } else { "operator" };
+    Ok(Identity::load_or_create(&folder()?, name)?)
+}
+
+/// Where the certificate of [`identity`] stands.
+pub(crate) fn certificate_file() -> Result<PathBuf> {
+    Ok(folder()?.join(limosa_auth::identity::CERTIFICATE_FILE))
+}
+
+/// The file of known agents.
+pub(crate) fn file() -> Result<PathBuf> {
+    Ok(folder()?.join(FILE))
+}
+
+/// The fingerprint that was confirmed for an agent.
+///
+/// - `address`: `HOST:PORT`.
+pub(crate) fn fingerprint(address: &str) -> Result<Option<Fingerprint>> {
+    Ok(load(&file()?)?.agents.get(address).copied())
+}
+
+/// Keeps a fingerprint that was confirmed.
+pub(crate) fn remember(address: &str, fingerprint: Fingerprint) -> Result<()> {
+    let path = file()?;
+    let mut known = load(&path)?;
+    if known.agents.insert(address.to_owned(), fingerprint) == Some(fingerprint) {
+        return Ok(());
+    }
+    let text = toml::to_string(&known)?;
+    let new = path.with_extension(format!("{}.new", std::process::id()));
+    let write = || -> std::io::Result<()> {
+        let mut file = std::fs::File::create(&new)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, &path)
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
+fn load(path: &Path) -> Result<Known> {
+    match read_limited(path, FILE_BYTES_MAX) {
+        Ok(text) => toml::from_str(&text).with_context(|| {
+            format!("{} is damaged: mend it, or remove it to confirm anew", path.display())
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Known::default()),
+        Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+/// Reads a text file, or standard input for `-`, of at most `bytes_max`.
+pub(crate) fn read_limited(path: &Path, bytes_max: u64) -> std::io::Result<String> {
+    use std::io::Read;
+    let mut text = String::new();
+    let limit = bytes_max.saturating_add(1);
+    if path.as_os_str() == "-" {
+        std::io::stdin().lock().take(limit).read_to_string(&mut text)?;
+    } else {
+        std::fs::File::open(path)?.take(limit).read_to_string(&mut text)?;
+    }
+    if u64::try_from(text.len()).unwrap_or(u64::MAX) > bytes_max {
+        return Err(std::io::Error::other(format!("it has more than {bytes_max} bytes")));
+    }
+    Ok(text)
+}
