@@ -22,7 +22,7 @@ const ADDRESS_SPACE_BYTES_MAX: u64 = 2 << 30;
 /// Most bytes of an answer, or of a complaint, that are read.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of content that are taken out of an image at once.
-const CONTENT_STEP_BYTES: u64 = 32 << 20;
+const CONTENT_STEP_BYTES: u64 = 64 << 20;
 /// Bytes of content that wait for their reader.
 const CONTENT_QUEUE_BYTES: usize = 1 << 20;
 /// Longest a look at, or the making of, an image may take.

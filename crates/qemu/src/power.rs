@@ -1,9 +1,16 @@
 //! Whether the guest runs.
 
+use std::time::Duration;
+
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::migrate::{self, MigrationStatus};
 use crate::qmp::{Qmp, QmpError, part};
+
+/// Most looks whether QEMU has put a migration that ended behind it.
+const FINISH_LOOK_COUNT_MAX: u32 = 500;
+const FINISH_LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// QEMU's run state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -49,10 +56,37 @@ pub async fn query_status(qmp: &Qmp) -> Result<RunState, QmpError> {
 
 /// Lets the vCPUs run; activates disks that a migration left inactive.
 ///
+/// QEMU says that a migration ended a moment before it lets the vCPUs run again;
+/// that moment is waited for.
+///
 /// # Errors
 /// As every command; a disk that another process holds is one.
 pub async fn cont(qmp: &Qmp) -> Result<(), QmpError> {
-    qmp.execute("cont", json!({})).await.map(drop)
+    let resume = || qmp.execute("cont", json!({}));
+    match resume().await {
+        Err(QmpError::Command { .. }) if has_ended(migrate::status(qmp).await?.status) => {
+            wait_finished(qmp).await?;
+            // Also when it was past that moment already: it may have been refused in it.
+            resume().await.map(drop)
+        }
+        result => result.map(drop),
+    }
+}
+
+fn has_ended(status: MigrationStatus) -> bool {
+    use MigrationStatus::{Cancelled, Completed, Failed};
+    matches!(status, Completed | Cancelled | Failed)
+}
+
+/// Waits, with a limit, until QEMU has put the last part of a migration behind it.
+async fn wait_finished(qmp: &Qmp) -> Result<(), QmpError> {
+    for _ in 0..FINISH_LOOK_COUNT_MAX {
+        if query_status(qmp).await? != RunState::FinishMigrate {
+            break;
+        }
+        tokio::time::sleep(FINISH_LOOK_EVERY).await;
+    }
+    Ok(())
 }
 
 /// Stops the vCPUs.

@@ -5,9 +5,9 @@
 //! works alike for a child and for one that an earlier agent started.
 //!
 //! **Invariants.** QEMU leads its own session: signals to the agent do not reach
-//! it. Of the agent's descriptors it inherits only those it is given (all others
-//! are closed at `exec`: nothing in Limosa opens one that is not). An answer on
-//! its QMP socket counts only when the kernel says that it comes from it.
+//! it. Of the agent's descriptors it inherits only those it is given, not even one
+//! that the agent itself inherited. An answer on its QMP socket counts only when
+//! the kernel says that it comes from it.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -250,6 +250,7 @@ fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
     rustix::process::setsid()?;
     let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(rustix::process::Resource::Core, no_core)?;
+    close_at_exec()?;
     let mut spares = [-1; INHERITED_COUNT_MAX];
     // Through spare numbers: a given descriptor may sit where another shall go.
     for (spare, fd) in spares.iter_mut().zip(fds) {
@@ -272,6 +273,15 @@ fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
         check(unsafe { libc::setuid(user.uid) })?;
     }
     Ok(())
+}
+
+/// Marks every descriptor past standard error to be closed at `exec`. Limosa opens
+/// none that is not, but whoever started the agent may have left it some.
+fn close_at_exec() -> io::Result<()> {
+    let first = libc::STDERR_FILENO.unsigned_abs() + 1;
+    let flags = libc::c_int::try_from(libc::CLOSE_RANGE_CLOEXEC).unwrap_or(0);
+    // SAFETY: plain system call, which closes nothing yet.
+    check(unsafe { libc::close_range(first, libc::c_uint::MAX, flags) }).map(drop)
 }
 
 /// Whether a number may be that of the pipe in [`occupy_inherited`]: the writing

@@ -53,26 +53,27 @@ async fn images_that_name_other_files_are_noticed() {
 #[tokio::test]
 async fn content_is_what_the_guest_sees() {
     let folder = folder();
-    let tool = image_tool();
-    let writes = ["write -P 7 1M 64k", "write -P 9 33554432 512", "write -P 3 41942528 512"];
-    let mut want = vec![0; 40 << 20];
+    let writes = ["write -P 7 1M 64k", "write -P 9 67108864 512", "write -P 3 83885568 512"];
+    let mut want = vec![0; 80 << 20];
     want[1 << 20..(1 << 20) + (64 << 10)].fill(7);
-    want[32 << 20..(32 << 20) + 512].fill(9);
-    want[(40 << 20) - 512..].fill(3);
+    want[64 << 20..(64 << 20) + 512].fill(9);
+    want[(80 << 20) - 512..].fill(3);
     for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
         let path = folder.path().join(format.as_str());
         make_image(&path, format, &writes);
         let qemu = start(folder.path(), &spec(folder.path(), vec![disk(&path, format)])).await;
-        let mut content = read_content(&tool, &path, format).expect("content");
-        let mut bytes = Vec::new();
-        content.stdout.take().expect("bytes").read_to_end(&mut bytes).await.expect("bytes");
-        assert!(content.wait().await.expect("an end").success());
-        assert!(bytes == want, "{format:?}");
+        for tool in image_tools(folder.path()) {
+            let mut content = read_content(&tool, &path, format).expect("content");
+            let mut bytes = Vec::new();
+            content.stdout.take().expect("bytes").read_to_end(&mut bytes).await.expect("bytes");
+            assert!(content.wait().await.expect("an end").success());
+            assert!(bytes == want, "{format:?} with {}", tool.display());
+        }
         drop(qemu);
     }
     let path = folder.path().join("broken");
     std::fs::write(&path, [7; 65536]).expect("a file");
-    let mut content = read_content(&tool, &path, ImageFormat::Qcow2).expect("content");
+    let mut content = read_content(&image_tool(), &path, ImageFormat::Qcow2).expect("content");
     let mut bytes = Vec::new();
     content.stdout.take().expect("bytes").read_to_end(&mut bytes).await.expect("an end");
     assert!(content.wait().await.is_err(), "not a qcow2 image");

@@ -11,18 +11,20 @@ use crate::quirk::VERSION_MIN;
 
 #[tokio::test]
 async fn a_binary_says_what_it_can_do() {
-    let facts = facts().await;
-    assert!(facts.version >= VERSION_MIN);
-    let q35 = facts.resolve_machine("q35").expect("an alias").to_owned();
-    assert!(q35.starts_with("pc-q35-"), "{q35}");
-    assert_eq!(facts.resolve_machine(&q35), Some(&*q35));
-    assert_eq!(facts.resolve_machine("pc-q35-99.0"), None);
-    assert!(facts.machines().any(|machine| machine == "pc-q35-7.2"));
-    assert!(facts.has("blockdev-mirror") && !facts.has("blockdev-murmur"));
-    assert_eq!(facts.lacking_features("qemu64"), Some(&[][..]));
-    assert_eq!(facts.lacking_features("no-such-model"), None);
-    assert!(facts.cpu_features("max").iter().any(|feature| feature == "sse2"));
-    assert!(facts.cpu_features("qemu64").is_empty());
+    for binary in qemu_binaries() {
+        let facts = facts(&binary).await;
+        assert!(facts.version >= VERSION_MIN);
+        let q35 = facts.resolve_machine("q35").expect("an alias").to_owned();
+        assert!(q35.starts_with("pc-q35-"), "{q35}");
+        assert_eq!(facts.resolve_machine(&q35), Some(&*q35));
+        assert_eq!(facts.resolve_machine("pc-q35-99.0"), None);
+        assert!(facts.machines().any(|machine| machine == "pc-q35-7.2"));
+        assert!(facts.has("blockdev-mirror") && !facts.has("blockdev-murmur"));
+        assert_eq!(facts.lacking_features("qemu64"), Some(&[][..]));
+        assert_eq!(facts.lacking_features("no-such-model"), None);
+        assert!(facts.cpu_features("max").iter().any(|feature| feature == "sse2"));
+        assert!(facts.cpu_features("qemu64").is_empty());
+    }
 
     let nothing = probe::probe(Path::new("/bin/true"), Accelerator::Tcg).await;
     assert!(matches!(nothing, Err(probe::ProbeError::Qmp(_))), "{nothing:?}");
@@ -132,8 +134,11 @@ async fn a_child_inherits_what_it_was_given_and_nothing_else() {
         File::create(&path).expect("a file").write_all(text.as_bytes()).expect("written");
         File::open(path).expect("a file").into()
     };
+    // One that the agent inherited from a careless parent.
+    let stray = File::open("/dev/null").expect("it is there");
+    rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty()).expect("it stays open");
     let script = format!(
-        "cat /dev/fd/{} /dev/fd/{}; echo; echo $(ls /proc/$$/fd); sleep 60",
+        "cat /dev/fd/{} /dev/fd/{}; echo; ls -m /proc/$$/fd; sleep 60",
         process::inherited_fd(0),
         process::inherited_fd(1)
     );
@@ -141,11 +146,11 @@ async fn a_child_inherits_what_it_was_given_and_nothing_else() {
     let child =
         spawn(folder.path(), Path::new("/bin/sh"), args, vec![given("a"), given("b")]).await;
     let log = folder.path().join("qemu.log");
-    while !process::log_tail(&log).contains("0 1") {
+    while !process::log_tail(&log).contains("0, 1") {
         assert!(process::is_alive(&child.id), "{}", process::log_tail(&log));
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(process::log_tail(&log), "ab; 0 1 10 11 2");
+    assert_eq!(process::log_tail(&log), "ab; 0, 1, 10, 11, 2");
     process::kill(&child.id).await.expect("it ends");
 
     let path = folder.path().join("tap");

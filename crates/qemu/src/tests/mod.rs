@@ -1,7 +1,9 @@
 //! Against real QEMU, in software: no KVM, no root and no guest is needed.
 //!
 //! `LIMOSA_TEST_QEMU` names another binary than the one in `PATH`. A machine
-//! without QEMU fails these tests; it does not skip them.
+//! without QEMU fails these tests; it does not skip them. Where the lab fetched
+//! QEMU 10, whatever depends on the version is tried with that one too, and moves
+//! go from the older to the newer.
 
 mod client;
 mod image;
@@ -23,6 +25,8 @@ use crate::process::{self, ProcessSpec, QemuProcess, User};
 use crate::qmp::Qmp;
 
 const RAM_BYTES: u64 = 64 << 20;
+/// More than is read from an image at once.
+const DISK_BYTES: u64 = 80 << 20;
 const START_MAX: Duration = Duration::from_secs(30);
 /// `nobody` and `nogroup` on Debian.
 const NOBODY: u32 = 65534;
@@ -35,9 +39,38 @@ fn image_tool() -> PathBuf {
     "qemu-img".into()
 }
 
-async fn facts() -> QemuFacts {
-    let binary = qemu_binary();
-    probe::probe(&binary, Accelerator::Tcg).await.unwrap_or_else(|error| {
+/// QEMU 10, if the lab fetched it, with its tools in `root/usr/bin` beside it.
+fn newer_qemu() -> Option<PathBuf> {
+    let path = "../../.lab/cache/qemu10/qemu-system-x86_64";
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path).canonicalize().ok()
+}
+
+fn qemu_binaries() -> Vec<PathBuf> {
+    std::iter::once(qemu_binary()).chain(newer_qemu()).collect()
+}
+
+/// QEMU's image tools; the newer one finds its libraries through a script.
+fn image_tools(folder: &Path) -> Vec<PathBuf> {
+    let newer = newer_qemu().map(|qemu| {
+        let root = qemu.with_file_name("root");
+        let libraries = root.join("usr/lib/x86_64-linux-gnu");
+        let tool = root.join("usr/bin/qemu-img");
+        let path = folder.join("qemu-img-10");
+        let script = format!(
+            "#!/bin/sh\nLD_LIBRARY_PATH={} exec {} \"$@\"\n",
+            libraries.display(),
+            tool.display()
+        );
+        std::fs::write(&path, script).expect("a script");
+        let all = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&path, all).expect("its permissions");
+        path
+    });
+    std::iter::once(image_tool()).chain(newer).collect()
+}
+
+async fn facts(binary: &Path) -> QemuFacts {
+    probe::probe(binary, Accelerator::Tcg).await.unwrap_or_else(|error| {
         panic!("{} is needed (Debian: qemu-system-x86): {error:?}", binary.display())
     })
 }
@@ -65,7 +98,7 @@ fn make_image(path: &Path, format: ImageFormat, writes: &[&str]) {
     let done = Command::new("qemu-img")
         .args(["create", "-q", "-f", format.as_str()])
         .arg(path)
-        .arg("40M")
+        .arg(DISK_BYTES.to_string())
         .status()
         .expect("qemu-img (Debian: qemu-utils)");
     assert!(done.success());
@@ -146,8 +179,12 @@ impl Drop for Guard {
 }
 
 async fn start(folder: &Path, spec: &LaunchSpec) -> Running {
-    let args = launch::command_line(spec, &facts().await).expect("a VM that fits");
-    let process = spawn(folder, &qemu_binary(), args, Vec::new()).await;
+    start_as(&qemu_binary(), folder, spec).await
+}
+
+async fn start_as(binary: &Path, folder: &Path, spec: &LaunchSpec) -> Running {
+    let args = launch::command_line(spec, &facts(binary).await).expect("a VM that fits");
+    let process = spawn(folder, binary, args, Vec::new()).await;
     let qmp = process.wait_ready(&folder.join(launch::QMP_SOCKET), START_MAX).await;
     Running { process, qmp: qmp.expect("QEMU starts") }
 }

@@ -14,6 +14,19 @@ const JOB: &str = "mirror-root";
 const EXPORT: &str = "export-root";
 const GRANULARITY_BYTES: u32 = 65_536;
 
+/// The binaries of a source and of its destination.
+type Qemus = [PathBuf; 2];
+
+/// Each QEMU to itself, and the older to the newer.
+fn every_way() -> Vec<Qemus> {
+    let old = qemu_binary();
+    let mut ways = vec![[old.clone(), old.clone()]];
+    if let Some(new) = newer_qemu() {
+        ways.extend([[new.clone(), new.clone()], [old, new]]);
+    }
+    ways
+}
+
 /// A source and a waiting destination, each with its folder and its disk.
 struct Pair {
     source: Running,
@@ -22,7 +35,7 @@ struct Pair {
 }
 
 impl Pair {
-    async fn start(format: ImageFormat, content: impl Fn(&Path)) -> Self {
+    async fn start(qemus: &Qemus, format: ImageFormat, content: impl Fn(&Path)) -> Self {
         let folders = [folder(), folder()];
         let disks = [folders[0].path().join("disk"), folders[1].path().join("disk")];
         content(&disks[0]);
@@ -40,8 +53,8 @@ impl Pair {
         let there = spec(folders[0].path(), vec![disk(&disks[0], format)]);
         let mut here = spec(folders[1].path(), vec![disk(&disks[1], format)]);
         here.incoming = true;
-        let source = start(folders[0].path(), &there).await;
-        let destination = start(folders[1].path(), &here).await;
+        let source = start_as(&qemus[0], folders[0].path(), &there).await;
+        let destination = start_as(&qemus[1], folders[1].path(), &here).await;
         Self { source, destination, folders }
     }
 
@@ -111,9 +124,15 @@ fn assert_equal_images(format: ImageFormat, one: &Path, other: &Path) {
 /// well, and both images hold the same. What a first try left is listed.
 #[tokio::test]
 async fn a_mirror_that_is_ended_well_leaves_equal_images() {
+    for qemus in every_way() {
+        mirrors(&qemus).await;
+    }
+}
+
+async fn mirrors(qemus: &Qemus) {
     for format in [ImageFormat::Qcow2, ImageFormat::Raw] {
         let writes = ["write -P 7 1M 3M", "write -P 9 39M 64k"];
-        let pair = Pair::start(format, |path| make_image(path, format, &writes)).await;
+        let pair = Pair::start(qemus, format, |path| make_image(path, format, &writes)).await;
         let qmp = &pair.source.qmp;
         pair.start_mirror().await;
         let left = block::leftovers(qmp, "mirror-").await.expect("a list");
@@ -150,7 +169,13 @@ async fn a_mirror_that_is_ended_well_leaves_equal_images() {
 /// and the source's guest goes on.
 #[tokio::test]
 async fn a_mirror_whose_destination_dies_has_failed() {
-    let pair = Pair::start(ImageFormat::Raw, make_counting_disk).await;
+    for qemus in every_way() {
+        loses_the_destination(&qemus).await;
+    }
+}
+
+async fn loses_the_destination(qemus: &Qemus) {
+    let pair = Pair::start(qemus, ImageFormat::Raw, make_counting_disk).await;
     let qmp = &pair.source.qmp;
     power::cont(qmp).await.expect("the guest runs");
     pair.start_mirror().await;
@@ -171,7 +196,13 @@ async fn a_mirror_whose_destination_dies_has_failed() {
 /// after its migration completed, and the destination can run it.
 #[tokio::test]
 async fn a_guest_moves_and_could_still_come_back() {
-    let pair = Pair::start(ImageFormat::Raw, make_counting_disk).await;
+    for qemus in every_way() {
+        moves(&qemus).await;
+    }
+}
+
+async fn moves(qemus: &Qemus) {
+    let pair = Pair::start(qemus, ImageFormat::Raw, make_counting_disk).await;
     let (from, to) = (&pair.source.qmp, &pair.destination.qmp);
     power::cont(from).await.expect("the guest runs");
     pair.start_mirror().await;
@@ -190,12 +221,12 @@ async fn a_guest_moves_and_could_still_come_back() {
     migrate::continue_from_pre_switchover(from).await.expect("it goes on");
     wait_for(&mut events, MigrationStatus::Completed).await;
     wait_for(&mut arrived, MigrationStatus::Completed).await;
-    assert_eq!(state(&pair.source).await, RunState::Postmigrate);
     assert_ne!(state(&pair.destination).await, RunState::Running, "not before it is told");
     assert!(migrate::status(from).await.expect("an answer").downtime_ms.is_some());
     assert_equal_ram(&pair);
 
     pair.stop_export().await;
+    // At once: QEMU says that it completed before it lets the vCPUs run.
     power::cont(from).await.expect("the way home");
     assert_eq!(state(&pair.source).await, RunState::Running);
     wait_counting(&pair.source).await;
@@ -216,7 +247,13 @@ async fn a_guest_moves_and_could_still_come_back() {
 /// on at the source, and a second try to another destination succeeds.
 #[tokio::test]
 async fn a_cancelled_migration_leaves_the_guest_and_another_can_follow() {
-    let pair = Pair::start(ImageFormat::Raw, make_counting_disk).await;
+    for qemus in every_way() {
+        cancels_and_moves(&qemus).await;
+    }
+}
+
+async fn cancels_and_moves(qemus: &Qemus) {
+    let pair = Pair::start(qemus, ImageFormat::Raw, make_counting_disk).await;
     let from = &pair.source.qmp;
     power::cont(from).await.expect("the guest runs");
     let mut events = pair.start_migration().await;
@@ -231,7 +268,7 @@ async fn a_cancelled_migration_leaves_the_guest_and_another_can_follow() {
     second.incoming = true;
     let Pair { source, destination, folders } = pair;
     process::kill(&destination.process.id).await.expect("it ends");
-    let destination = start(folder.path(), &second).await;
+    let destination = start_as(&qemus[1], folder.path(), &second).await;
     let pair =
         Pair { source, destination, folders: [folders.into_iter().next().expect("one"), folder] };
     let mut arrived = pair.destination.qmp.events();
