@@ -8,12 +8,16 @@ use std::collections::HashMap;
 
 use crate::PAGE_BYTES;
 
+/// Pages of a piece: 1 MiB.
+const PIECE_PAGES: usize = 256;
+
 /// Versions of the pages that one channel carries.
 pub(crate) struct Versions {
     places: HashMap<u64, usize>,
     owners: Vec<u64>,
     used: Vec<bool>,
-    bytes: Vec<u8>,
+    /// Contents by place, in pieces: one `Vec` would hold twice the memory while it grows.
+    pieces: Vec<Box<[[u8; PAGE_BYTES]]>>,
     place_count_max: usize,
     hand: usize,
 }
@@ -26,7 +30,7 @@ impl Versions {
             places: HashMap::new(),
             owners: Vec::new(),
             used: Vec::new(),
-            bytes: Vec::new(),
+            pieces: Vec::new(),
             place_count_max,
             hand: 0,
         }
@@ -36,7 +40,7 @@ impl Versions {
     pub(crate) fn get(&mut self, key: u64) -> Option<&[u8; PAGE_BYTES]> {
         let place = *self.places.get(&key)?;
         self.used[place] = true;
-        self.bytes[place * PAGE_BYTES..].first_chunk()
+        Some(&self.pieces[place / PIECE_PAGES][place % PIECE_PAGES])
     }
 
     /// Keeps a version, in the place of the one before.
@@ -52,7 +56,7 @@ impl Versions {
                 None => return,
             },
         };
-        self.bytes[place * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(page);
+        self.pieces[place / PIECE_PAGES][place % PIECE_PAGES] = *page;
     }
 
     /// Forgets a page, which is zero now.
@@ -67,7 +71,9 @@ impl Versions {
         if self.owners.len() < self.place_count_max {
             self.owners.push(NOBODY);
             self.used.push(false);
-            self.bytes.resize(self.bytes.len() + PAGE_BYTES, 0);
+            if self.owners.len() > self.pieces.len() * PIECE_PAGES {
+                self.pieces.push(vec![[0; PAGE_BYTES]; PIECE_PAGES].into_boxed_slice());
+            }
             return Some(self.owners.len() - 1);
         }
         // Two rounds at most: the first clears every mark.

@@ -16,6 +16,7 @@ pub(crate) mod trace;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
@@ -100,21 +101,34 @@ fn record(
     stop: &AtomicBool,
 ) -> Result<u32> {
     let mut buffer = [0; socket::SNAP_BYTES];
+    let mut stopped_at_ns = None;
     loop {
-        // Looked at before reading, so that all that came before the stop counts.
-        let stopping = stop.load(Ordering::Relaxed);
+        // Looked at before reading, so that all that came before the stop counts;
+        // a guest that lives on sends for ever.
+        if stop.load(Ordering::Relaxed) && stopped_at_ns.is_none() {
+            stopped_at_ns = Some(now_ns()?);
+        }
         let Some(received) = socket.receive(&mut buffer)? else {
-            if stopping {
+            if stopped_at_ns.is_some() {
                 return socket.dropped();
             }
             continue;
         };
+        if stopped_at_ns.is_some_and(|stopped_at_ns| received.at_ns > stopped_at_ns) {
+            return socket.dropped();
+        }
         let Some(kind) = classify(&buffer[..received.kept_bytes], mac) else { continue };
         let frame = Frame { at_ns: received.at_ns, host, bytes: received.bytes, kind };
         let mut frames = frames.lock().map_err(|_| anyhow::anyhow!("a capture panicked"))?;
         ensure!(frames.len() < FRAME_COUNT_MAX, "the capture is full");
         frames.push(frame);
     }
+}
+
+/// Nanoseconds since 1970, by the clock that stamps frames.
+fn now_ns() -> Result<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
+    Ok(u64::try_from(now.as_nanos())?)
 }
 
 /// What a frame is, when it comes from `mac`.
