@@ -14,12 +14,16 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::qmp::{Qmp, QmpError, part};
+use crate::qmp::{Qmp, QmpError, QmpEvent, part};
 
 /// How often a job is looked at that is about to end.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How often a job is looked at whose last event may have been lost.
+const END_LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How often a job is looked at that is not ready yet.
 const READY_LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Longest wait for a job to go that has ended.
+const JOB_GO_MAX: Duration = Duration::from_secs(10);
 /// Longest wait for an export to close.
 const EXPORT_CLOSE_MAX: Duration = Duration::from_secs(10);
 
@@ -129,26 +133,21 @@ pub async fn jobs(qmp: &Qmp) -> Result<Vec<Job>, QmpError> {
 
 /// Ends a ready mirror with both sides equal; the guest stays on the first.
 ///
+/// The job is gone afterwards, well ended or not, so that its nodes are free.
+///
 /// # Errors
 /// As every command; [`QmpError::Command`] also when the job failed.
 pub async fn complete_mirror_without_pivot(qmp: &Qmp, job: &str) -> Result<(), QmpError> {
     let mut events = qmp.events();
     qmp.execute("block-job-cancel", json!({ "device": job })).await?;
     loop {
-        match tokio::time::timeout(Duration::from_millis(50), events.recv()).await {
-            Ok(Ok(event)) if event.data["device"] == job => match event.name.as_str() {
-                "BLOCK_JOB_COMPLETED" => {
-                    return match event.data["error"].as_str() {
-                        None => wait_gone(qmp, job).await,
-                        Some(error) => Err(failed(job, error)),
-                    };
+        match tokio::time::timeout(END_LOOK_EVERY, events.recv()).await {
+            Ok(Ok(event)) if event.data["device"] == job => {
+                if let Some(ended) = end_of(job, &event) {
+                    let gone = wait_gone(qmp, job).await;
+                    return ended.and(gone);
                 }
-                "BLOCK_JOB_CANCELLED" => {
-                    return Err(failed(job, "it was cancelled before it was ready"));
-                }
-                "BLOCK_JOB_ERROR" => return Err(failed(job, "reading or writing failed")),
-                _ => {}
-            },
+            }
             Ok(Ok(_)) => {}
             Ok(Err(_)) if qmp.is_closed() => return Err(QmpError::Closed),
             // An event may have been lost: a job that is gone without one would
@@ -162,11 +161,31 @@ pub async fn complete_mirror_without_pivot(qmp: &Qmp, job: &str) -> Result<(), Q
     }
 }
 
-async fn wait_gone(qmp: &Qmp, job: &str) -> Result<(), QmpError> {
-    while jobs(qmp).await?.iter().any(|found| found.id == job) {
-        tokio::time::sleep(LOOK_EVERY).await;
+/// What an event of a job that is to end says of its end.
+fn end_of(job: &str, event: &QmpEvent) -> Option<Result<(), QmpError>> {
+    match event.name.as_str() {
+        "BLOCK_JOB_COMPLETED" => Some(match event.data["error"].as_str() {
+            None => Ok(()),
+            Some(error) => Err(failed(job, error)),
+        }),
+        "BLOCK_JOB_CANCELLED" => Some(Err(failed(job, "it was cancelled before it was ready"))),
+        "BLOCK_JOB_ERROR" => Some(Err(failed(job, "reading or writing failed"))),
+        _ => None,
     }
-    Ok(())
+}
+
+/// QEMU tells of a job's end a moment before it lets its nodes go.
+async fn wait_gone(qmp: &Qmp, job: &str) -> Result<(), QmpError> {
+    let gone = async {
+        while jobs(qmp).await?.iter().any(|found| found.id == job) {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(JOB_GO_MAX, gone).await.unwrap_or_else(|_| {
+        let command = "block-job-cancel".to_owned();
+        Err(QmpError::Timeout { command, limit: JOB_GO_MAX })
+    })
 }
 
 fn failed(job: &str, why: &str) -> QmpError {
