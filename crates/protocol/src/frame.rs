@@ -196,7 +196,7 @@ impl PageHeader {
     /// Takes a record off the front of a payload: its head and content.
     ///
     /// # Errors
-    /// [`FrameError`].
+    /// [`FrameError`]; also for a page of zeroes with a content.
     pub fn decode<'a>(payload: &mut &'a [u8]) -> Result<(Self, &'a [u8]), FrameError> {
         let mut reader = Reader(payload);
         let index = reader.le32()?;
@@ -208,6 +208,9 @@ impl PageHeader {
             _ => return Err(FrameError::Range("page form")),
         };
         let content_bytes = u16::from_le_bytes(reader.array()?);
+        if form == PageForm::Zero && content_bytes > 0 {
+            return Err(FrameError::Range("page form"));
+        }
         let content = reader.bytes(content_bytes.into())?;
         *payload = reader.0;
         Ok((Self { index, block, form, content_bytes }, content))
@@ -257,14 +260,18 @@ impl DiskHeader {
     pub fn decode(payload: &mut &[u8]) -> Result<Self, FrameError> {
         let mut reader = Reader(payload);
         let disk = u16::from_le_bytes(reader.array()?);
-        let [may_unmap, ..] = reader.array::<6>()?;
+        let may_unmap = match reader.array()? {
+            [0, 0, 0, 0, 0, 0] => false,
+            [1, 0, 0, 0, 0, 0] => true,
+            _ => return Err(FrameError::Range("disk operation")),
+        };
         let offset_bytes = reader.le64()?;
         let length_bytes = reader.le64()?;
         if offset_bytes.checked_add(length_bytes).is_none() {
             return Err(FrameError::Range("disk range"));
         }
         *payload = reader.0;
-        Ok(Self { disk, may_unmap: may_unmap == 1, offset_bytes, length_bytes })
+        Ok(Self { disk, may_unmap, offset_bytes, length_bytes })
     }
 }
 
@@ -299,11 +306,15 @@ impl Ack {
     /// Reads a payload.
     ///
     /// # Errors
-    /// [`FrameError::Short`].
+    /// [`FrameError`] for anything that [`Self::encode`] cannot have made.
     pub fn decode(payload: &[u8]) -> Result<Self, FrameError> {
         let mut reader = Reader(payload);
-        let [channel, ..] = reader.array::<8>()?;
-        Ok(Self { channel, digest: reader.array()? })
+        let [channel, padding @ ..] = reader.array::<8>()?;
+        let digest = reader.array()?;
+        if padding != [0; 7] || !reader.0.is_empty() {
+            return Err(FrameError::Range("ack"));
+        }
+        Ok(Self { channel, digest })
     }
 }
 

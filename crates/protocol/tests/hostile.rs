@@ -1,0 +1,14 @@
+//! What a hostile peer may put on a data channel.
+//!
+//! The checks are those of the fuzzer, in `fuzz/checks`.
+
+#[path = "../../../fuzz/checks/frame.rs"]
+mod frame;
+#[path = "../../../fuzz/checks/replay.rs"]
+mod replay;
+
+#[test]
+fn no_frame_breaks_its_reader() {
+    // Twice the page records, which the check puts together again.
+    replay::replay("frame", frame::check, |length| 4 * length + 4096);
+}
