@@ -53,6 +53,7 @@ pub enum PlaneError {
     Aborted,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers give a name or a number as it is")]
 impl PlaneError {
     pub(crate) fn local(what: impl Into<String>, source: io::Error) -> Self {
         Self::Local { what: what.into(), source: Arc::new(source) }

@@ -127,7 +127,7 @@ impl Qemu {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut qemu = Self { process, qmp: BufReader::new(stream), events: Vec::new() };
         qemu.line();
-        qemu.execute("qmp_capabilities", json!({}));
+        qemu.execute("qmp_capabilities", &json!({}));
         qemu
     }
 
@@ -137,7 +137,7 @@ impl Qemu {
         serde_json::from_str(&line).unwrap()
     }
 
-    fn execute(&mut self, command: &str, arguments: Value) -> Value {
+    fn execute(&mut self, command: &str, arguments: &Value) -> Value {
         let request = json!({ "execute": command, "arguments": arguments }).to_string();
         self.qmp.get_mut().write_all(request.as_bytes()).unwrap();
         loop {
@@ -174,12 +174,12 @@ impl Qemu {
             "server": { "type": "unix", "path": socket },
             "discard": "unmap", "detect-zeroes": "unmap",
         });
-        self.execute("blockdev-add", target);
+        self.execute("blockdev-add", &target);
         let mirror = json!({
             "job-id": "mirror", "device": "disk", "target": "target", "sync": "full",
             "granularity": 64 << 10,
         });
-        self.execute("blockdev-mirror", mirror);
+        self.execute("blockdev-mirror", &mirror);
     }
 
     /// A writer that stands where a guest's device does: above the filter that a
@@ -188,16 +188,16 @@ impl Qemu {
     fn guest(&mut self, folder: &Path) -> NbdClient {
         let socket = folder.join("guest.sock");
         let address = json!({ "type": "unix", "data": { "path": socket } });
-        self.execute("nbd-server-start", json!({ "addr": address }));
+        self.execute("nbd-server-start", &json!({ "addr": address }));
         let export = json!({
             "type": "nbd", "id": "guest", "node-name": "disk", "name": "guest", "writable": true,
         });
-        self.execute("block-export-add", export);
+        self.execute("block-export-add", &export);
         NbdClient::connect(&socket, "guest").unwrap()
     }
 
     fn quit(mut self) {
-        self.execute("quit", json!({}));
+        self.execute("quit", &json!({}));
         assert!(self.process.0.wait().unwrap().success());
     }
 }
@@ -227,9 +227,17 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// The lowest byte of a number.
+fn byte(number: u64) -> u8 {
+    number.to_le_bytes()[0]
+}
+
 /// Bytes without a stretch of zeroes.
 fn noise(length: u64, seed: u8) -> Vec<u8> {
-    (0..length).map(|at| ((at % 251) as u8 ^ (at >> 13) as u8).wrapping_add(seed)).collect()
+    (0..length)
+        .map(|at| byte(at % 251) ^ byte(at >> 13))
+        .map(|byte| byte.wrapping_add(seed))
+        .collect()
 }
 
 /// A raw image with data here and there, also across its blocks' borders.
@@ -282,11 +290,11 @@ fn mirror_is_equal_and_sparse(format: &str) {
     guest.write(900 * MIB, &vec![0; at(MIB)]).unwrap();
     guest.discard(700 * MIB, MIB / 2).unwrap();
     guest.flush().unwrap();
-    qemu.execute("block-job-cancel", json!({ "device": "mirror" }));
+    qemu.execute("block-job-cancel", &json!({ "device": "mirror" }));
     let end = qemu.event(&["BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"]);
     assert_eq!(end["event"], "BLOCK_JOB_COMPLETED");
     assert!(end["data"].get("error").is_none(), "{end}");
-    qemu.execute("blockdev-del", json!({ "node-name": "target" }));
+    qemu.execute("blockdev-del", &json!({ "node-name": "target" }));
     guest.disconnect().unwrap();
     qemu.quit();
     server.stop_and_join().unwrap();
@@ -345,7 +353,7 @@ fn qemus_tools_write_into_our_server() {
     let folder = tempfile::tempdir().unwrap();
     let size_bytes = 3 * MIB + 1536;
     let (source, copy) = (folder.path().join("source.raw"), folder.path().join("copy.raw"));
-    let content: Vec<u8> = (0..size_bytes).map(|at| (at / 977) as u8).collect();
+    let content: Vec<u8> = (0..size_bytes).map(|at| byte(at / 977)).collect();
     std::fs::write(&source, &content).unwrap();
     let disk = Disk::new(&copy, size_bytes);
     let (socket, server) = served(folder.path(), &disk, size_bytes);

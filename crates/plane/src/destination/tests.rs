@@ -119,7 +119,7 @@ fn section(out: &mut Vec<u8>, kind: u8, pages: &[(u64, Option<Vec<u8>>)]) {
     out.extend_from_slice(&[kind, 0, 0, 0, 2]);
     for (page, content) in pages {
         let kind = if content.is_some() { 8 } else { 2 };
-        be(out, page * PAGE_BYTES as u64 | kind);
+        be(out, (page * PAGE_BYTES as u64) | kind);
         out.extend_from_slice(b"\x04ram0");
         out.extend_from_slice(content.as_deref().unwrap_or(&[0]));
     }
