@@ -13,6 +13,7 @@ mod capture;
 mod client;
 mod demo;
 mod exec;
+mod guest;
 mod heartbeat;
 mod host;
 mod lab;

@@ -49,3 +49,20 @@ pub(crate) fn product(name: &str) -> Result<PathBuf> {
     }
     path.canonicalize().with_context(|| format!("resolving {}", path.display()))
 }
+
+/// The guest's program: `LIMOSA_WORKLOAD`, else where `make workload` puts it,
+/// beside this program's folder.
+pub(crate) fn workload() -> Result<PathBuf> {
+    let path = match std::env::var_os("LIMOSA_WORKLOAD") {
+        Some(path) => PathBuf::from(path),
+        None => product("limosa-lab")?
+            .ancestors()
+            .nth(2)
+            .context("this program lies in no target folder")?
+            .join("guest/release/limosa-workload"),
+    };
+    if !path.is_file() {
+        bail!("{} is missing: run `make workload`, or set LIMOSA_WORKLOAD", path.display());
+    }
+    Ok(path)
+}

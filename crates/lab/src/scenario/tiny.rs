@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::steps::{Boot, Wanted};
+use crate::guest;
 
 /// A guest with a moderate load: 256 MiB, one disk, 20 MB/s dirtied.
 pub(crate) fn working() -> Result<Wanted> {
@@ -16,8 +17,12 @@ pub(crate) fn heavy() -> Result<Wanted> {
 
 /// A tiny guest of that size that dirties that much memory a second.
 pub(crate) fn wanted(name: &str, memory_mib: u64, dirty_mb_s: u32) -> Result<Wanted> {
-    let _ = dirty_mb_s;
-    let boot = Boot::default();
+    let guest = guest::tiny()?;
+    let boot = Boot {
+        kernel: guest.kernel,
+        initrd: guest.initrd,
+        append: format!("console=ttyS0 quiet panic=-1 limosa.dirty_mb_s={dirty_mb_s}"),
+    };
     Ok(Wanted {
         name: name.to_owned(),
         memory_mib,

@@ -1,0 +1,38 @@
+//! Guests: made by scripts from Debian's packages, kept in the cache.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{exec, paths};
+
+/// Longest time to fetch and make the tiny guest, in seconds.
+const TINY_TIMEOUT_S: u32 = 300;
+
+/// A kernel and what it boots from.
+#[derive(Debug, Clone)]
+pub(crate) struct TinyGuest {
+    /// Kernel image
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    pub initrd: PathBuf,
+}
+
+/// The tiny guest; made when it is not there yet.
+pub(crate) fn tiny() -> Result<TinyGuest> {
+    let workload = paths::workload()?;
+    let folder = make("make-tiny-guest", TINY_TIMEOUT_S, &[&paths::cache_dir(), &workload])?;
+    Ok(TinyGuest { kernel: folder.join("kernel"), initrd: folder.join("initrd") })
+}
+
+/// Runs a script that makes a guest; returns the path it prints.
+fn make(script: &str, limit_s: u32, args: &[&Path]) -> Result<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(script);
+    let mut command = exec::limited(limit_s, path);
+    command.args(args);
+    let output = exec::output(&mut command)?;
+    let told = exec::stdout_of(&command, &output).with_context(|| format!("running {script}"))?;
+    let made = PathBuf::from(told.trim());
+    ensure!(made.exists(), "{script} made nothing: {told}");
+    Ok(made)
+}
