@@ -59,6 +59,11 @@ impl PlaneError {
         Self::Local { what: what.into(), source: Arc::new(source) }
     }
     pub(crate) fn lost(channel: impl ToString, source: io::Error) -> Self {
+        // TLS has a long text for a connection that ends without its goodbye.
+        let source = match source.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::new(source.kind(), "it was closed"),
+            _ => source,
+        };
         Self::PeerLost { channel: channel.to_string(), source: Arc::new(source) }
     }
     pub(crate) fn protocol(channel: impl ToString, what: impl ToString) -> Self {

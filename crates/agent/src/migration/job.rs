@@ -117,6 +117,10 @@ impl Job {
         self.cancelled.cancelled().await;
     }
 
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.is_cancelled()
+    }
+
     /// Notes that nobody can cancel any more, unless somebody just did.
     pub(crate) fn pass_commit_point(&self) -> Outcome<()> {
         let mut clock = self.clock();

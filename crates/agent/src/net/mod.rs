@@ -14,6 +14,7 @@ mod packet;
 pub(crate) mod tap;
 
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
 use limosa_protocol::id::SwitchName;
@@ -26,6 +27,10 @@ use crate::failure::{Failure, OrFail, Outcome};
 
 /// Beginning of the name of every bridge that the agent makes.
 pub(crate) const BRIDGE_PREFIX: &str = "ls-";
+
+/// Longest wait for a TAP that the kernel has not let go of, and how often to look.
+const TAP_FREE_WAIT: Duration = Duration::from_secs(2);
+const TAP_LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The host's links, as far as the agent works with them.
 #[derive(Clone)]
@@ -124,9 +129,25 @@ impl Net {
                  `limosa switch create {switch}`"
             ))
         })?;
-        let tap = tap::open(name).or_fail(&format!("making the TAP {name}"))?;
+        let tap = open_tap(name).await.or_fail(&format!("making the TAP {name}"))?;
         self.plug(name, bridge).await?;
         Ok(tap)
+    }
+}
+
+/// Makes a TAP. The kernel lets go of one whose QEMU was just killed a moment
+/// after the process is gone.
+async fn open_tap(name: &str) -> std::io::Result<OwnedFd> {
+    let until = Instant::now() + TAP_FREE_WAIT;
+    loop {
+        match tap::open(name) {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < until =>
+            {
+                tokio::time::sleep(TAP_LOOK_EVERY).await;
+            }
+            done => return done,
+        }
     }
 }
 

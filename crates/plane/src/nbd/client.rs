@@ -64,7 +64,7 @@ pub struct NbdClient {
     next_cookie: u64,
     in_flight: HashMap<u64, Request>,
     in_flight_bytes: u64,
-    failed: Option<io::ErrorKind>,
+    failed: Option<(io::ErrorKind, String)>,
 }
 
 impl NbdClient {
@@ -224,16 +224,18 @@ impl NbdClient {
         let wire_bytes = u32::try_from(bytes).map_err(io::Error::other)?;
         let head = RequestHead { flags, command, cookie, offset, bytes: wire_bytes };
         let sent = write_both(&mut self.stream, &head.encode(), payload);
-        sent.inspect_err(|error| self.failed = Some(error.kind()))?;
+        sent.inspect_err(|error| self.failed = Some((error.kind(), error.to_string())))?;
         self.in_flight.insert(cookie, Request { offset, bytes, payload_bytes });
         self.in_flight_bytes += payload_bytes;
         Ok(())
     }
 
     fn check(&self) -> io::Result<()> {
-        match self.failed {
+        match &self.failed {
             None => Ok(()),
-            Some(kind) => Err(io::Error::new(kind, "an earlier request to the disk failed")),
+            Some((kind, why)) => {
+                Err(io::Error::new(*kind, format!("an earlier request to the disk failed: {why}")))
+            }
         }
     }
 
@@ -247,7 +249,7 @@ impl NbdClient {
     }
 
     fn next_reply(&mut self) -> io::Result<()> {
-        self.read_reply().inspect_err(|error| self.failed = Some(error.kind()))
+        self.read_reply().inspect_err(|error| self.failed = Some((error.kind(), error.to_string())))
     }
 
     fn read_reply(&mut self) -> io::Result<()> {

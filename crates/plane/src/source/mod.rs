@@ -184,6 +184,12 @@ impl SourcePlane {
         self.meter.moved()
     }
 
+    /// Why the plane ended, if it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<PlaneError> {
+        self.halt.result().err()
+    }
+
     /// Ends everything at once.
     pub fn abort(&self) {
         self.halt.fail(PlaneError::Aborted);

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use limosa_plane::PlaneError;
 use limosa_protocol::migration::Outcome as End;
 use limosa_protocol::peer::{Abort, PeerView};
 use limosa_qemu::migrate::{self, MigrationStatus};
@@ -12,7 +13,7 @@ use limosa_qemu::power::{self, RunState};
 use limosa_qemu::{block, process};
 
 use super::mirror::MIRROR_PREFIX;
-use super::{Source, end_record, forget_job};
+use super::{Source, end_record, forget_job, plane_failure};
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::vm::{Qemu, run};
 
@@ -26,9 +27,15 @@ const ABORT_MS_MAX: u64 = 10_000;
 /// Leaves the VM at the source as it was found.
 pub(super) async fn abort(mut source: Source, why: &Failure) {
     let id = source.job.id();
+    // When the plane broke, what QEMU says of it is only an echo.
+    let plane = source.plane.as_ref().and_then(limosa_plane::SourcePlane::failure);
+    let is_cancelled = source.job.is_cancelled();
     // Threads first: QEMU gives up at once when its sockets are closed.
     source.close_plane();
-    let mut reason = why.to_string();
+    let mut reason = match &plane {
+        Some(error) if !is_cancelled => plane_failure(error).to_string(),
+        _ => why.to_string(),
+    };
     if source.offer.running {
         if let Err(failure) = clean_qemu(&source.qemu, source.was_running).await {
             tracing::error!(migration = %id, %failure, "the source was not put in order");
@@ -41,9 +48,19 @@ pub(super) async fn abort(mut source: Source, why: &Failure) {
     let abort = Abort { reason: reason.clone() };
     let told =
         source.link.post_within::<_, PeerView>(&source.path("abort"), &abort, ABORT_MS_MAX).await;
-    if let Err(error) = told {
+    match told {
+        // A connection that breaks has its reason at the other end.
+        Ok(PeerView::Declined { reason: theirs })
+            if !theirs.ends_with(&abort.reason)
+                && matches!(plane, Some(PlaneError::PeerLost { .. })) =>
+        {
+            reason = format!("{} gave up: {theirs}", source.link.name());
+        }
+        Ok(_) => {}
         // It asks back by itself, finds no offer, and cleans up.
-        tracing::warn!(migration = %id, %error, "the destination was not told of the abort");
+        Err(error) => {
+            tracing::warn!(migration = %id, %error, "the destination was not told of the abort");
+        }
     }
     if source.offer.running && !process::is_alive(&source.qemu.process) {
         reason = format!("{reason}; QEMU of the VM ended, so it is off");
