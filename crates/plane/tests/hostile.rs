@@ -1,7 +1,9 @@
-//! What either side of an NBD connection may say.
+//! What a peer may send on a channel, and either side of an NBD connection say.
 //!
 //! The checks are those of the fuzzer, in `fuzz/checks`.
 
+#[path = "../../../fuzz/checks/channel.rs"]
+mod channel;
 #[path = "../../../fuzz/checks/nbd.rs"]
 mod nbd;
 #[path = "../../../fuzz/checks/replay.rs"]
@@ -11,4 +13,10 @@ mod replay;
 fn no_conversation_breaks_either_side_of_nbd() {
     // One request, which fits the small export of the check, and its answers.
     replay::replay("nbd", nbd::check, |length| 4 * length + (2 << 20));
+}
+
+#[test]
+fn no_channel_breaks_a_destination() {
+    // Its threads take memory of their own, within the limits of frames.
+    replay::replay("channel", channel::check, |length| 2 * length + (64 << 10));
 }
