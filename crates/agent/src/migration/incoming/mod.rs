@@ -166,7 +166,7 @@ impl Incoming {
             expected.extend(place.map(std::path::Path::to_owned));
         }
         expected.extend(inner.definition.disks.iter().filter_map(|disk| disk.path.clone()));
-        inner.record.made = not_there_yet(expected);
+        inner.record.made = not_there_yet(&expected);
         self.agent.store.put(&self.id().to_string(), &inner.record)?;
         let mut made = Vec::new();
         files::make_places(&inner.definition.places, &mut made)?;
@@ -294,9 +294,9 @@ pub(crate) async fn free(
 }
 
 /// Paths and their parents that do not exist, parents first.
-fn not_there_yet(paths: Vec<PathBuf>) -> Vec<PathBuf> {
+fn not_there_yet(paths: &[PathBuf]) -> Vec<PathBuf> {
     let mut missing = std::collections::BTreeSet::new();
-    for path in &paths {
+    for path in paths {
         let mut at = Some(path.as_path());
         while let Some(path) = at.filter(|path| !path.exists()) {
             missing.insert(path.to_owned());
