@@ -19,8 +19,6 @@ use std::path::Path;
 const FILE_BYTES_MAX: usize = 200_000;
 /// Most bytes of a corpus.
 const CORPUS_BYTES_MAX: usize = 2_000_000;
-/// Damaged versions of each file.
-const DAMAGED_COUNT: u64 = 500;
 /// Most bytes of all damaged versions of a file: large ones get fewer of them.
 const DAMAGED_BYTES_MAX: u64 = 8 << 20;
 /// Where lengths and counts mostly are.
@@ -149,8 +147,14 @@ fn run(what: &str, bytes: &[u8], check: fn(&[u8]), bytes_max: fn(usize) -> usize
 }
 
 /// Gives the corpus of a target to its check, whole and damaged. `bytes_max` is
-/// the most memory that an input of a length may take.
-pub(crate) fn replay(target: &str, check: fn(&[u8]), bytes_max: fn(usize) -> usize) {
+/// the most memory that an input of a length may take, `damaged_count` how many
+/// damaged versions of each file are tried.
+pub(crate) fn replay(
+    target: &str,
+    damaged_count: u64,
+    check: fn(&[u8]),
+    bytes_max: fn(usize) -> usize,
+) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
     let entries = fs::read_dir(&folder).expect("a corpus").map(|entry| entry.expect("a file"));
     let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
@@ -163,7 +167,7 @@ pub(crate) fn replay(target: &str, check: fn(&[u8]), bytes_max: fn(usize) -> usi
         corpus_bytes += bytes.len();
         run(&path.display().to_string(), &bytes, check, bytes_max);
         let length = u64::try_from(bytes.len()).expect("a length fits");
-        for seed in 0..DAMAGED_COUNT.min(DAMAGED_BYTES_MAX / (length + 1)) {
+        for seed in 0..damaged_count.min(DAMAGED_BYTES_MAX / (length + 1)) {
             let mut damaged = bytes.clone();
             damage(&mut damaged, &mut Numbers(seed));
             run(&format!("{} with damage {seed}", path.display()), &damaged, check, bytes_max);

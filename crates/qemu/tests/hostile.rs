@@ -10,5 +10,5 @@ mod stream;
 #[test]
 fn no_stream_breaks_its_parser() {
     // Inline bytes and a note of each page, of three parses, with room to grow.
-    replay::replay("stream", stream::check, |length| 32 * length + (256 << 10));
+    replay::replay("stream", 500, stream::check, |length| 32 * length + (256 << 10));
 }
