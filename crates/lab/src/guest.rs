@@ -8,6 +8,8 @@ use crate::{exec, paths};
 
 /// Longest time to fetch and make the tiny guest, in seconds.
 const TINY_TIMEOUT_S: u32 = 300;
+/// Longest time to fetch and make the full guest, in seconds.
+const FULL_TIMEOUT_S: u32 = 1_200;
 
 /// A kernel and what it boots from.
 #[derive(Debug, Clone)]
@@ -23,6 +25,31 @@ pub(crate) fn tiny() -> Result<TinyGuest> {
     let workload = paths::workload()?;
     let folder = make("make-tiny-guest", TINY_TIMEOUT_S, &[&paths::cache_dir(), &workload])?;
     Ok(TinyGuest { kernel: folder.join("kernel"), initrd: folder.join("initrd") })
+}
+
+/// A Debian with PostgreSQL.
+#[derive(Debug, Clone)]
+pub(crate) struct FullGuest {
+    /// Kernel image
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    pub initrd: PathBuf,
+    /// Its disk; to be copied, not used
+    pub disk: PathBuf,
+    /// Its system in a folder
+    pub root: PathBuf,
+}
+
+/// The full guest; made when it is not there yet.
+pub(crate) fn full() -> Result<FullGuest> {
+    let workload = paths::workload()?;
+    let folder = make("make-full-guest", FULL_TIMEOUT_S, &[&paths::cache_dir(), &workload])?;
+    Ok(FullGuest {
+        kernel: folder.join("kernel"),
+        initrd: folder.join("initrd"),
+        disk: folder.join("disk.qcow2"),
+        root: folder.join("root"),
+    })
 }
 
 /// Runs a script that makes a guest; returns the path it prints.

@@ -7,6 +7,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FallocateFlags;
 
 use crate::PAGE_BYTES;
+use crate::digest::full_ram_digest;
 
 /// A block of guest RAM. Threads may work on different pages at a time; which
 /// thread has which page is decided by [`crate::route`] and checked by the
@@ -51,6 +52,14 @@ impl Ram {
         // not loaded before all pages are in: nobody else writes.
         let content = unsafe { &mut *self.map.as_mut_ptr().add(offset).cast::<[u8; PAGE_BYTES]>() };
         work(content)
+    }
+
+    /// Digest of all pages as they stand; see [`full_ram_digest`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(crate) fn full_digest(&self) -> io::Result<u128> {
+        full_ram_digest(&self.memfd, self.page_count * PAGE_BYTES as u64)
     }
 
     /// Makes a page zero by giving its memory back.

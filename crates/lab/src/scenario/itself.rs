@@ -160,7 +160,12 @@ impl FakeGuest {
         guest.add(echo_udp)?;
         guest.add(|stop| serve(stop, client::TCP_ECHO_PORT, echo_tcp))?;
         guest.add(|stop| {
-            serve(stop, client::STATUS_PORT, |mut stream| stream.write_all(b"{\"errors\": 0}\n"))
+            serve(stop, client::STATUS_PORT, |mut stream| {
+                // Unread bytes would turn the close into a reset.
+                let _ = stream.read(&mut [0; 512])?;
+                stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n{\"errors\": 0}\n")?;
+                stream.shutdown(std::net::Shutdown::Both)
+            })
         })?;
         Ok(guest)
     }

@@ -52,6 +52,9 @@ pub struct DestinationSpec {
     pub qemu_incoming: Option<UnixStream>,
     /// Settings
     pub settings: PlaneSettings,
+    /// Read all RAM again when it is in, before QEMU gets device state: loading
+    /// devices may change pages (KVM's virtual APIC does)
+    pub read_back: bool,
     /// Told of what happens; must not wait
     pub on_event: Arc<dyn Fn(PlaneEvent) + Send + Sync>,
 }
@@ -59,6 +62,7 @@ pub struct DestinationSpec {
 /// The plane of a destination, running.
 pub struct DestinationPlane {
     halt: Arc<Halt>,
+    shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -70,6 +74,7 @@ struct Shared {
     acks: Mutex<FrameWriter>,
     progress: Mutex<Progress>,
     changed: Condvar,
+    read_back: bool,
     halt: Arc<Halt>,
 }
 
@@ -77,6 +82,10 @@ struct Shared {
 #[derive(Default)]
 struct Progress {
     ram_passed: usize,
+    /// All RAM is in, and was read back if that is wanted.
+    ram_is_in: bool,
+    /// Digest of what was read back.
+    ram_digest: Option<u128>,
     disk_passed: usize,
     stream_ended: bool,
 }
@@ -113,6 +122,7 @@ impl DestinationPlane {
             acks: Mutex::new(acks),
             progress: Mutex::default(),
             changed: Condvar::new(),
+            read_back: spec.read_back,
             halt: Arc::clone(&halt),
         });
         let mut qemu = spec.qemu_incoming;
@@ -126,7 +136,14 @@ impl DestinationPlane {
                     .map_err(|error| PlaneError::local("starting a thread", error))?,
             );
         }
-        Ok(Self { halt, threads })
+        Ok(Self { halt, shared, threads })
+    }
+
+    /// Digest of all RAM as it was read back; `None` before that, or if it was
+    /// not wanted.
+    #[must_use]
+    pub fn ram_digest(&self) -> Option<u128> {
+        self.shared.lock_progress().ram_digest
     }
 
     /// Ends everything at once.
@@ -156,10 +173,28 @@ impl Shared {
     }
 
     /// Notes that a channel passed the RAM barrier.
-    fn pass_ram(&self) {
-        self.lock_progress().ram_passed += 1;
-        self.changed.notify_all();
-        self.tell_ram();
+    fn pass_ram(&self) -> Result<(), PlaneError> {
+        let is_last = {
+            let mut progress = self.lock_progress();
+            progress.ram_passed += 1;
+            progress.ram_passed == self.channel_count
+        };
+        if is_last {
+            let digest = if self.read_back { Some(self.read_ram_back()?) } else { None };
+            let mut progress = self.lock_progress();
+            progress.ram_digest = digest;
+            progress.ram_is_in = true;
+            drop(progress);
+            self.changed.notify_all();
+            self.tell_ram();
+        }
+        Ok(())
+    }
+
+    fn read_ram_back(&self) -> Result<u128, PlaneError> {
+        let digests = self.ram.iter().map(Ram::full_digest);
+        let sum = digests.sum::<std::io::Result<u128>>();
+        sum.map_err(|error| PlaneError::local("reading RAM again", error))
     }
 
     /// Notes that QEMU has all of its stream.
@@ -170,7 +205,7 @@ impl Shared {
 
     fn tell_ram(&self) {
         let mut progress = self.lock_progress();
-        if progress.stream_ended && progress.ram_passed == self.channel_count {
+        if progress.stream_ended && progress.ram_is_in {
             // Told once.
             progress.stream_ended = false;
             drop(progress);
@@ -192,7 +227,7 @@ impl Shared {
     /// ended first.
     fn wait_for_ram(&self) -> bool {
         let mut progress = self.lock_progress();
-        while progress.ram_passed < self.channel_count {
+        while !progress.ram_is_in {
             if self.halt.is_halted() {
                 return false;
             }

@@ -86,7 +86,9 @@ impl Receiver {
 
 impl Apply {
     fn is_done(&self) -> bool {
-        self.disk_passed && (self.ram_passed || self.shared.ram.is_empty())
+        let ram_is_done = self.ram_passed || self.shared.ram.is_empty();
+        // Who feeds QEMU has it until its stream has ended.
+        self.disk_passed && ram_is_done && self.qemu.is_none()
     }
 
     fn frame(&mut self, kind: FrameKind, payload: &[u8]) -> Result<(), PlaneError> {
@@ -183,8 +185,7 @@ impl Apply {
             return Err(self.bad("a second end of RAM"));
         }
         self.shared.ack(FrameKind::RamAck, self.index, self.digests.sum())?;
-        self.shared.pass_ram();
-        Ok(())
+        self.shared.pass_ram()
     }
 
     fn disk(&mut self, kind: FrameKind, payload: &[u8]) -> Result<(), PlaneError> {

@@ -81,6 +81,7 @@ fn both() -> Both {
         disks: vec![Box::new(RawTarget::new(disk.try_clone().unwrap()).unwrap())],
         qemu_incoming: Some(qemu_incoming),
         settings,
+        read_back: true,
         on_event: Arc::new(move |event| {
             tell.send(event).ok();
         }),

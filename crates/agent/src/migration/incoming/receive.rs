@@ -9,7 +9,7 @@ use limosa_plane::nbd::client::NbdClient;
 use limosa_plane::{
     ChannelIo, DestinationPlane, DestinationSpec, DiskTarget, PlaneEvent, RamTarget,
 };
-use limosa_protocol::migration::Phase;
+use limosa_protocol::migration::{Phase, Verify};
 use limosa_protocol::peer::{self, ChannelRole, Receive};
 use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
@@ -162,6 +162,7 @@ impl Incoming {
             disks: parts.disks,
             qemu_incoming: parts.qemu_incoming,
             settings: plane_settings(&self.agent),
+            read_back: self.offer.request.verify == Verify::Full,
             on_event: Arc::new(move |event| {
                 if let PlaneEvent::Failed(error) = &event {
                     let reason = format!("receiving: {}", chain(error));

@@ -50,7 +50,9 @@ impl Incoming {
         if self.offer.running {
             wait_loaded(&qemu).await?;
         }
+        let mut ram_digest = None;
         if let Some(plane) = inner.plane.take() {
+            ram_digest = plane.ram_digest();
             close_plane(plane).await?;
         }
         let doing = "closing the destination's disks to the source";
@@ -61,8 +63,7 @@ impl Incoming {
             inner.qemu = None;
             inner.record.run = None;
         }
-        let loaded = inner.qemu.clone();
-        compare_fully(&self.agent, &inner.definition, loaded.as_ref(), request).await?;
+        compare_fully(&self.agent, &inner.definition, ram_digest, request).await?;
         for address in request.addresses.iter().rev() {
             self.vm.addresses.note(*address);
         }
@@ -211,7 +212,7 @@ async fn wait_loaded(qemu: &Qemu) -> Outcome<()> {
 async fn compare_fully(
     agent: &Agent,
     definition: &VmDefinition,
-    qemu: Option<&Qemu>,
+    ram_digest: Option<u128>,
     request: &ReadyRequest,
 ) -> Outcome<()> {
     let different = |what: &str| {
@@ -220,11 +221,10 @@ async fn compare_fully(
              fault in Limosa or in a host's memory or disk"
         ))
     };
-    if let (Some(theirs), Some(qemu)) = (&request.full_ram_digest, qemu) {
-        let ours = verify::ram(qemu, definition).await?;
-        if ours != *theirs {
-            return Err(different("RAM"));
-        }
+    if let Some(theirs) = &request.full_ram_digest
+        && ram_digest.map(verify::ram_text).as_ref() != Some(theirs)
+    {
+        return Err(different("RAM"));
     }
     if let Some(theirs) = &request.full_disk_digests {
         let own = definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);

@@ -18,7 +18,12 @@ pub(crate) async fn ram(qemu: &Qemu, definition: &VmDefinition) -> Outcome<Strin
             .await
             .or_fail(doing)?
             .or_fail(doing)?;
-    Ok(format!("{digest:032x}"))
+    Ok(ram_text(digest))
+}
+
+/// A digest of RAM as the hosts tell it each other.
+pub(crate) fn ram_text(digest: u128) -> String {
+    format!("{digest:032x}")
 }
 
 /// Digest of what the guest sees on a disk that nobody writes to.
