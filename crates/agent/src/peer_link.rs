@@ -15,7 +15,7 @@ use hyper::client::conn::http1::SendRequest;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use limosa_auth::{Fingerprint, tls};
-use limosa_protocol::api::{BODY_BYTES_MAX, FailureCode, PORT};
+use limosa_protocol::api::{BODY_BYTES_MAX, PORT};
 use limosa_protocol::id::HostName;
 use limosa_protocol::peer::{CHANNEL_ALPN, CHANNEL_HELLO_BYTES_MAX, ChannelHello};
 use limosa_protocol::{api, peer};
@@ -300,11 +300,6 @@ pub(crate) fn with_port(address: &str) -> String {
         Some((_, port)) if port.parse::<u16>().is_ok() => address.to_owned(),
         _ => format!("{address}:{PORT}"),
     }
-}
-
-/// Whether a refusal says that the peer does not know what was asked for.
-pub(crate) fn is_not_found(failure: &api::Failure) -> bool {
-    failure.code == FailureCode::NotFound
 }
 
 /// Hands a channel over to threads: from here on it blocks.

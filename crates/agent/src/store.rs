@@ -8,12 +8,15 @@
 //! | `operators` | name | [`OperatorRecord`] |
 //! | `switches` | name | [`limosa_protocol::api::Switch`] |
 //!
-//! **Invariants.** A `put` or `remove` that returned `Ok` is on the disk. One
-//! agent has a state folder: the second finds the lock taken and ends.
+//! **Invariants.** A `put` or `remove` that returned `Ok` is on the disk. After
+//! one that failed nobody knows what is: the store answers nothing more, until a
+//! restarted agent reads what the disk holds. One agent has a state folder: the
+//! second finds the lock taken and ends.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_protocol::api::Switch;
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
@@ -157,6 +160,12 @@ pub(crate) enum StoreError {
     /// The store refused; nothing can be said of what is on the disk.
     #[error("the state store failed; look at the disk of the state folder, then restart limosad")]
     Store(#[source] Box<redb::Error>),
+    /// A write failed before.
+    #[error(
+        "the state store failed earlier, so no record can be trusted: look at the disk of the \
+         state folder, then restart limosad"
+    )]
+    Failed,
     /// A record was written by something else.
     #[error("record {key:?} of table {table} is not readable")]
     Record {
@@ -179,6 +188,7 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
 #[derive(Clone)]
 pub(crate) struct Store {
     database: Arc<Database>,
+    has_failed: Arc<AtomicBool>,
     _lock: Arc<File>,
 }
 
@@ -206,7 +216,29 @@ impl Store {
             write.open_table(Table::new(table))?;
         }
         write.commit()?;
-        Ok(Self { database: Arc::new(database), _lock: Arc::new(lock) })
+        Ok(Self { database: Arc::new(database), has_failed: Arc::default(), _lock: Arc::new(lock) })
+    }
+
+    /// Does something to the disk, once nothing has failed yet.
+    fn write(
+        &self,
+        work: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        self.check()?;
+        let written = synced(|| {
+            let write = self.database.begin_write()?;
+            work(&write)?;
+            write.commit()?;
+            Ok(())
+        });
+        if written.is_err() {
+            self.has_failed.store(true, Ordering::Release);
+        }
+        written
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        if self.has_failed.load(Ordering::Acquire) { Err(StoreError::Failed) } else { Ok(()) }
     }
 
     /// Writes a record; on `Ok` it is on the disk.
@@ -216,32 +248,30 @@ impl Store {
             key: key.to_owned(),
             source,
         })?;
-        synced(|| {
-            let write = self.database.begin_write()?;
+        self.write(|write| {
             write.open_table(Table::new(R::TABLE))?.insert(key, bytes.as_slice())?;
-            write.commit()?;
             Ok(())
         })
     }
 
     /// Removes a record, if there is one; on `Ok` it is gone from the disk.
     pub(crate) fn remove<R: Record>(&self, key: &str) -> Result<(), StoreError> {
-        synced(|| {
-            let write = self.database.begin_write()?;
+        self.write(|write| {
             write.open_table(Table::new(R::TABLE))?.remove(key)?;
-            write.commit()?;
             Ok(())
         })
     }
 
     /// Reads one record.
     pub(crate) fn get<R: Record>(&self, key: &str) -> Result<Option<R>, StoreError> {
+        self.check()?;
         let table = self.database.begin_read()?.open_table(Table::new(R::TABLE))?;
         table.get(key)?.map(|bytes| decode(key, bytes.value())).transpose()
     }
 
     /// Reads all records of a kind, by key.
     pub(crate) fn all<R: Record>(&self) -> Result<Vec<(String, R)>, StoreError> {
+        self.check()?;
         let table = self.database.begin_read()?.open_table(Table::new(R::TABLE))?;
         let mut records = Vec::new();
         for entry in table.iter()? {
@@ -264,8 +294,7 @@ impl Store {
             |source| StoreError::Record { table: MigrationRecord::TABLE, key: key.clone(), source };
         let migration_bytes = serde_json::to_vec(migration).map_err(bad)?;
         let vm_bytes = record.map(serde_json::to_vec).transpose().map_err(bad)?;
-        synced(|| {
-            let write = self.database.begin_write()?;
+        self.write(|write| {
             write
                 .open_table(Table::new(MigrationRecord::TABLE))?
                 .insert(key.as_str(), migration_bytes.as_slice())?;
@@ -276,7 +305,6 @@ impl Store {
                     None => vms.remove(vm.as_str())?,
                 };
             }
-            write.commit()?;
             Ok(())
         })
     }

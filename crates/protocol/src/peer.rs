@@ -159,7 +159,7 @@ pub struct Abort {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "record")]
 pub enum PeerView {
-    /// Never heard of it, or forgotten: it holds nothing and ran nothing
+    /// Never heard of it, or lost its records
     Unknown,
     /// It receives
     Preparing {
@@ -171,8 +171,13 @@ pub enum PeerView {
         /// Epoch it would own
         epoch: Epoch,
     },
-    /// It owns the VM
+    /// It owns the VM and is about to run it
     Owner {
+        /// Epoch it owns
+        epoch: Epoch,
+    },
+    /// It owns the VM and has let it run
+    Running {
         /// Epoch it owns
         epoch: Epoch,
     },

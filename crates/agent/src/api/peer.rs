@@ -116,7 +116,7 @@ async fn commit(
     // Repeated after the job ended: the record answers.
     match recorded(&agent, id, caller, Role::Destination)? {
         Some(record) => match view_of(&record, None) {
-            PeerView::Owner { epoch } if epoch == request.epoch => Ok(Json(Running { epoch })),
+            PeerView::Running { epoch } if epoch == request.epoch => Ok(Json(Running { epoch })),
             PeerView::Ready { .. } => Err(Failure::conflict(
                 "the restarted destination is about to ask whether the VM was handed over",
             )),

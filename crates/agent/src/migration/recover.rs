@@ -22,7 +22,7 @@ use super::job::Job;
 use super::outgoing::{clean_qemu, end_record, forget_job, free_source, left_behind};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
-use crate::peer_link::{PeerError, PeerLink, is_not_found};
+use crate::peer_link::{PeerError, PeerLink};
 use crate::store::{MigrationRecord, Stage, VmRecord};
 use crate::vm::{Qemu, Vm, run};
 
@@ -42,6 +42,11 @@ pub(crate) struct InDoubt {
 /// Settles all migrations that the store calls unfinished.
 pub(crate) async fn recover(agent: &Arc<Agent>) -> anyhow::Result<()> {
     for (id, record) in agent.store.all::<MigrationRecord>()? {
+        if !matches!(record.stage, Stage::Done | Stage::Declined) {
+            // What was read may so far be only in the kernel's memory, when a
+            // sync failed before the restart.
+            agent.store.put(&id, &record)?;
+        }
         let settled = match (record.view.role, record.stage) {
             (_, Stage::Done | Stage::Declined) => Ok(()),
             (Role::Source, Stage::Offered) => source_offered(agent, record).await,
@@ -117,14 +122,17 @@ pub(crate) async fn settle_source(mut doubt: InDoubt) {
         match doubt.link.post::<_, Running>(&path, &commit).await {
             Ok(_running) => return moved(doubt).await,
             Err(PeerError::Refused(failure)) => {
-                if let Some(why) = has_declined(&doubt, &failure).await {
+                if let Some(why) = has_declined(&doubt).await {
                     return taken_back(doubt, &why).await;
                 }
-                tracing::warn!(migration = %doubt.job.id(), why = failure.message, "commit refused");
+                // Also a destination that knows nothing of it: it was ready when
+                // we handed over, so it has lost its records, and may run the VM.
+                if !std::mem::replace(&mut reason_told, true) {
+                    tell_in_doubt(&mut doubt, &failure.message);
+                }
             }
             Err(PeerError::Unreachable(why)) => {
-                if !reason_told {
-                    reason_told = true;
+                if !std::mem::replace(&mut reason_told, true) {
                     tell_in_doubt(&mut doubt, &why);
                 }
             }
@@ -148,14 +156,10 @@ fn tell_in_doubt(doubt: &mut InDoubt, why: &str) {
 }
 
 /// Whether the destination gave the VM up without running it.
-async fn has_declined(doubt: &InDoubt, refusal: &limosa_protocol::api::Failure) -> Option<String> {
+async fn has_declined(doubt: &InDoubt) -> Option<String> {
     let path = format!("/peer/v1/migrations/{}", doubt.job.id());
     match doubt.link.get::<PeerView>(&path).await {
         Ok(PeerView::Declined { reason }) => Some(reason),
-        // It keeps its records: one that it does not know never became ready.
-        Ok(PeerView::Unknown) if is_not_found(refusal) => {
-            Some("the destination knows nothing of the migration".to_owned())
-        }
         _ => None,
     }
 }
@@ -242,7 +246,7 @@ fn destination_ready(agent: &Arc<Agent>, record: MigrationRecord) {
     });
 }
 
-async fn ask_source(agent: &Agent, record: &MigrationRecord) -> Outcome<SourceView> {
+pub(crate) async fn ask_source(agent: &Agent, record: &MigrationRecord) -> Outcome<SourceView> {
     let link = PeerLink::new(agent, record.peer())?;
     Ok(link.get(&format!("/peer/v1/offers/{}", record.view.id)).await?)
 }

@@ -1,5 +1,7 @@
 //! Making a VM, and deleting it.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -214,6 +216,8 @@ pub(crate) async fn make_image(
     image::image_create(&agent.qemu.img, path, format_of(format), size_bytes)
         .await
         .or_fail(&doing)?;
+    // What is in it is the guest's: nobody else of this host reads it.
+    std::fs::set_permissions(path, Permissions::from_mode(0o600)).or_fail(&doing)?;
     agent.give_to_qemu(path).or_fail(&doing)
 }
 

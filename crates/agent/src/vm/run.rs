@@ -318,7 +318,7 @@ pub(crate) async fn connect_again(
     run: &RunRecord,
 ) -> Outcome<Qemu> {
     let socket = agent.runtime_folder(&definition.name).join(launch::QMP_SOCKET);
-    let qmp = Qmp::connect(&socket, QEMU_ANSWER).await.or_fail(&format!(
+    let qmp = process::connect(&run.process, &socket, QEMU_ANSWER).await.or_fail(&format!(
         "the QEMU of VM {} (process {}) does not answer at {}",
         definition.name,
         run.process.pid,

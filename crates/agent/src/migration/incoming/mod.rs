@@ -215,12 +215,22 @@ impl Incoming {
         if !matches!(inner.record.stage, Stage::Preparing | Stage::Ready) {
             return view_of(&inner.record, None);
         }
+        self.give_back(&mut inner, reason).await;
+        let view = view_of(&inner.record, None);
+        drop(inner);
+        forget_job(&self.agent, self.id());
+        view
+    }
+
+    /// Ends what runs, removes what was made, and records that the guest never
+    /// ran here.
+    async fn give_back(&self, inner: &mut Inner, reason: &str) {
         if let Some(plane) = inner.plane.take() {
             receive::end_plane(plane);
         }
         inner.receiving = None;
         let qemu = inner.qemu.take();
-        let Inner { record, definition, .. } = &mut *inner;
+        let Inner { record, definition, .. } = inner;
         let left = free(&self.agent, definition, qemu.as_ref(), &record.made).await;
         let mut reason = reason.to_owned();
         if !left.is_empty() {
@@ -228,14 +238,11 @@ impl Incoming {
         }
         end_record(&self.job, record, End::Stayed, Some(reason), (None, Vec::new()));
         record.stage = Stage::Declined;
-        if let Err(error) = self.agent.store.put(&self.id().to_string(), &*record) {
+        let stored = self.agent.store.put_migration_and_vm(record, &self.vm.name, None);
+        if let Err(error) = stored {
             tracing::error!(migration = %self.id(), %error, "a decline was not recorded");
         }
         self.agent.drop_vm(&self.vm.name);
-        let view = view_of(record, None);
-        drop(inner);
-        forget_job(&self.agent, self.id());
-        view
     }
 
     /// Notes a failure and declines: the source finds out when it asks, or by
@@ -257,7 +264,7 @@ pub(crate) fn view_of(record: &MigrationRecord, failed: Option<String>) -> PeerV
         Stage::Ready => PeerView::Ready { epoch: record.epoch },
         Stage::Owner => PeerView::Owner { epoch: record.epoch },
         Stage::Done | Stage::HandedOver if record.view.outcome == Some(End::Moved) => {
-            PeerView::Owner { epoch: record.epoch }
+            PeerView::Running { epoch: record.epoch }
         }
         Stage::Done | Stage::HandedOver | Stage::Declined => PeerView::Declined {
             reason: record.view.reason.clone().unwrap_or_else(|| "it gave up".to_owned()),

@@ -1,5 +1,7 @@
 //! Receiving: QEMU waits for its stream, the plane brings RAM and disks.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -212,6 +214,8 @@ pub(super) async fn write_file(
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
     }
     let mut file = tokio::fs::File::create_new(path).await.or_fail(&doing)?;
+    // QEMU's user reads it, whatever the agent's umask is.
+    file.set_permissions(Permissions::from_mode(0o644)).await.or_fail(&doing)?;
     let mut received = 0u64;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Failure::peer(format!("{doing}: {error}")))?;

@@ -5,20 +5,23 @@ use std::time::Duration;
 
 use limosa_plane::PlaneEvent;
 use limosa_protocol::migration::{Outcome as End, Phase};
-use limosa_protocol::peer::{Commit, Ready, ReadyRequest, Running};
+use limosa_protocol::peer::{Commit, Ready, ReadyRequest, Running, SourceView};
 use limosa_protocol::vm::{DiskKind, VmDefinition};
 use limosa_qemu::migrate::{self, MigrationStatus};
-use limosa_qemu::{block, power};
+use limosa_qemu::{block, power, process};
 
 use super::receive::close_plane;
 use super::{Incoming, Inner, verify};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome, chain};
 use crate::migration::outgoing::{end_record, forget_job};
+use crate::migration::recover::ask_source;
 use crate::net::announce;
 use crate::store::{Stage, VmRecord};
 use crate::vm::{Qemu, Vm, run, write_definition};
 
+/// How long a ready destination waits for the source's word before it asks.
+const ASK_SOURCE_EVERY: Duration = Duration::from_secs(5);
 /// How often QEMU is asked whether it has loaded everything; an event would
 /// come as fast, and can be lost.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
@@ -34,13 +37,45 @@ impl Incoming {
         }
         self.enter(Phase::Switchover);
         match self.become_ready(&mut inner, request).await {
-            Ok(()) => Ok(Ready { epoch: inner.record.epoch }),
+            Ok(()) => {
+                self.spawn_ready_watch();
+                Ok(Ready { epoch: inner.record.epoch })
+            }
             Err(failure) => {
                 drop(inner);
                 self.fail(failure.to_string()).await;
                 Err(failure)
             }
         }
+    }
+
+    /// Asks the source when its word does not come: an abort or a commit may
+    /// have been lost.
+    fn spawn_ready_watch(self: &Arc<Self>) {
+        let incoming = Arc::clone(self);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(ASK_SOURCE_EVERY).await;
+                let record = incoming.inner.lock().await.record.clone();
+                if record.stage != Stage::Ready {
+                    return;
+                }
+                match ask_source(&incoming.agent, &record).await {
+                    Ok(SourceView::HandedOver { epoch }) => {
+                        if let Err(failure) = incoming.commit(&Commit { epoch }).await {
+                            tracing::warn!(migration = %incoming.id(), %failure, "taking over");
+                        }
+                    }
+                    Ok(SourceView::Unknown) => {
+                        incoming.decline("the source did not hand over").await;
+                    }
+                    Ok(SourceView::Offered) => {}
+                    Err(failure) => {
+                        tracing::warn!(migration = %incoming.id(), %failure, "asking the source");
+                    }
+                }
+            }
+        });
     }
 
     async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Outcome<()> {
@@ -87,17 +122,21 @@ impl Incoming {
             )));
         }
         match inner.record.stage {
-            Stage::Owner | Stage::Done => return Ok(Running { epoch }),
-            Stage::Ready => {}
+            Stage::Done => return Ok(Running { epoch }),
+            // Recorded, and the answer to it was lost: what is left is to run.
+            Stage::Owner => {}
+            Stage::Ready => self.become_owner(&mut inner)?,
             _ => return Err(Failure::conflict("this migration is not ready")),
         }
-        // Nobody can cancel between here and the record.
-        self.job.pass_commit_point()?;
-        inner.record.stage = Stage::Owner;
-        let vm_record = self.vm_record(&inner);
-        self.agent.store.put_migration_and_vm(&inner.record, &self.vm.name, Some(&vm_record))?;
-        let qemu = inner.qemu.take();
-        take_over(&self.agent, &self.vm, vm_record, qemu, inner.record.paused).await?;
+        let (vm_record, paused) = (self.vm_record(&inner), inner.record.paused);
+        if let Err(failure) = self.take_over(vm_record, inner.qemu.clone(), paused).await {
+            let reason = format!("the guest never ran here: {failure}");
+            self.give_back(&mut inner, &reason).await;
+            drop(inner);
+            forget_job(&self.agent, self.id());
+            return Err(Failure::conflict(reason));
+        }
+        inner.qemu = None;
         self.enter(Phase::Retire);
         end_record(&self.job, &mut inner.record, End::Moved, None, (None, Vec::new()));
         inner.record.stage = Stage::Done;
@@ -111,6 +150,40 @@ impl Incoming {
         Ok(Running { epoch })
     }
 
+    /// Records that the VM belongs to this host.
+    fn become_owner(&self, inner: &mut Inner) -> Outcome<()> {
+        // Nobody can cancel between here and the record.
+        self.job.pass_commit_point()?;
+        let mut record = inner.record.clone();
+        record.stage = Stage::Owner;
+        let vm_record = self.vm_record(inner);
+        self.agent.store.put_migration_and_vm(&record, &self.vm.name, Some(&vm_record))?;
+        inner.record = record;
+        Ok(())
+    }
+
+    /// Runs the VM, unless it was paused or off. Fails only when the guest has
+    /// not run a single instruction here.
+    async fn take_over(&self, record: VmRecord, qemu: Option<Qemu>, paused: bool) -> Outcome<()> {
+        let (agent, vm) = (&self.agent, &self.vm);
+        let mut of_vm = vm.lock().await;
+        if let Some(qemu) = &qemu
+            && !paused
+        {
+            let_run(qemu).await?;
+            announce_everywhere(agent, vm, &of_vm.definition).await;
+            if let Err(error) = power::announce_self(&qemu.qmp).await {
+                tracing::warn!(vm = %vm.name, error = chain(&error), "QEMU did not announce itself");
+            }
+        }
+        of_vm.record = record;
+        of_vm.migration = None;
+        if let Some(qemu) = qemu {
+            run::watch(agent, vm, &mut of_vm, qemu).await;
+        }
+        Ok(())
+    }
+
     fn vm_record(&self, inner: &Inner) -> VmRecord {
         VmRecord {
             configuration: inner.definition.places.configuration.clone().unwrap_or_default(),
@@ -120,30 +193,19 @@ impl Incoming {
     }
 }
 
-/// Runs a VM that is owned here, unless it was paused or off.
-async fn take_over(
-    agent: &Arc<Agent>,
-    vm: &Arc<Vm>,
-    record: VmRecord,
-    qemu: Option<Qemu>,
-    paused: bool,
-) -> Outcome<()> {
-    let mut inner = vm.lock().await;
-    if let Some(qemu) = &qemu
-        && !paused
-    {
-        power::cont(&qemu.qmp).await.or_fail("running the guest at the destination")?;
-        announce_everywhere(agent, vm, &inner.definition).await;
-        if let Err(error) = power::announce_self(&qemu.qmp).await {
-            tracing::warn!(vm = %vm.name, error = chain(&error), "QEMU did not announce itself");
-        }
+/// Lets the guest run. An error means that it surely did not.
+async fn let_run(qemu: &Qemu) -> Outcome<()> {
+    let doing = "running the guest at the destination";
+    if !process::is_alive(&qemu.process) {
+        return Err(Failure::internal(format!("{doing}: its QEMU ended; see qemu.log")));
     }
-    inner.record = record;
-    inner.migration = None;
-    if let Some(qemu) = qemu {
-        run::watch(agent, vm, &mut inner, qemu).await;
+    let Err(refused) = power::cont(&qemu.qmp).await else { return Ok(()) };
+    match power::query_status(&qemu.qmp).await {
+        Ok(power::RunState::Running) => Ok(()),
+        Ok(_) => Err(Failure::internal(format!("{doing}: {}", chain(&refused)))),
+        // It ended while or after it ran: the VM is off, and here.
+        Err(_) => Ok(()),
     }
-    Ok(())
 }
 
 /// After a restart: a VM that was owned and may not have been let run yet.

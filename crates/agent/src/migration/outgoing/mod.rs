@@ -5,9 +5,9 @@
 //!    └─────────┴──────────┴───────────┴─► abort: the VM stays
 //! ```
 //!
-//! **Invariant.** [`Source::drive`] answers `Err` only before the commit point,
-//! and then [`abort`] leaves the guest as it was found. After it, [`retire`]
-//! and [`super::recover`] only ever go forward.
+//! **Invariant.** What ends before the commit point leaves the guest as it was
+//! found ([`abort`]). After it, [`retire`] and [`super::recover`] only ever go
+//! forward. A commit whose record failed is neither: everything stands still.
 
 mod abort;
 mod memory;
@@ -170,6 +170,7 @@ impl Source {
                 );
                 super::recover::settle_source(self.into_in_doubt()).await;
             }
+            Err(Stopped::Unknown(failure)) => self.stop_in_doubt(&failure).await,
         }
     }
 
@@ -222,6 +223,20 @@ impl Source {
         }
     }
 
+    /// The record of the commit may or may not be on the disk: neither host may
+    /// run the guest before a restarted agent has read it.
+    async fn stop_in_doubt(mut self, failure: &Failure) {
+        self.close_plane();
+        let reason = format!(
+            "whether the VM was handed over could not be recorded ({failure}); it stays stopped on \
+             both hosts until limosad of {} is restarted and reads its record",
+            self.agent.name
+        );
+        tracing::error!(migration = %self.job.id(), reason, "in doubt");
+        self.vm.lock().await.in_doubt = true;
+        self.job.tell_in_doubt(reason);
+    }
+
     /// What is left to settle when the destination does not answer.
     fn into_in_doubt(mut self) -> super::recover::InDoubt {
         self.close_plane();
@@ -257,6 +272,8 @@ impl Source {
 enum Stopped {
     BeforeCommit(Failure),
     AfterCommit(Failure),
+    /// Nobody knows whether the commit was recorded.
+    Unknown(Failure),
 }
 
 fn plane_failure(error: &limosa_plane::PlaneError) -> Failure {

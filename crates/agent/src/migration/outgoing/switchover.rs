@@ -124,9 +124,7 @@ impl Source {
         self.record.view = self.job.view();
         self.record.stage = Stage::HandedOver;
         if let Err(error) = self.agent.store.put(&self.job.id().to_string(), &self.record) {
-            // The record may or may not be on the disk: the guest must not run
-            // here before that is known.
-            return Err(Stopped::AfterCommit(error.into()));
+            return Err(Stopped::Unknown(error.into()));
         }
         let committed = Instant::now();
         self.commit().await?;
