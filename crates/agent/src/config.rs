@@ -41,6 +41,10 @@ pub(crate) struct QemuConfig {
     pub(crate) binary: PathBuf,
     /// The image tool; a bare name is looked up in PATH.
     pub(crate) img: PathBuf,
+    /// UEFI firmware of VMs that want it.
+    pub(crate) uefi_code: PathBuf,
+    /// UEFI variables with which such a VM begins.
+    pub(crate) uefi_variables: PathBuf,
     /// `auto`, `kvm` or `tcg`.
     pub(crate) accelerator: Accelerator,
     /// User as whom QEMU runs when the agent is root.
@@ -89,6 +93,8 @@ impl Default for QemuConfig {
         Self {
             binary: "qemu-system-x86_64".into(),
             img: "qemu-img".into(),
+            uefi_code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
+            uefi_variables: "/usr/share/OVMF/OVMF_VARS_4M.fd".into(),
             accelerator: Accelerator::Auto,
             user: "limosa-qemu".into(),
         }

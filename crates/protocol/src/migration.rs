@@ -160,6 +160,8 @@ pub enum ProblemCode {
     Accelerator,
     /// The destination's QEMU does not know the VM's machine type
     MachineType,
+    /// The destination lacks the VM's firmware
+    FirmwareMissing,
     /// QEMU of either host is too old or too new
     QemuVersion,
     /// A file or device of the source host is attached

@@ -108,6 +108,8 @@ pub enum Firmware {
     /// SeaBIOS, QEMU's own
     #[default]
     Bios,
+    /// UEFI, with variables of the VM's own
+    Uefi,
 }
 
 /// One disk of a VM.

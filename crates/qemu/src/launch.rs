@@ -22,6 +22,10 @@ pub const CONSOLE_SOCKET: &str = "console.sock";
 const NIC_SLOT_FIRST: usize = 2;
 const DISK_SLOT_FIRST: usize = 10;
 
+/// Block nodes of UEFI's two flash chips.
+const UEFI_CODE_NODE: &str = "uefi-code";
+const UEFI_VARIABLES_NODE: &str = "uefi-variables";
+
 /// Everything a QEMU is started with.
 #[derive(Debug, Clone)]
 pub struct LaunchSpec {
@@ -51,22 +55,33 @@ pub struct LaunchSpec {
     pub incoming: bool,
 }
 
-/// What the guest starts from.
+/// What a VM starts from.
+#[derive(Debug, Clone, Default)]
+pub struct BootSpec {
+    /// UEFI; `None` is SeaBIOS, QEMU's own
+    pub uefi: Option<UefiSpec>,
+    /// A kernel directly; `None` is the firmware's boot order
+    pub kernel: Option<KernelSpec>,
+}
+
+/// UEFI as two flash chips.
 #[derive(Debug, Clone)]
-pub enum BootSpec {
-    /// The firmware's boot order
-    Bios,
-    /// Another firmware, such as UEFI, from one file
-    Firmware(PathBuf),
-    /// A kernel directly
-    Kernel {
-        /// The kernel
-        kernel: PathBuf,
-        /// Its initial RAM disk
-        initrd: Option<PathBuf>,
-        /// Its command line
-        append: String,
-    },
+pub struct UefiSpec {
+    /// The firmware, read only
+    pub code: PathBuf,
+    /// The VM's own variables
+    pub variables: PathBuf,
+}
+
+/// A kernel that is started directly.
+#[derive(Debug, Clone)]
+pub struct KernelSpec {
+    /// The kernel
+    pub kernel: PathBuf,
+    /// Its initial RAM disk
+    pub initrd: Option<PathBuf>,
+    /// Its command line
+    pub append: String,
 }
 
 /// One disk.
@@ -165,7 +180,12 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     );
-    line.pair("-machine", format!("{},memory-backend={RAM_BACKEND_ID},usb=off", spec.machine));
+    let flash = match spec.boot.uefi {
+        Some(_) => format!(",pflash0={UEFI_CODE_NODE},pflash1={UEFI_VARIABLES_NODE}"),
+        None => String::new(),
+    };
+    let machine = &spec.machine;
+    line.pair("-machine", format!("{machine},memory-backend={RAM_BACKEND_ID},usb=off{flash}"));
     line.pair("-accel", accelerator(spec.accelerator));
     line.pair("-cpu", &spec.cpu);
     line.pair("-smp", spec.vcpus.to_string());
@@ -232,15 +252,11 @@ impl Line {
     }
 
     fn boot(&mut self, boot: &BootSpec) {
-        let (kernel, initrd, append) = match boot {
-            BootSpec::Bios => return,
-            BootSpec::Firmware(file) => {
-                self.0.push("-bios".into());
-                self.0.push(file.into());
-                return;
-            }
-            BootSpec::Kernel { kernel, initrd, append } => (kernel, initrd, append),
-        };
+        if let Some(uefi) = &boot.uefi {
+            self.flash(UEFI_CODE_NODE, &uefi.code, true);
+            self.flash(UEFI_VARIABLES_NODE, &uefi.variables, false);
+        }
+        let Some(KernelSpec { kernel, initrd, append }) = &boot.kernel else { return };
         self.0.push("-kernel".into());
         self.0.push(kernel.into());
         if let Some(initrd) = initrd {
@@ -250,6 +266,16 @@ impl Line {
         if !append.is_empty() {
             self.pair("-append", append);
         }
+    }
+
+    fn flash(&mut self, node: &str, path: &std::path::Path, read_only: bool) {
+        let file = json!({
+            "driver": "file",
+            "node-name": node,
+            "filename": path,
+            "read-only": read_only,
+        });
+        self.pair("-blockdev", file.to_string());
     }
 
     fn disk(&mut self, disk: &DiskSpec, slot: usize) {

@@ -11,7 +11,7 @@ use limosa_protocol::id::MigrationId;
 use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
 use limosa_protocol::peer::{DiskFacts, Offer, OfferAnswer};
 use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
-use limosa_protocol::vm::{DiskKind, VmDefinition};
+use limosa_protocol::vm::{DiskKind, Firmware, VmDefinition};
 use limosa_qemu::image;
 use uuid::Uuid;
 
@@ -160,15 +160,9 @@ pub(crate) async fn make_offer(
         });
     }
     let mut small_files = Vec::new();
-    for (path, name) in [
-        (&definition.boot.kernel, files::KERNEL_FILE),
-        (&definition.boot.initrd, files::INITRD_FILE),
-    ] {
-        if let Some(path) = path {
-            let found =
-                std::fs::metadata(path).or_fail(&format!("looking at {}", path.display()))?;
-            small_files.push((name.to_owned(), found.len()));
-        }
+    for (name, path) in files::small_files(definition)? {
+        let found = std::fs::metadata(&path).or_fail(&format!("looking at {}", path.display()))?;
+        small_files.push((name.to_owned(), found.len()));
     }
     let version = agent.qemu.facts.version;
     Ok(Offer {
@@ -403,6 +397,14 @@ fn check_machine(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> O
                 offer.qemu_version.0, offer.qemu_version.1, offer.qemu_version.2, facts.version
             ),
             format!("upgrade the older one to {QEMU_MAJOR_MIN}.0 or later"),
+        ));
+    }
+    let code = &agent.config.qemu.uefi_code;
+    if definition.boot.firmware == Firmware::Uefi && !code.is_file() {
+        problems.push(problem(
+            ProblemCode::FirmwareMissing,
+            format!("{} has no UEFI firmware at {}", agent.name, code.display()),
+            "install the package ovmf there, or set qemu.uefi_code",
         ));
     }
     if facts.resolve_machine(&definition.machine) != Some(definition.machine.as_str()) {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use limosa_protocol::id::Epoch;
-use limosa_protocol::vm::{Disk, DiskFormat, DiskKind, VmDefinition};
+use limosa_protocol::vm::{Disk, DiskFormat, DiskKind, Firmware, VmDefinition};
 use limosa_qemu::image::{self, ImageFormat};
 use uuid::Uuid;
 
@@ -117,6 +117,17 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Outcome<()> {
             Failure::bad_request(format!("cannot read {}: {error}", path.display()))
         })?;
     }
+    if definition.boot.firmware == Firmware::Uefi {
+        for file in [&agent.config.qemu.uefi_code, &agent.config.qemu.uefi_variables] {
+            std::fs::File::open(file).map_err(|error| {
+                Failure::bad_request(format!(
+                    "no UEFI firmware here: {}: {error}: install the package ovmf, or set \
+                     qemu.uefi_code and qemu.uefi_variables",
+                    file.display()
+                ))
+            })?;
+        }
+    }
     for disk in &definition.disks {
         check_disk(agent, disk).await?;
     }
@@ -190,6 +201,15 @@ async fn make_files(
             made.push(to.clone());
             *from = to;
         }
+    }
+    if let Some(to) = files::uefi_variables(definition)? {
+        let from = &agent.config.qemu.uefi_variables;
+        files::copy(from, &to).or_fail(&format!(
+            "copying {} to {}",
+            from.display(),
+            to.display()
+        ))?;
+        made.push(to);
     }
     for disk in &definition.disks {
         let path = files::image(disk)?;

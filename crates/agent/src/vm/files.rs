@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use limosa_protocol::id::VmName;
-use limosa_protocol::vm::{Disk, DiskKind, Places, VmDefinition};
+use limosa_protocol::vm::{Disk, DiskKind, Firmware, Places, VmDefinition};
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
@@ -17,6 +17,32 @@ use crate::failure::{Failure, OrFail, Outcome};
 pub(crate) const KERNEL_FILE: &str = "kernel";
 /// Name of the initial RAM disk in a configuration folder.
 pub(crate) const INITRD_FILE: &str = "initrd";
+
+/// Name of UEFI's variables in a configuration folder.
+pub(crate) const UEFI_VARIABLES_FILE: &str = "uefi-variables.fd";
+
+/// Where the variables of a VM with UEFI lie.
+pub(crate) fn uefi_variables(definition: &VmDefinition) -> Outcome<Option<PathBuf>> {
+    match definition.boot.firmware {
+        Firmware::Bios => Ok(None),
+        Firmware::Uefi => {
+            let folder = place(&definition.places.configuration, "configuration")?;
+            Ok(Some(folder.join(UEFI_VARIABLES_FILE)))
+        }
+    }
+}
+
+/// The small files that move with a VM beside its disks, each with its name in
+/// the configuration folder.
+pub(crate) fn small_files(definition: &VmDefinition) -> Outcome<Vec<(&'static str, PathBuf)>> {
+    let boot = &definition.boot;
+    let all = [
+        (KERNEL_FILE, boot.kernel.clone()),
+        (INITRD_FILE, boot.initrd.clone()),
+        (UEFI_VARIABLES_FILE, uefi_variables(definition)?),
+    ];
+    Ok(all.into_iter().filter_map(|(name, path)| Some((name, path?))).collect())
+}
 
 /// The four places of a VM whose files all lie in one folder.
 pub(crate) fn places_in(folder: &Path) -> Places {
@@ -164,6 +190,7 @@ pub(crate) fn everything(
     if let Some(folder) = &configuration {
         all.push(folder.join("vm.toml"));
         all.push(folder.join("qemu.log"));
+        all.push(folder.join(UEFI_VARIABLES_FILE));
     }
     if with_disks {
         let own = definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_protocol::vm::{Cache, DiskKind, VmDefinition};
-use limosa_qemu::launch::{self, BootSpec, CacheMode, DiskSpec, LaunchSpec, NicSpec};
+use limosa_qemu::launch::{
+    self, BootSpec, CacheMode, DiskSpec, KernelSpec, LaunchSpec, NicSpec, UefiSpec,
+};
 use limosa_qemu::process::{self, ProcessSpec};
 use limosa_qemu::{power, qmp::Qmp};
 
@@ -45,7 +47,7 @@ pub(crate) async fn launch(
         machine: definition.machine.clone(),
         cpu: definition.cpu.clone(),
         accelerator: agent.qemu.accelerator,
-        boot: boot_spec(definition),
+        boot: boot_spec(agent, definition)?,
         disks: disk_specs(agent, definition)?,
         nics,
         runtime_dir: runtime.clone(),
@@ -129,15 +131,21 @@ async fn plug_nics(
     Ok((specs, taps))
 }
 
-fn boot_spec(definition: &VmDefinition) -> BootSpec {
-    match &definition.boot.kernel {
-        Some(kernel) => BootSpec::Kernel {
-            kernel: kernel.clone(),
-            initrd: definition.boot.initrd.clone(),
-            append: definition.boot.append.clone(),
-        },
-        None => BootSpec::Bios,
-    }
+fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Outcome<BootSpec> {
+    let boot = &definition.boot;
+    let uefi = match files::uefi_variables(definition)? {
+        Some(variables) => {
+            agent.give_to_qemu(&variables).or_fail("giving UEFI's variables to QEMU")?;
+            Some(UefiSpec { code: agent.config.qemu.uefi_code.clone(), variables })
+        }
+        None => None,
+    };
+    let kernel = boot.kernel.as_ref().map(|kernel| KernelSpec {
+        kernel: kernel.clone(),
+        initrd: boot.initrd.clone(),
+        append: boot.append.clone(),
+    });
+    Ok(BootSpec { uefi, kernel })
 }
 
 fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>> {

@@ -5,9 +5,9 @@ use limosa_protocol::api::Power;
 use serde_json::Value;
 
 use super::scene::{self, Scene};
-use super::steps::{self, Wanted};
+use super::steps::{self, Boot, Wanted};
 use super::{Story, tiny};
-use crate::host::Storage;
+use crate::host::{Host, Storage};
 use crate::lab::{Lab, Plan};
 
 /// How often the VM goes there and back in the long story.
@@ -28,11 +28,9 @@ pub(super) const STORIES: &[Story] = &[
     },
     Story {
         name: "move-raw-disk",
-        proves: "a raw disk moves as a qcow2 disk does",
+        proves: "a raw disk moves as a qcow2 disk does, and what was a hole stays one",
         plan: Plan::default,
-        run: |lab| {
-            there_and_back(lab, || Ok(Wanted { disks: vec![("raw", 192)], ..tiny::working()? }), 1)
-        },
+        run: raw_disk,
     },
     Story {
         name: "move-three-disks-four-vcpus",
@@ -42,6 +40,12 @@ pub(super) const STORIES: &[Story] = &[
             let disks = vec![("raw", 96), ("qcow2", 64), ("raw", 64)];
             there_and_back(lab, || Ok(Wanted { disks, vcpus: 4, ..tiny::working()? }), 1)
         },
+    },
+    Story {
+        name: "move-uefi",
+        proves: "a VM with UEFI moves with its variables, to and fro",
+        plan: Plan::default,
+        run: |lab| there_and_back(lab, uefi, 1),
     },
     Story {
         name: "move-4-gib",
@@ -96,6 +100,11 @@ pub(super) const STORIES: &[Story] = &[
     },
 ];
 
+fn uefi() -> Result<Wanted> {
+    let working = tiny::working()?;
+    Ok(Wanted { boot: Boot { uefi: true, ..working.boot }, ..working })
+}
+
 fn there_and_back(
     lab: &mut Lab,
     wanted: impl FnOnce() -> Result<Wanted>,
@@ -110,6 +119,25 @@ fn there_and_back(
             steps::assert_only_at(lab, &wanted.name, to)?;
             scene::guest_is_well(lab).with_context(|| format!("after time {time} to {to}"))?;
         }
+    }
+    scene.end(lab, "a").map(drop)
+}
+
+fn raw_disk(lab: &mut Lab) -> Result<()> {
+    let wanted = Wanted { disks: vec![("raw", 192)], ..tiny::working()? };
+    let scene = Scene::set(lab, &wanted)?;
+    let allocated_kib = |host: &Host| -> Result<u64> {
+        let told = host.run(&["du", "-k", "/var/lib/limosa/vms/web1/disks/d0.raw"])?;
+        Ok(told.split_whitespace().next().context("du says nothing")?.parse()?)
+    };
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        let before = allocated_kib(lab.host(from))?;
+        steps::move_vm(lab, &wanted.name, from, to)?;
+        steps::assert_only_at(lab, &wanted.name, to)?;
+        scene::guest_is_well(lab)?;
+        let after = allocated_kib(lab.host(to))?;
+        // The guest went on writing: its journal's ring has 16 MiB.
+        ensure!(after <= before + (20 << 10), "{before} KiB became {after} KiB at {to}");
     }
     scene.end(lab, "a").map(drop)
 }

@@ -125,6 +125,7 @@ fn start(lab: &Lab, full: &FullGuest) -> Result<()> {
             kernel: full.kernel.clone(),
             initrd: full.initrd.clone(),
             append: "console=ttyS0 quiet root=/dev/vda".to_owned(),
+            uefi: false,
         },
     };
     let mut definition = wanted.definition();

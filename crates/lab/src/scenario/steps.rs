@@ -51,6 +51,8 @@ pub(crate) struct Boot {
     pub initrd: PathBuf,
     /// Kernel command line
     pub append: String,
+    /// UEFI instead of SeaBIOS
+    pub uefi: bool,
 }
 
 impl Wanted {
@@ -71,6 +73,7 @@ impl Wanted {
                 "kernel": self.boot.kernel,
                 "initrd": self.boot.initrd,
                 "append": self.boot.append,
+                "firmware": if self.boot.uefi { "uefi" } else { "bios" },
             },
             "disks": disks,
             "nics": [{"switch": SWITCH, "mac": mac_text(MAC)}],

@@ -8,7 +8,8 @@ use anyhow::{Result, ensure};
 use limosa_protocol::api::{Invitation, PORT};
 use serde_json::{Value, json};
 
-use super::{Story, steps};
+use super::steps::{self, Wanted};
+use super::{Story, tiny};
 use crate::host::Storage;
 use crate::lab::{Lab, Plan};
 use crate::net;
@@ -29,7 +30,34 @@ pub(super) const STORIES: &[Story] = &[
         },
         run: pairing,
     },
+    Story {
+        name: "paired-host-with-another-certificate",
+        proves: "a paired host that comes with another certificate gets nothing, and is given nothing",
+        plan: Plan::default,
+        run: another_certificate,
+    },
 ];
+
+fn another_certificate(lab: &mut Lab) -> Result<()> {
+    steps::agents_ready(lab)?;
+    let wanted = Wanted { disks: vec![("qcow2", 16)], ..tiny::working()? };
+    for host in ["a", "b"] {
+        steps::create(lab.host(host), &Wanted { name: format!("of-{host}"), ..wanted.clone() })?;
+    }
+    lab.host_mut("b").stop_agent()?;
+    lab.host("b").run(&["rm", "-r", "/var/lib/limosa/identity"])?;
+    let config = steps::agent_config(lab.host("b"), None, "");
+    lab.host_mut("b").start_agent(&config, &[])?;
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        let path = format!("/v1/vms/of-{from}/move");
+        let answer = lab.host(from).api("POST", &path, Some(&json!({"to": to})))?;
+        ensure!(answer.status >= 400, "{from} moved a VM to {to}: {answer:?}");
+        let seen = steps::look(lab.host(to), &format!("of-{from}"))?;
+        ensure!(seen.is_none(), "{to} took a VM of {from}");
+        ensure!(steps::look(lab.host(from), &format!("of-{from}"))?.is_some(), "it is gone");
+    }
+    Ok(())
+}
 
 fn stranger(lab: &mut Lab) -> Result<()> {
     steps::agents_ready(lab)?;

@@ -22,6 +22,7 @@ pub(crate) fn wanted(name: &str, memory_mib: u64, dirty_mb_s: u32) -> Result<Wan
         kernel: guest.kernel,
         initrd: guest.initrd,
         append: format!("console=ttyS0 quiet panic=-1 limosa.dirty_mb_s={dirty_mb_s}"),
+        uefi: false,
     };
     Ok(Wanted {
         name: name.to_owned(),

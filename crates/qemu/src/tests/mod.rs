@@ -143,7 +143,7 @@ fn spec(folder: &Path, disks: Vec<DiskSpec>) -> LaunchSpec {
         machine: "pc-q35-7.2".to_owned(),
         cpu: "qemu64".to_owned(),
         accelerator: Accelerator::Tcg,
-        boot: BootSpec::Bios,
+        boot: BootSpec::default(),
         disks,
         nics: Vec::new(),
         runtime_dir: folder.to_owned(),

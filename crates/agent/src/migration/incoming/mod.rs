@@ -190,8 +190,9 @@ impl Incoming {
     pub(crate) async fn take_file(&self, name: &str, body: axum::body::Body) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);
-        let known = [files::KERNEL_FILE, files::INITRD_FILE].contains(&name);
-        let Some((_, size_bytes)) = expected.filter(|_| known) else {
+        let known = files::small_files(&inner.definition)?;
+        let is_known = known.iter().any(|(known, _)| *known == name);
+        let Some((_, size_bytes)) = expected.filter(|_| is_known) else {
             return Err(Failure::bad_request(format!("the offer names no file {name}")));
         };
         let folder =

@@ -25,14 +25,8 @@ impl Source {
                 answer.problems,
             ));
         }
-        let boot = &self.offer.definition.boot;
-        for (path, name) in [
-            (&boot.kernel, crate::vm::files::KERNEL_FILE),
-            (&boot.initrd, crate::vm::files::INITRD_FILE),
-        ] {
-            if let Some(path) = path {
-                self.link.put_file(&self.path(&format!("files/{name}")), path).await?;
-            }
+        for (name, path) in crate::vm::files::small_files(&self.offer.definition)? {
+            self.link.put_file(&self.path(&format!("files/{name}")), &path).await?;
         }
         let channel_count = self.agent.config.migration.channels;
         let receiving: Receiving = self
