@@ -15,12 +15,17 @@
 //! Addresses are the same in every lab; namespaces keep labs apart.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::exec;
 use crate::namespace::Namespace;
+
+/// Longest wait for the carrier of a port, and how often to look.
+const CARRIER_WAIT: Duration = Duration::from_secs(5);
+const CARRIER_LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Most hosts of a lab.
 pub(crate) const HOST_COUNT_MAX: usize = 8;
@@ -186,7 +191,15 @@ impl Net {
         // A disabled bridge port drops both ways and keeps its carrier, so that
         // neither side notices: 0 is disabled, 3 is forwarding.
         let state = if silent { "0" } else { "3" };
-        exec::run("bridge", &["-n", self.switch.name(), "link", "set", "dev", port, "state", state])
+        let order = ["-n", self.switch.name(), "link", "set", "dev", port, "state", state];
+        // A port that was just switched on refuses until it has its carrier.
+        let until = Instant::now() + CARRIER_WAIT;
+        loop {
+            match exec::run("bridge", &order) {
+                Err(_) if Instant::now() < until => std::thread::sleep(CARRIER_LOOK_EVERY),
+                done => return done,
+            }
+        }
     }
 
     fn create_bridge(&self, name: &str) -> Result<()> {

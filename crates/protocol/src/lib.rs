@@ -11,6 +11,7 @@
 
 pub mod api;
 pub mod frame;
+pub mod handover;
 pub mod id;
 pub mod migration;
 pub mod peer;

@@ -88,7 +88,10 @@ fn start(host: &Host, wanted: &Wanted, accelerator: &str, further: &[&str]) -> R
         namespace.ip(&order.split(' ').collect::<Vec<_>>())?;
     }
     let mac = steps::MAC.map(|byte| format!("{byte:02x}")).join(":");
-    let memory = format!("{}M", wanted.memory_mib);
+    // The size that Limosa gives an emulated guest, for the same reason: with
+    // another one QEMU before 9.0 moves it wrongly.
+    let odd_bytes = if accelerator == "tcg" { 8 << 10 } else { 0 };
+    let memory = format!("{}B", (wanted.memory_mib << 20) + odd_bytes);
     let mut words = vec![
         "qemu-system-x86_64".to_owned(),
         "-nodefaults".into(),
@@ -100,7 +103,7 @@ fn start(host: &Host, wanted: &Wanted, accelerator: &str, further: &[&str]) -> R
         "-object".into(),
         format!("memory-backend-memfd,id=ram,size={memory},share=on"),
         "-m".into(),
-        memory,
+        format!("size={memory}"),
         "-smp".into(),
         wanted.vcpus.to_string(),
         "-cpu".into(),
