@@ -6,6 +6,7 @@
 //! | source, offered | undone: the guest goes on here |
 //! | source, handed-over | in doubt: commit repeated until the peer answers |
 //! | destination, preparing | declined: all that was made is removed |
+//! | destination, declined | what was made and is not yet removed is removed |
 //! | destination, ready | the source is asked: handed over → run, else decline |
 //! | destination, owner | the guest is let run, if it was not yet |
 
@@ -48,6 +49,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> anyhow::Result<()> {
             agent.store.put(&id, &record)?;
         }
         let settled = match (record.view.role, record.stage) {
+            (Role::Destination, Stage::Declined) if !record.made.is_empty() => {
+                let why = record.view.reason.clone().unwrap_or_default();
+                decline(agent, record, &why).await
+            }
             (_, Stage::Done | Stage::Declined) => Ok(()),
             (Role::Source, Stage::Offered) => source_offered(agent, record).await,
             (Role::Source, _) => source_handed_over(agent, record).await,
@@ -283,6 +288,10 @@ async fn own(agent: &Arc<Agent>, mut record: MigrationRecord) -> Outcome<()> {
 }
 
 async fn decline(agent: &Agent, mut record: MigrationRecord, why: &str) -> Outcome<()> {
+    // First the record, then the files: see `Incoming::give_back`.
+    record.stage = Stage::Declined;
+    record.view.reason = Some(why.to_owned());
+    agent.store.put(&record.view.id.to_string(), &record)?;
     let mut left = Vec::new();
     if let Some(run) = record.run.take()
         && process::is_alive(&run.process)
@@ -299,5 +308,6 @@ async fn decline(agent: &Agent, mut record: MigrationRecord, why: &str) -> Outco
     let job = Job::of_view(record.view.clone());
     end_record(&job, &mut record, End::Stayed, Some(reason), (None, Vec::new()));
     record.stage = Stage::Declined;
+    record.made.clear();
     Ok(agent.store.put(&record.view.id.to_string(), &record)?)
 }

@@ -223,8 +223,9 @@ impl Incoming {
         view
     }
 
-    /// Ends what runs, removes what was made, and records that the guest never
-    /// ran here.
+    /// Records that the guest never ran here, then ends what runs and removes
+    /// what was made. In this order: a crash in between must not find an owner
+    /// without its files.
     async fn give_back(&self, inner: &mut Inner, reason: &str) {
         if let Some(plane) = inner.plane.take() {
             receive::end_plane(plane);
@@ -232,6 +233,14 @@ impl Incoming {
         inner.receiving = None;
         let qemu = inner.qemu.take();
         let Inner { record, definition, .. } = inner;
+        record.stage = Stage::Declined;
+        record.view.reason = Some(reason.to_owned());
+        let name = &self.vm.name;
+        if let Err(error) = self.agent.store.put_migration_and_vm(record, name, None) {
+            // What is on the disk is not known: nothing is removed, nothing runs.
+            tracing::error!(migration = %self.id(), %error, "a decline was not recorded");
+            return;
+        }
         let left = free(&self.agent, definition, qemu.as_ref(), &record.made).await;
         let mut reason = reason.to_owned();
         if !left.is_empty() {
@@ -239,9 +248,9 @@ impl Incoming {
         }
         end_record(&self.job, record, End::Stayed, Some(reason), (None, Vec::new()));
         record.stage = Stage::Declined;
-        let stored = self.agent.store.put_migration_and_vm(record, &self.vm.name, None);
-        if let Err(error) = stored {
-            tracing::error!(migration = %self.id(), %error, "a decline was not recorded");
+        record.made.clear();
+        if let Err(error) = self.agent.store.put(&self.id().to_string(), record) {
+            tracing::error!(migration = %self.id(), %error, "the end of a decline was not recorded");
         }
         self.agent.drop_vm(&self.vm.name);
     }
