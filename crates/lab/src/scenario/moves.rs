@@ -73,7 +73,7 @@ pub(super) const STORIES: &[Story] = &[
     },
     Story {
         name: "move-by-command",
-        proves: "one command moves a VM, and lists and shows agree about it",
+        proves: "one command moves a VM and reads all of it again on both sides; lists agree about it",
         plan: Plan::default,
         run: by_command,
     },
@@ -179,7 +179,7 @@ fn off(lab: &mut Lab) -> Result<()> {
 fn by_command(lab: &mut Lab) -> Result<()> {
     let wanted = tiny::working()?;
     let scene = Scene::set(lab, &wanted)?;
-    lab.host("a").limosa(&["vm", "move", &wanted.name, "--to", "b"])?;
+    lab.host("a").limosa(&["vm", "move", &wanted.name, "--to", "b", "--verify", "full"])?;
     let listed = lab.host("b").limosa(&["vm", "list"])?;
     ensure!(listed.contains(&wanted.name), "b does not list it: {listed}");
     let listed = lab.host("a").limosa(&["vm", "list"])?;
