@@ -352,8 +352,8 @@ fn check_space(placed: &VmDefinition, offer: &Offer, problems: &mut Vec<Problem>
     let disks = placed.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
     for (disk, facts) in disks.zip(&offer.disks) {
         let path = files::image(disk)?;
-        let Ok(free) = files::free_bytes(path) else { continue };
-        let need = needs.entry(free).or_insert((0, free, path.to_owned()));
+        let Ok((device, free)) = files::file_system(path) else { continue };
+        let need = needs.entry(device).or_insert((0, free, path.to_owned()));
         need.0 = need.0.saturating_add(facts.allocated_bytes.min(facts.virtual_bytes));
     }
     for (need, free, path) in needs.into_values() {

@@ -28,6 +28,10 @@ const CLOSE: (f64, f64) = (594.0, 100.0);
 const CLOSE_MARGIN_MS: f64 = 80.0;
 /// Most points of one curve: more than one for each pixel shows nothing new.
 const POINT_COUNT_MAX: usize = 1_000;
+/// Most rates, likewise.
+const RATE_COUNT_MAX: f64 = 1_000.0;
+/// Figures of the agent that did not change for so long did not change.
+const FIGURES_EVERY_MS: f64 = 250.0;
 
 const STYLE: &str = "\
 text{font-family:'Inter','Segoe UI','DejaVu Sans',Helvetica,Arial,sans-serif;font-size:12px;fill:#3d4653}\
@@ -144,11 +148,25 @@ fn trimmed(number: f64) -> String {
 
 /// Bytes per second by kind between one sample and the next: (from, to, rates).
 fn rates(samples: &[Sample]) -> Vec<(f64, f64, [f64; 4])> {
-    let stride = samples.len() / POINT_COUNT_MAX + 1;
-    let mut kept: Vec<&Sample> = samples.iter().step_by(stride).collect();
-    if let Some(last) = samples.last().filter(|_| !(samples.len() - 1).is_multiple_of(stride)) {
-        kept.push(last);
+    // The agent tells new figures less often than it is asked: a rate is over the
+    // time since they changed last, but a pause stays a pause.
+    let length_ms = samples.last().map_or(0.0, |last| last.at_ms - samples[0].at_ms);
+    let shortest_ms = length_ms / RATE_COUNT_MAX;
+    let mut kept: Vec<&Sample> = Vec::new();
+    let mut before: Option<&Sample> = None;
+    for sample in samples {
+        let Some(last) = kept.last() else {
+            kept.push(sample);
+            continue;
+        };
+        let is_new = sample.wire_bytes != last.wire_bytes;
+        let waited = sample.at_ms - last.at_ms > FIGURES_EVERY_MS;
+        if waited || (is_new && sample.at_ms - last.at_ms >= shortest_ms) {
+            kept.push(sample);
+        }
+        before = Some(sample);
     }
+    kept.extend(before);
     let between = |pair: &[&Sample]| {
         let seconds = (pair[1].at_ms - pair[0].at_ms) / 1e3;
         let mut rates = [0.0; 4];
