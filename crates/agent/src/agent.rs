@@ -11,6 +11,7 @@ use limosa_auth::trust::{Role, TrustStore, TrustedPeer};
 use limosa_auth::{Identity, tls};
 use limosa_protocol::api::Switch;
 use limosa_protocol::id::{HostName, VmName};
+use limosa_protocol::migration::{Outcome as End, Role as Half};
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::probe::QemuFacts;
 
@@ -18,7 +19,7 @@ use crate::config::{self, Config};
 use crate::failure::{Failure, Outcome, chain};
 use crate::migration::Migrations;
 use crate::net::Net;
-use crate::store::{OperatorRecord, PeerRecord, Store, StoreError};
+use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError};
 use crate::vm::Vm;
 
 /// Most VMs of one host.
@@ -118,11 +119,27 @@ impl Agent {
     /// The VM of a name, or a failure that says how to find those there are.
     pub(crate) fn vm(&self, name: &VmName) -> Outcome<Arc<Vm>> {
         self.lock_vms().get(name).cloned().ok_or_else(|| {
-            Failure::not_found(format!(
-                "no VM {name} on host {}: `limosa vm list` shows those there are",
-                self.name
-            ))
+            Failure::not_found(match self.moved_to(name) {
+                Some(owner) => format!(
+                    "VM {name} was handed over to {owner}, which owns it: ask there \
+                     (`limosa --agent https://{owner} vm show {name}`)"
+                ),
+                None => format!(
+                    "no VM {name} on host {}: `limosa vm list` shows those there are",
+                    self.name
+                ),
+            })
         })
+    }
+
+    /// The host to which a VM of that name went last, if it went from here and
+    /// never came back.
+    fn moved_to(&self, name: &VmName) -> Option<HostName> {
+        // Without records the answer is only less helpful.
+        let all = self.store.all::<MigrationRecord>().ok()?;
+        let mut own = all.into_iter().map(|(_, record)| record.view);
+        let last = own.rfind(|view| view.vm == *name && view.outcome == Some(End::Moved))?;
+        (last.role == Half::Source).then_some(last.destination)
     }
 
     /// Adds a VM unless its name is taken.

@@ -189,6 +189,9 @@ fn by_command(lab: &mut Lab) -> Result<()> {
     ensure!(migrations[0]["outcome"] == "moved", "a tells: {}", migrations[0]);
     let refused = lab.host("a").try_limosa(&["vm", "move", &wanted.name, "--to", "b"])?;
     ensure!(!refused.status.success(), "a moves what it does not have");
+    let refused = lab.host("a").try_limosa(&["vm", "start", &wanted.name])?;
+    let said = crate::exec::lossy(&refused.stderr);
+    ensure!(!refused.status.success() && said.contains("handed over to b"), "a says: {said}");
     scene.end(lab, "b").map(drop)
 }
 
