@@ -1,130 +1,182 @@
 //! The destination's half.
+//!
+//! ```text
+//! Preparing ─► Readying ─► Ready ─ commit ─► Owning ═► Starting ─► Owner ─► Moved
+//!     │                      │                            │          └─► Superseded
+//!     └──────────────────────┴── abort, never ran ────────┴─► Declining ─► Declined ─► Stayed
+//! ```
+//!
+//! **Invariants.** The disks are taken and the guest runs only after the receipt
+//! of `owner`. `declined` is written before it is said or anything is removed,
+//! and a copy that was whole is removed only once the source said that it has the
+//! VM.
 
-use super::{Guest, Receipt, Record, Stage, Unexpected};
-use crate::id::Epoch;
+use super::event::{DestinationAction as Do, DestinationEvent as On};
+use super::{
+    ColdStart, Doubt, Ended, Guest, IllegalEvent, Receipt, Record, Stage, WrongRecord, forced,
+};
+use crate::id::{Epoch, MigrationId};
 
 /// Where the destination stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum State {
-    /// Receives
+    /// Receives.
     Preparing,
-    /// Has everything; `ready` is being written
+    /// Has everything; `ready` is being written.
     Readying,
-    /// Waits for the commit
+    /// Waits for the commit.
     Ready,
-    /// `owner` is being written
+    /// `owner` is being written.
     Owning,
-    /// The VM is ours; the guest is about to run
+    /// The VM is ours; the guest is being let run.
+    Starting,
+    /// The VM is ours, running or off; the source has not said that it is out.
     Owner,
-    /// The guest runs, or has ended here
-    Running,
-    /// `declined` is being written
-    Declining,
-    /// Gave up; never ran the guest
+    /// `declined` is being written; `whole`: the copy is complete.
+    Declining { whole: bool },
+    /// Gave up; the copy waits for the source's word that it has the VM.
     Declined,
-    /// A write failed: only a restarted agent can tell what is on the disk
-    Unknown,
+    /// What was made is being removed.
+    Freeing,
+    /// The last record is being written.
+    Closing(Ended),
+    /// Nothing is left to do.
+    Ended(Ended),
+    /// A record may or may not be durable.
+    UnknownDurability,
 }
 
 /// The destination's state machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Destination {
-    state: State,
+    migration: MigrationId,
+    /// At which the source owned the VM when it offered it.
+    offered: Epoch,
+    /// Ours, if we get the VM, and while we have it.
     epoch: Epoch,
+    guest: Guest,
+    state: State,
 }
-
-/// What happens to a destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum DestinationEvent {
-    /// Everything is here, equal to the source's, and the disks are flushed
-    Complete,
-    /// A record is durable
-    Recorded(Receipt),
-    /// A record may or may not be durable
-    RecordFailed,
-    /// The source has handed over
-    Commit {
-        /// At which epoch
-        epoch: Epoch,
-    },
-    /// The source says that the VM stays with it
-    Abort,
-    /// Something failed here, or somebody cancelled here
-    GiveUp,
-    /// The source has not spoken for a while
-    Silence,
-    /// The guest runs, or ran and has ended
-    GuestRan,
-    /// The guest surely did not run a single instruction
-    GuestNeverRan,
-    /// An operator takes the responsibility: the VM is to be ours
-    ForceOwner,
-}
-
-/// What the destination's agent is to do, in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum DestinationAction {
-    /// Write this, then report [`DestinationEvent::Recorded`] or `RecordFailed`
-    Persist(Record),
-    /// Say that everything is here
-    SendReady,
-    /// Let the guest run (unless it was paused or off), then report whether it did
-    RunGuest,
-    /// Say that the guest runs
-    SendRunning,
-    /// Say that the VM was given up
-    SendDeclined,
-    /// End the QEMU and remove everything that was made
-    FreeCopy,
-    /// Ask the source how it stands
-    AskSource,
-}
-
-use DestinationAction as Do;
-use DestinationEvent as On;
 
 impl Destination {
     /// A destination that has written `preparing`.
     ///
-    /// - `epoch`: ours, if we get the VM.
-    #[must_use]
-    pub fn new(epoch: Epoch) -> Self {
-        Self { state: State::Preparing, epoch }
-    }
-
-    /// What a restarted agent makes of its record.
-    #[must_use]
-    pub fn restore(record: Record, guest: Guest) -> (Self, Vec<DestinationAction>) {
-        let epoch = record.epoch;
-        let with = |state| Self { state, epoch };
-        match (record.stage, guest) {
-            // The channels died with the agent; and a copy whose QEMU is gone
-            // lost the guest's memory before anybody owned it.
-            (Stage::Preparing, _) | (Stage::Ready, Guest::Gone) => {
-                let mut destination = with(State::Preparing);
-                let actions = destination.decline();
-                (destination, actions)
-            }
-            (Stage::Ready, Guest::Alive) => (with(State::Ready), vec![Do::AskSource]),
-            // The guest may have run before the restart: this is the newest
-            // copy. Without its QEMU the VM is off, and here.
-            (Stage::Owner, Guest::Alive) => (with(State::Owner), vec![Do::RunGuest]),
-            (Stage::Owner, Guest::Gone) => {
-                let record = Record { stage: Stage::Done, epoch };
-                (with(State::Running), vec![Do::Persist(record), Do::SendRunning])
-            }
-            (Stage::Declined, _) => (with(State::Declined), vec![Do::FreeCopy]),
-            _ => (with(State::Running), Vec::new()),
+    /// - `guest`: `Stopped`, or `Off`.
+    ///
+    /// # Errors
+    /// [`WrongRecord`] when something else was written.
+    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
+    pub fn begin(preparing: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
+        let Record { migration, offered, stage, epoch } = preparing.record();
+        if stage != Stage::Preparing {
+            return Err(WrongRecord { role: "destination", stage });
         }
+        Ok(Self { migration, offered, epoch, guest, state: State::Preparing })
     }
 
-    /// Our epoch, if we get the VM.
+    /// A destination whose agent was restarted, and what it does first.
+    ///
+    /// - `receipt`: of what the store held, written again.
+    /// - `guest`: `Running` unless it surely never ran here.
+    ///
+    /// # Errors
+    /// [`WrongRecord`] when that is no record of a destination.
+    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
+    pub fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
+        let Record { migration, offered, stage, epoch } = receipt.record();
+        let mut destination = Self { migration, offered, epoch, guest, state: State::Owner };
+        let actions = match stage {
+            // The channels died with the agent.
+            Stage::Preparing => destination.decline(false),
+            // Also without its QEMU: if the source is lost, these disks are what
+            // is left of the VM, and only the source can say that it is not.
+            Stage::Ready => {
+                destination.state = State::Ready;
+                destination.ask()
+            }
+            Stage::Owner if guest == Guest::Stopped => destination.start(),
+            Stage::Owner => destination.ask(),
+            Stage::Declined => {
+                destination.state = State::Declined;
+                destination.ask()
+            }
+            Stage::Done | Stage::Stayed | Stage::Superseded => {
+                destination.state = State::Ended(match stage {
+                    Stage::Done => Ended::Moved,
+                    Stage::Stayed => Ended::Stayed,
+                    _ => Ended::Superseded,
+                });
+                Vec::new()
+            }
+            Stage::Offered | Stage::HandedOver => {
+                return Err(WrongRecord { role: "destination", stage });
+            }
+        };
+        Ok((destination, actions))
+    }
+
+    /// The epoch at which this host owns the VM, or would.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    /// Name of the state, for logs.
+    /// What the machine believes of this host's QEMU.
+    #[must_use]
+    pub fn guest(&self) -> Guest {
+        self.guest
+    }
+
+    /// How it ended, once it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        match self.state {
+            State::Ended(ended) => Some(ended),
+            _ => None,
+        }
+    }
+
+    /// Whether the VM is this host's, whatever else is still to be settled.
+    #[must_use]
+    pub fn is_owner(&self) -> bool {
+        matches!(
+            self.state,
+            State::Starting
+                | State::Owner
+                | State::Closing(Ended::Moved)
+                | State::Ended(Ended::Moved)
+        )
+    }
+
+    /// Whether a failure or a cancel can still be taken
+    /// ([`On::GiveUp`]).
+    #[must_use]
+    pub fn may_give_up(&self) -> bool {
+        matches!(self.state, State::Preparing | State::Ready)
+    }
+
+    /// Whether the VM may be started here from the destination's disks.
+    #[must_use]
+    pub fn cold_start(&self) -> ColdStart {
+        match self.state {
+            State::Ended(Ended::Moved) => ColdStart::Allowed,
+            State::Starting | State::Owner | State::Closing(Ended::Moved) => ColdStart::Unconfirmed,
+            _ => ColdStart::NotOwner,
+        }
+    }
+
+    /// What this host cannot settle by itself now.
+    #[must_use]
+    pub fn doubt(&self) -> Option<Doubt> {
+        match self.state {
+            State::Ready => Some(Doubt::CommitUnheard),
+            State::Owner if self.guest.is_absent() => Some(Doubt::Unconfirmed),
+            State::UnknownDurability => Some(Doubt::UnknownDurability),
+            _ => None,
+        }
+    }
+
+    /// Name of the state, for logs and errors.
     #[must_use]
     pub fn state(&self) -> &'static str {
         match self.state {
@@ -132,88 +184,268 @@ impl Destination {
             State::Readying => "readying",
             State::Ready => "ready",
             State::Owning => "owning",
+            State::Starting => "starting",
             State::Owner => "owner",
-            State::Running => "running",
-            State::Declining => "declining",
+            State::Declining { .. } => "declining",
             State::Declined => "declined",
-            State::Unknown => "unknown",
+            State::Freeing => "freeing",
+            State::Closing(_) => "closing",
+            State::Ended(Ended::Moved) => "moved",
+            State::Ended(Ended::Stayed) => "stayed",
+            State::Ended(Ended::Superseded) => "superseded",
+            State::UnknownDurability => "unknown-durability",
         }
     }
 
-    /// Takes an event.
+    /// Takes an event; the agent performs the actions in order. An event that
+    /// is late, repeated or of another epoch and means nothing any more gives
+    /// no actions.
     ///
     /// # Errors
-    /// [`Unexpected`]; the state is then as before.
-    pub fn on(&mut self, event: DestinationEvent) -> Result<Vec<DestinationAction>, Unexpected> {
-        let epoch = self.epoch;
-        let persist = |stage| vec![Do::Persist(Record { stage, epoch })];
-        match (self.state, event) {
+    /// [`IllegalEvent`]; the state is then as before.
+    pub fn on(&mut self, event: On) -> Result<Vec<Do>, IllegalEvent> {
+        let illegal = IllegalEvent { state: self.state(), event: event.name() };
+        match event {
+            On::Recorded(receipt) => self.on_recorded(&receipt),
+            On::RecordFailed => self.on_record_failed(),
+            On::Reread { receipt, guest } => self.on_reread(receipt, guest),
+            On::QemuGone => {
+                if self.guest != Guest::Off {
+                    self.guest = Guest::Gone;
+                }
+                Some(Vec::new())
+            }
+            On::GuestRuns | On::GuestNeverRan => self.on_started(event == On::GuestRuns),
+            On::Asked => Some(self.say()),
+            On::Silence => Some(self.ask()),
+            On::Commit { .. }
+            | On::Stays { .. }
+            | On::Retired { .. }
+            | On::Undecided
+            | On::Unheard => self.on_word(&event),
+            On::Complete | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
+        }
+        .ok_or(illegal)
+    }
+
+    /// What the host itself or its operator wants.
+    fn on_own(&mut self, event: &On) -> Option<Vec<Do>> {
+        Some(match (self.state, event) {
             (State::Preparing, On::Complete) => {
                 self.state = State::Readying;
-                Ok(persist(Stage::Ready))
-            }
-            (State::Readying, On::Recorded(receipt)) if self.is(receipt, Stage::Ready) => {
-                self.state = State::Ready;
-                Ok(vec![Do::SendReady])
+                self.persist(Stage::Ready)
             }
             // Asked again: the answer was lost.
-            (State::Ready, On::Complete) => Ok(vec![Do::SendReady]),
-            (State::Ready, On::Commit { epoch: theirs }) if theirs == epoch => {
-                self.state = State::Owning;
-                Ok(persist(Stage::Owner))
+            (State::Ready, On::Complete) => self.say(),
+            (State::Preparing, On::GiveUp) => self.decline(false),
+            (State::Ready, On::GiveUp) => self.decline(true),
+            // The second of two reasons to give up.
+            (State::Declined | State::Freeing | State::Ended(Ended::Stayed), On::GiveUp) => {
+                Vec::new()
+            }
+            (State::Freeing, On::Freed) => {
+                self.state = State::Closing(Ended::Stayed);
+                self.persist(Stage::Stayed)
             }
             (State::Ready, On::ForceOwner) => {
+                self.epoch = forced(self.epoch);
+                // With no guest to run, the operator's word is also for its start.
+                if self.guest.is_absent() {
+                    self.state = State::Closing(Ended::Moved);
+                    return Some(self.persist(Stage::Done));
+                }
                 self.state = State::Owning;
-                Ok(persist(Stage::Owner))
+                self.persist(Stage::Owner)
             }
-            (State::Ready, On::Silence) => Ok(vec![Do::AskSource]),
-            (State::Owning, On::Recorded(receipt)) if self.is(receipt, Stage::Owner) => {
-                self.state = State::Owner;
-                Ok(vec![Do::RunGuest])
+            (State::Owner, On::ForceOwner) if self.guest.is_absent() => {
+                self.epoch = forced(self.epoch);
+                self.state = State::Closing(Ended::Moved);
+                self.persist(Stage::Done)
             }
-            (State::Owner, On::GuestRan) => {
-                self.state = State::Running;
-                let record = Record { stage: Stage::Done, epoch };
-                Ok(vec![Do::SendRunning, Do::Persist(record)])
+            _ => return None,
+        })
+    }
+
+    /// What the source says.
+    fn on_word(&mut self, event: &On) -> Option<Vec<Do>> {
+        Some(match (self.state, event) {
+            (State::Ready, On::Commit { epoch }) if *epoch == self.epoch => {
+                // Without QEMU the guest's memory is lost here, and whole at the
+                // source.
+                if self.guest == Guest::Gone {
+                    self.decline(true)
+                } else {
+                    self.state = State::Owning;
+                    self.persist(Stage::Owner)
+                }
             }
-            (State::Owner, On::GuestNeverRan) => Ok(self.decline()),
-            (State::Running, On::Commit { epoch: theirs }) if theirs == epoch => {
-                Ok(vec![Do::SendRunning])
+            (State::Preparing | State::Ready | State::Declined, On::Stays { epoch })
+                if *epoch < self.offered =>
+            {
+                Vec::new()
             }
-            (State::Preparing | State::Ready, On::Abort | On::GiveUp) => Ok(self.decline()),
-            (State::Declining, On::Recorded(receipt)) if self.is(receipt, Stage::Declined) => {
-                self.state = State::Declined;
-                Ok(vec![Do::FreeCopy, Do::SendDeclined])
+            // A source that has lost its store is no reason to give up a whole
+            // copy: it may be the last.
+            (State::Preparing, On::Stays { .. } | On::Unheard) => self.decline(false),
+            (State::Ready, On::Stays { .. }) => self.decline(true),
+            (State::Ready, On::Undecided) if self.guest == Guest::Gone => self.decline(true),
+            (State::Declined, On::Stays { .. }) => {
+                self.state = State::Freeing;
+                vec![Do::FreeCopy]
             }
-            (State::Declined, On::Commit { epoch: theirs }) if theirs == epoch => {
-                Ok(vec![Do::SendDeclined])
+            (State::Owner, On::Retired { epoch }) if *epoch == self.epoch => {
+                self.state = State::Closing(Ended::Moved);
+                self.persist(Stage::Done)
             }
-            (State::Readying | State::Owning | State::Declining, On::RecordFailed) => {
-                self.state = State::Unknown;
-                Ok(Vec::new())
+            // An operator took it back, sure that this host was off. If it is
+            // not, the higher epoch is right.
+            (State::Owner, On::Stays { epoch }) if *epoch > self.epoch => {
+                self.state = State::Closing(Ended::Superseded);
+                let mut actions = Vec::new();
+                if self.guest == Guest::Running {
+                    actions.push(Do::StopGuest);
+                }
+                actions.extend(self.persist(Stage::Superseded));
+                actions
             }
-            // `done` only shortens what a restart would do again.
-            (State::Running, On::Recorded(_) | On::RecordFailed) => Ok(Vec::new()),
-            // Repeated or late, and without meaning by now.
-            (State::Owning | State::Owner, On::Commit { .. })
-            | (State::Running, On::Silence | On::GiveUp)
-            | (State::Declining | State::Declined, On::Abort | On::GiveUp | On::Silence) => {
-                Ok(Vec::new())
+            // Two operators decided, each for his own host: nobody gives way.
+            (State::Ended(Ended::Moved), On::Stays { epoch }) if *epoch > self.epoch => Vec::new(),
+            // It asks, or has not heard: the answer is what was said before.
+            (
+                State::Owner | State::Declined | State::Ended(_),
+                On::Commit { .. } | On::Stays { .. },
+            ) => self.say(),
+            // Late, repeated or of another epoch.
+            (State::Ready, On::Commit { .. })
+            | (State::Freeing, On::Commit { .. } | On::Stays { .. })
+            | (
+                State::Preparing
+                | State::Ready
+                | State::Owner
+                | State::Declined
+                | State::Freeing
+                | State::Ended(_),
+                On::Retired { .. } | On::Undecided | On::Unheard,
+            ) => Vec::new(),
+            _ => return None,
+        })
+    }
+
+    fn on_recorded(&mut self, receipt: &Receipt) -> Option<Vec<Do>> {
+        let Record { migration, stage, epoch, .. } = receipt.record();
+        if migration != self.migration || epoch != self.epoch {
+            return None;
+        }
+        match (self.state, stage) {
+            (State::Readying, Stage::Ready) => {
+                self.state = State::Ready;
+                Some(vec![Do::SendReady { epoch }])
             }
-            (_, event) => Err(self.unexpected(&event)),
+            (State::Owning, Stage::Owner) => Some(self.start()),
+            (State::Declining { whole }, Stage::Declined) => {
+                let mut actions = vec![Do::SendDeclined { epoch }];
+                if whole {
+                    self.state = State::Declined;
+                } else {
+                    self.state = State::Freeing;
+                    actions.push(Do::FreeCopy);
+                }
+                Some(actions)
+            }
+            (State::Closing(Ended::Moved), Stage::Done)
+            | (State::Closing(Ended::Stayed), Stage::Stayed)
+            | (State::Closing(Ended::Superseded), Stage::Superseded) => {
+                if let State::Closing(ended) = self.state {
+                    self.state = State::Ended(ended);
+                }
+                Some(self.say())
+            }
+            _ => None,
         }
     }
 
-    fn is(&self, receipt: Receipt, stage: Stage) -> bool {
-        receipt.record() == Record { stage, epoch: self.epoch }
+    fn on_record_failed(&mut self) -> Option<Vec<Do>> {
+        match self.state {
+            State::Readying | State::Owning | State::Declining { .. } | State::Closing(_) => {
+                self.state = State::UnknownDurability;
+                Some(Vec::new())
+            }
+            _ => None,
+        }
     }
 
-    fn decline(&mut self) -> Vec<DestinationAction> {
-        self.state = State::Declining;
-        vec![Do::Persist(Record { stage: Stage::Declined, epoch: self.epoch })]
+    fn on_reread(&mut self, receipt: Receipt, guest: Guest) -> Option<Vec<Do>> {
+        let is_ours = receipt.record().migration == self.migration;
+        if self.state != State::UnknownDurability || !is_ours {
+            return None;
+        }
+        let (destination, actions) = Self::restore(receipt, guest).ok()?;
+        *self = destination;
+        Some(actions)
     }
 
-    fn unexpected(&self, event: &DestinationEvent) -> Unexpected {
-        Unexpected { state: self.state(), event: format!("{event:?}") }
+    fn on_started(&mut self, runs: bool) -> Option<Vec<Do>> {
+        if self.state != State::Starting {
+            return None;
+        }
+        if runs {
+            if !self.guest.is_absent() {
+                self.guest = Guest::Running;
+            }
+            self.state = State::Owner;
+            return Some(self.say());
+        }
+        if self.epoch != self.offered.next() {
+            // The operator gave it to us, sure that the source is out of it.
+            self.state = State::Owner;
+            return Some(Vec::new());
+        }
+        Some(self.decline(true))
+    }
+}
+
+impl Destination {
+    /// Called with the receipt of `owner`.
+    fn start(&mut self) -> Vec<Do> {
+        if self.guest == Guest::Stopped {
+            self.state = State::Starting;
+            return vec![Do::TakeDisks, Do::RunGuest];
+        }
+        self.state = State::Owner;
+        self.say()
+    }
+
+    fn decline(&mut self, whole: bool) -> Vec<Do> {
+        self.state = State::Declining { whole };
+        self.persist(Stage::Declined)
+    }
+
+    fn persist(&self, stage: Stage) -> Vec<Do> {
+        let Self { migration, offered, epoch, .. } = *self;
+        vec![Do::Persist(Record { migration, offered, stage, epoch })]
+    }
+
+    /// What a host asks that waits for the source's word.
+    fn ask(&self) -> Vec<Do> {
+        match self.state {
+            State::Preparing | State::Ready | State::Owner | State::Declined => {
+                vec![Do::AskSource]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What this state answers to a source that waits for a word.
+    fn say(&self) -> Vec<Do> {
+        let epoch = self.epoch;
+        match self.state {
+            State::Ready => vec![Do::SendReady { epoch }],
+            State::Owner | State::Ended(Ended::Moved) => vec![Do::SendRunning { epoch }],
+            State::Declined | State::Freeing | State::Ended(Ended::Stayed | Ended::Superseded) => {
+                vec![Do::SendDeclined { epoch }]
+            }
+            // About to change, or not known: who asks will ask again.
+            _ => Vec::new(),
+        }
     }
 }

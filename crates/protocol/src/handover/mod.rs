@@ -1,120 +1,198 @@
 //! Who may run a VM while it changes hosts: two state machines without I/O,
-//! clock or threads. Events in, actions out; the agents only perform them.
+//! clock or threads. Events in, actions out; an agent only performs them.
 //!
 //! ```text
-//! source                                   destination
-//! offered ──────── everything sent ──────► preparing ─► ready (durable)
-//! handed-over (durable: the commit point) ◄── ready
-//!         ──────── commit ───────────────► owner (durable) ─► the guest runs
-//! done ◄─────────── running ────────────── done
-//!
-//! any end before the commit point: the source goes on, the destination
-//! declines (durable) and frees what it has
+//! source                                      destination
+//! offered                                     preparing
+//!   │ guest stopped, all sent ── ready? ───►    │ loaded, equal, flushed
+//!   │ ◄──────────────── ready ─────────────── ready
+//! handed-over  ═ the commit point
+//!   │ ─────────────── commit ──────────────► owner ─► takes the disks, runs
+//!   │ ◄────────────── running ───────────────   │
+//! done         ─────────────── retired ─────► done
 //! ```
 //!
-//! **Invariants**, checked by a model over this very code (`tests/handover.rs`):
-//! the guest never runs on two hosts; a host runs it only from the newest copy;
-//! there is always a host from which it can be started; every run that heals
-//! ends with exactly one owner.
+//! Each word in lower case is a durable record ([`Stage`]); what may follow a
+//! record needs its [`Receipt`]. Any end before the commit point leaves the VM at
+//! the source (`stayed`), and the destination gives its copy up (`declined`).
 //!
-//! What is durable is said by a [`Receipt`], which only [`persist`] makes: code
-//! that did not wait for the store cannot claim that it did.
+//! **Invariants**, checked over this very code by `tests/handover_model`, with
+//! every order of messages lost, repeated and late, of crashes, of QEMUs that
+//! die and of an operator who is sure:
+//! - at most one host runs the guest, and only that host has taken the disks;
+//! - a host takes the disks only while its durable record says that it owns them;
+//! - a whole, newest copy is always there;
+//! - once faults end, exactly one host runs the VM or may start it.
+//!
+//! **An open record never allows a cold start.** While its QEMU lives, an owner
+//! needs nobody. Once QEMU is gone, only the other host's word that it is out of
+//! it (`retired`, `declined`) or the operator's allows starting the VM anew.
 
 mod destination;
+mod event;
+mod receipt;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use destination::{Destination, DestinationAction, DestinationEvent};
-pub use source::{Source, SourceAction, SourceEvent};
+pub use destination::Destination;
+pub use event::{DestinationAction, DestinationEvent, SourceAction, SourceEvent};
+pub use receipt::{Receipt, Store, persist};
+pub use source::{Committed, Source};
 
-use crate::id::Epoch;
+use crate::id::{Epoch, MigrationId};
 
-/// How far one host's half of a migration got, as the durable record says.
+/// How far one host's half of a migration got, as its durable record says.
 ///
-/// The order of a source is offered, handed-over, done, or stayed in place of
-/// done; of a destination preparing, ready, owner, done, or declined in place of
-/// any of the first three and, when the guest never ran, of owner.
+/// | stage | whose | [`Record::epoch`] is |
+/// |---|---|---|
+/// | `offered`, `handed-over` | source | the one reserved for the destination |
+/// | `preparing`, `ready`, `declined`, `stayed` | destination | the same |
+/// | `owner` | either | that at which this host owns the VM |
+/// | `stayed` | source | that at which the source owns the VM |
+/// | `done`, `superseded` | either | the destination's last that this host knew |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {
-    /// Source: the VM is still its alone
+    /// Source: the VM is its alone.
     Offered,
-    /// Source: past the commit point; the guest never runs here again unless
-    /// the destination declines
+    /// Source: the commit point is passed. The guest does not run here again
+    /// unless the destination declines or the operator takes it back.
     HandedOver,
-    /// Destination: receiving
+    /// Destination: receiving.
     Preparing,
-    /// Destination: holds everything, waits for the commit
+    /// Destination: holds everything, flushed, and waits for the commit.
     Ready,
-    /// Destination: the VM belongs to it; the guest may have run
+    /// The VM belongs to this host; the other one has not yet said that it is
+    /// out of it. At a source: taken back.
     Owner,
-    /// Destination: gave up, and ran nothing
+    /// Destination: gave up and ran nothing; its copy may still be there.
     Declined,
-    /// Source: the VM is its own again, or still
-    Stayed,
-    /// Both: the VM moved, and nothing is left to do
+    /// The VM moved. The destination owns it.
     Done,
+    /// The VM did not move. The source owns it.
+    Stayed,
+    /// An operator gave the VM to the other host. What is here is kept, and is
+    /// the operator's to look at; it is never started.
+    Superseded,
 }
 
-/// What a host writes down before it goes on.
+/// What a host writes down before it goes on: all that its machine needs to go on
+/// after a restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Record {
+    /// Which migration
+    pub migration: MigrationId,
+    /// At which the source owned the VM when it offered it; the next one is
+    /// reserved for the destination
+    pub offered: Epoch,
     /// How far it got
     pub stage: Stage,
-    /// Epoch at which the destination owns the VM. A source that takes the VM
-    /// back writes the next one, so that nothing repeated fits any more.
+    /// See [`Stage`]
     pub epoch: Epoch,
 }
 
-/// A place in which records survive the host.
-pub trait Store {
-    /// Why a record is not, or perhaps not, durable
-    type Error;
-
-    /// Writes a record; on `Ok` it survives a power failure.
-    ///
-    /// # Errors
-    /// When that cannot be said. Whether the record is there is then unknown.
-    fn put(&mut self, record: &Record) -> Result<(), Self::Error>;
+/// What is known of this host's QEMU of the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Guest {
+    /// Its vCPUs run, or ran here since the migration began (a guest that its
+    /// user paused, or that stands at an I/O error).
+    Running,
+    /// It lives, and holds the whole guest stopped by the migration: at the
+    /// destination it never ran.
+    Stopped,
+    /// It ended, or the host was restarted: the guest's memory is lost here.
+    Gone,
+    /// There never was one: the VM was off when it began to move, and its disks
+    /// are all of it.
+    Off,
 }
 
-/// Proof that a record is durable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Receipt(Record);
-
-impl Receipt {
-    /// What is durable.
+impl Guest {
+    /// Whether no QEMU of the VM lives here.
     #[must_use]
-    pub fn record(&self) -> Record {
-        self.0
+    pub fn is_absent(self) -> bool {
+        matches!(self, Self::Gone | Self::Off)
     }
 }
 
-/// Writes a record and gives the proof of it.
-///
-/// # Errors
-/// The store's.
-pub fn persist<S: Store>(store: &mut S, record: Record) -> Result<Receipt, S::Error> {
-    store.put(&record)?;
-    Ok(Receipt(record))
-}
-
-/// What has become of the guest's QEMU while its agent was away.
+/// Whether the VM may be started anew on a host, from that host's disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Guest {
-    /// It lives, with the guest in it
-    Alive,
-    /// It ended, or the host was restarted
-    Gone,
+pub enum ColdStart {
+    /// Yes: it is ours, and the other host is out of it.
+    Allowed,
+    /// Not yet: ours, but the other host has not said that it is out of it. It
+    /// is asked; without it, only the operator can decide.
+    Unconfirmed,
+    /// No: the VM belongs to the other host, or nobody can say yet to whom.
+    NotOwner,
 }
 
-/// An event that must not happen in this state.
+impl Record {
+    /// The first record of a source (`offered`) or destination (`preparing`).
+    ///
+    /// - `offered`: the epoch at which the source owns the VM.
+    #[must_use]
+    pub fn first(migration: MigrationId, stage: Stage, offered: Epoch) -> Self {
+        Self { migration, offered, stage, epoch: offered.next() }
+    }
+}
+
+/// Why a host cannot settle a migration by itself now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Doubt {
+    /// Source: handed over, and the destination has not said what became of it.
+    /// Settled by its word, or by the operator.
+    CommitUnanswered,
+    /// Destination: ready, and the source has not said whether it handed over.
+    /// Settled by its word, or by the operator.
+    CommitUnheard,
+    /// The VM is ours and off, and the other host has not said that it is out of
+    /// it. Settled by its word, or by the operator.
+    Unconfirmed,
+    /// A record may or may not be on the disk. Settled by reading the store
+    /// again: a restart of the agent.
+    UnknownDurability,
+}
+
+/// How a migration ended for one host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ended {
+    /// The destination owns the VM.
+    Moved,
+    /// The source owns the VM.
+    Stayed,
+    /// The operator gave the VM to the other host.
+    Superseded,
+}
+
+/// An event that must not happen in this state. The state is as before.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{event} in state {state} of the hand-over")]
-pub struct Unexpected {
+#[error("hand-over: {event} cannot happen in state {state}")]
+pub struct IllegalEvent {
     /// The state's name
     pub state: &'static str,
-    /// The event, as it came
-    pub event: String,
+    /// The event's name
+    pub event: &'static str,
+}
+
+/// A record from which a machine of this role cannot begin or go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("hand-over: the {role} cannot go on from the record {stage:?}")]
+pub struct WrongRecord {
+    /// Source or destination
+    pub role: &'static str,
+    /// What the record says
+    pub stage: Stage,
+}
+
+/// The epoch of an operator's decision: past both that this host knew, and one
+/// that the other host does not choose. A source has even distances from the
+/// epoch that it began with, a destination odd ones.
+fn forced(epoch: Epoch) -> Epoch {
+    epoch.next().next()
 }

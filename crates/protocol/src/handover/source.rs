@@ -1,225 +1,449 @@
 //! The source's half.
+//!
+//! ```text
+//!                     ┌────────────── declined, force-owner ─────────────┐
+//! Copying ─► Asking ─► Committing ═► HandedOver ─► Retiring ─► Moved     ▼
+//!    └─────────┴─ give up ─────────────────────────► Keeping ◄─── TakingBack
+//!                                                       ├─► Stayed
+//!                                                       └─► Superseded
+//! ```
+//!
+//! **Invariants.** `Keeping` is the only state that runs the guest, and it is
+//! entered from a record that says so: `offered` or `owner`. From `Committing` on
+//! nothing but the destination's word or the operator's leads back to it.
 
-use super::{Receipt, Record, Stage, Unexpected};
-use crate::id::Epoch;
+use super::event::{SourceAction as Do, SourceEvent as On};
+use super::{
+    ColdStart, Doubt, Ended, Guest, IllegalEvent, Receipt, Record, Stage, WrongRecord, forced,
+};
+use crate::id::{Epoch, MigrationId};
 
 /// Where the source stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum State {
-    /// The VM is ours; it moves
-    Offered,
-    /// `handed-over` is being written: nobody knows yet
+    /// The guest is ours, and is being copied.
+    Copying,
+    /// All is sent; the destination was asked whether it is ready.
+    Asking,
+    /// `handed-over` is being written.
     Committing,
-    /// Past the commit point; the destination has not answered
+    /// The destination has not said what became of the VM.
     HandedOver,
-    /// The destination runs: what the VM held here is being freed
+    /// The destination runs it: what it held here is being freed.
     Retiring,
-    /// The destination declined: our ownership is being written
-    TakingBack,
-    /// The VM moved
-    Moved,
-    /// The VM is ours, and no longer moves
-    Stayed,
-    /// A write failed: only a restarted agent can tell what is on the disk
-    Unknown,
+    /// `owner` is being written; `confirmed`: the destination declined.
+    TakingBack { confirmed: bool },
+    /// The guest is being let run again.
+    Resuming { confirmed: bool },
+    /// The VM is ours; the destination has not said that it is out of it.
+    Keeping,
+    /// The last record is being written.
+    Closing(Ended),
+    /// Nothing is left to do.
+    Ended(Ended),
+    /// A record may or may not be durable.
+    UnknownDurability,
 }
 
 /// The source's state machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Source {
+    migration: MigrationId,
+    /// At which the VM was ours when it was offered.
+    offered: Epoch,
+    /// The destination's, if it gets the VM.
+    reserved: Epoch,
+    /// That at which the VM is ours, while it is.
+    owned: Epoch,
+    guest: Guest,
     state: State,
+}
+
+/// Proof that the commit point is passed: made of the receipt of `handed-over`.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Committed {
+    migration: MigrationId,
     epoch: Epoch,
 }
 
-/// What happens to a source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum SourceEvent {
-    /// The destination is ready, durably
-    Ready {
-        /// At which epoch
-        epoch: Epoch,
-    },
-    /// A record is durable
-    Recorded(Receipt),
-    /// A record may or may not be durable
-    RecordFailed,
-    /// The destination runs the guest
-    Running {
-        /// At which epoch
-        epoch: Epoch,
-    },
-    /// The destination gave the VM up and never ran it
-    Declined {
-        /// At which epoch
-        epoch: Epoch,
-    },
-    /// The destination has not answered for a while
-    Silence,
-    /// Something failed, or somebody cancelled
-    GiveUp,
-    /// What the VM held here is freed
-    Freed,
-    /// The destination asks how the source stands
-    Asked,
-    /// An operator takes the responsibility: the VM is to be ours
-    ForceOwner,
-}
-
-/// What the source's agent is to do, in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum SourceAction {
-    /// Write this, then report [`SourceEvent::Recorded`] or `RecordFailed`
-    Persist(Record),
-    /// Say (again) that the VM was handed over
-    SendCommit,
-    /// Say that the VM stays
-    SendAbort,
-    /// Let the guest go on as it was found
-    RunGuest,
-    /// End the stopped QEMU and remove the VM's files; then report `Freed`
-    FreeVm,
-    /// Answer: not yet committed
-    AnswerOffered,
-    /// Answer: committed, run it
-    AnswerHandedOver,
-    /// Answer: it stayed, do not run it
-    AnswerStayed,
-}
-
-use SourceAction as Do;
-use SourceEvent as On;
-
-impl Source {
-    /// A source that has written `offered`.
-    ///
-    /// - `epoch`: the destination's, if it gets the VM.
+impl Committed {
+    /// Which migration.
     #[must_use]
-    pub fn new(epoch: Epoch) -> Self {
-        Self { state: State::Offered, epoch }
+    pub fn migration(&self) -> MigrationId {
+        self.migration
     }
 
-    /// What a restarted agent makes of its record.
-    #[must_use]
-    pub fn restore(record: Record) -> (Self, Vec<SourceAction>) {
-        let epoch = record.epoch;
-        match record.stage {
-            Stage::Offered => {
-                // The channels died with the agent: the guest goes on here.
-                let mut source = Self::new(epoch);
-                let actions = source.stay();
-                (source, actions)
-            }
-            Stage::HandedOver => {
-                // Also when its QEMU is gone: the guest is the destination's.
-                (Self { state: State::HandedOver, epoch }, vec![Do::SendCommit])
-            }
-            Stage::Stayed => (Self { state: State::Stayed, epoch }, Vec::new()),
-            _ => (Self { state: State::Moved, epoch }, Vec::new()),
-        }
-    }
-
-    /// The epoch of the destination.
+    /// The epoch handed over.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
+}
 
-    /// Name of the state, for logs.
+impl Source {
+    /// A source that has written `offered`.
+    ///
+    /// - `guest`: `Running`, or `Off`.
+    ///
+    /// # Errors
+    /// [`WrongRecord`] when something else was written.
+    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
+    pub fn begin(offered: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
+        let record = offered.record();
+        if record.stage != Stage::Offered {
+            return Err(WrongRecord { role: "source", stage: record.stage });
+        }
+        Ok(Self {
+            migration: record.migration,
+            offered: record.offered,
+            reserved: record.epoch,
+            owned: record.offered,
+            guest,
+            state: State::Copying,
+        })
+    }
+
+    /// A source whose agent was restarted, and what it does first.
+    ///
+    /// - `receipt`: of what the store held, written again.
+    ///
+    /// # Errors
+    /// [`WrongRecord`] when that is no record of a source.
+    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
+    pub fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
+        let Record { migration, offered, stage, epoch } = receipt.record();
+        let first = offered.next();
+        let (reserved, owned, state) = match stage {
+            // The channels died with the agent: the guest goes on here.
+            Stage::Offered => (epoch, offered, State::Resuming { confirmed: false }),
+            Stage::HandedOver => (epoch, offered, State::HandedOver),
+            // Who declined or was overruled says so again when asked.
+            Stage::Owner => (first, epoch, State::Resuming { confirmed: false }),
+            Stage::Done => (epoch, offered, State::Ended(Ended::Moved)),
+            Stage::Stayed => (first, epoch, State::Ended(Ended::Stayed)),
+            Stage::Superseded => (epoch, offered, State::Ended(Ended::Superseded)),
+            Stage::Preparing | Stage::Ready | Stage::Declined => {
+                return Err(WrongRecord { role: "source", stage });
+            }
+        };
+        let mut source = Self { migration, offered, reserved, owned, guest, state };
+        let actions = match state {
+            State::Resuming { confirmed } => source.resume(confirmed),
+            State::HandedOver => vec![source.commit()],
+            _ => Vec::new(),
+        };
+        Ok((source, actions))
+    }
+
+    /// The epoch reserved for the destination.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.reserved
+    }
+
+    /// What the machine believes of this host's QEMU.
+    #[must_use]
+    pub fn guest(&self) -> Guest {
+        self.guest
+    }
+
+    /// How it ended, once it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        match self.state {
+            State::Ended(ended) => Some(ended),
+            _ => None,
+        }
+    }
+
+    /// Whether an abort or a cancel can still be taken ([`On::GiveUp`]).
+    #[must_use]
+    pub fn may_give_up(&self) -> bool {
+        matches!(self.state, State::Copying | State::Asking)
+    }
+
+    /// Whether the VM may be started here from the source's disks.
+    #[must_use]
+    pub fn cold_start(&self) -> ColdStart {
+        match self.state {
+            State::Ended(Ended::Stayed) => ColdStart::Allowed,
+            State::Copying
+            | State::Asking
+            | State::Resuming { .. }
+            | State::Keeping
+            | State::Closing(Ended::Stayed) => ColdStart::Unconfirmed,
+            _ => ColdStart::NotOwner,
+        }
+    }
+
+    /// What this host cannot settle by itself now.
+    #[must_use]
+    pub fn doubt(&self) -> Option<Doubt> {
+        match self.state {
+            State::HandedOver => Some(Doubt::CommitUnanswered),
+            State::Keeping if self.guest.is_absent() => Some(Doubt::Unconfirmed),
+            State::UnknownDurability => Some(Doubt::UnknownDurability),
+            _ => None,
+        }
+    }
+
+    /// Name of the state, for logs and errors.
     #[must_use]
     pub fn state(&self) -> &'static str {
         match self.state {
-            State::Offered => "offered",
+            State::Copying => "copying",
+            State::Asking => "asking",
             State::Committing => "committing",
             State::HandedOver => "handed-over",
             State::Retiring => "retiring",
-            State::TakingBack => "taking-back",
-            State::Moved => "moved",
-            State::Stayed => "stayed",
-            State::Unknown => "unknown",
+            State::TakingBack { .. } => "taking-back",
+            State::Resuming { .. } => "resuming",
+            State::Keeping => "keeping",
+            State::Closing(_) => "closing",
+            State::Ended(Ended::Moved) => "moved",
+            State::Ended(Ended::Stayed) => "stayed",
+            State::Ended(Ended::Superseded) => "superseded",
+            State::UnknownDurability => "unknown-durability",
         }
     }
 
-    /// Takes an event.
+    /// Takes an event; the agent performs the actions in order. An event that
+    /// is late, repeated or of another epoch and means nothing any more gives
+    /// no actions.
     ///
     /// # Errors
-    /// [`Unexpected`]; the state is then as before.
-    pub fn on(&mut self, event: SourceEvent) -> Result<Vec<SourceAction>, Unexpected> {
-        let epoch = self.epoch;
-        match (self.state, event) {
-            (State::Offered, On::Ready { epoch: theirs }) if theirs == epoch => {
-                self.state = State::Committing;
-                Ok(vec![Do::Persist(Record { stage: Stage::HandedOver, epoch })])
+    /// [`IllegalEvent`]; the state is then as before.
+    pub fn on(&mut self, event: On) -> Result<Vec<Do>, IllegalEvent> {
+        let illegal = IllegalEvent { state: self.state(), event: event.name() };
+        match event {
+            On::Recorded(receipt) => self.on_recorded(&receipt),
+            On::RecordFailed => self.on_record_failed(),
+            On::Reread { receipt, guest } => self.on_reread(receipt, guest),
+            On::QemuGone => Some(self.on_qemu_gone()),
+            On::GuestRuns | On::GuestNeverRan => self.on_resumed(event == On::GuestRuns),
+            On::Asked | On::Silence => Some(self.say_again(event == On::Silence)),
+            On::Ready { .. } | On::Running { .. } | On::Declined { .. } | On::Unheard => {
+                self.on_word(&event)
             }
-            (State::Offered, On::GiveUp | On::Declined { .. }) => Ok(self.stay()),
-            (State::Offered, On::Asked) => Ok(vec![Do::AnswerOffered]),
-            // The `stayed` of an abort: the guest runs already, for it was ours.
-            (State::Stayed, On::Recorded(_) | On::RecordFailed) => Ok(Vec::new()),
-            (State::Committing, On::Recorded(receipt)) if self.is_commit(receipt) => {
-                self.state = State::HandedOver;
-                Ok(vec![Do::SendCommit])
+            On::Delivered | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
+        }
+        .ok_or(illegal)
+    }
+
+    /// What the host itself or its operator wants.
+    fn on_own(&mut self, event: &On) -> Option<Vec<Do>> {
+        Some(match (self.state, event) {
+            (State::Copying, On::Delivered) => {
+                self.state = State::Asking;
+                if self.guest == Guest::Running {
+                    self.guest = Guest::Stopped;
+                }
+                vec![Do::AskReady]
             }
-            (State::Committing | State::TakingBack, On::RecordFailed) => {
-                self.state = State::Unknown;
-                Ok(Vec::new())
-            }
-            (State::HandedOver, On::Running { epoch: theirs }) if theirs == epoch => {
-                self.state = State::Retiring;
-                Ok(vec![Do::FreeVm])
-            }
-            (State::HandedOver, On::Declined { epoch: theirs }) if theirs == epoch => {
-                Ok(self.take_back())
-            }
-            (State::HandedOver, On::ForceOwner) => Ok(self.take_back()),
-            (State::HandedOver, On::Silence) => Ok(vec![Do::SendCommit]),
-            (State::Retiring, On::Freed) => {
-                self.state = State::Moved;
-                Ok(vec![Do::Persist(Record { stage: Stage::Done, epoch })])
-            }
-            (State::TakingBack, On::Recorded(receipt)) if receipt.record().epoch > epoch => {
-                self.state = State::Stayed;
-                Ok(vec![Do::RunGuest])
-            }
-            // The record said so before; a restart only repeats what is done.
-            (State::Moved, On::Recorded(_) | On::RecordFailed) => Ok(Vec::new()),
-            (State::HandedOver | State::Retiring | State::Moved, On::Asked) => {
-                Ok(vec![Do::AnswerHandedOver])
-            }
-            (State::Stayed, On::Asked) => Ok(vec![Do::AnswerStayed]),
-            // Not known yet: who asks will ask again.
-            (State::Committing | State::TakingBack | State::Unknown, On::Asked) => Ok(Vec::new()),
-            // Repeated or late, and without meaning by now.
+            (State::Copying | State::Asking, On::GiveUp) => self.resume(false),
+            // The second of two reasons to give up.
             (
-                State::Committing | State::HandedOver | State::Retiring | State::Moved,
-                On::Ready { .. },
-            )
-            | (State::Retiring | State::Moved, On::Running { .. } | On::Silence)
-            | (State::Stayed, On::Ready { .. } | On::Declined { .. } | On::GiveUp) => {
-                Ok(Vec::new())
+                State::Resuming { .. }
+                | State::Keeping
+                | State::Closing(Ended::Stayed)
+                | State::Ended(Ended::Stayed),
+                On::GiveUp,
+            ) => Vec::new(),
+            (State::Retiring, On::Freed) => {
+                self.close(Ended::Moved, Record { stage: Stage::Done, ..self.record() })
             }
-            (_, event) => Err(self.unexpected(&event)),
+            // With no guest to go on, the operator's word is also for its start.
+            (State::HandedOver, On::ForceOwner) => self.take_back(self.guest.is_absent()),
+            (State::Keeping, On::ForceOwner) if self.guest.is_absent() => {
+                self.owned = forced(self.owned);
+                self.stay()
+            }
+            _ => return None,
+        })
+    }
+
+    /// What the destination says.
+    fn on_word(&mut self, event: &On) -> Option<Vec<Do>> {
+        Some(match (self.state, event) {
+            (State::Asking, On::Ready { epoch }) if *epoch == self.reserved => {
+                self.state = State::Committing;
+                vec![Do::Persist(Record { stage: Stage::HandedOver, ..self.record() })]
+            }
+            (State::Copying | State::Asking, On::Declined { epoch }) if *epoch >= self.reserved => {
+                self.resume(true)
+            }
+            (State::HandedOver, On::Running { epoch }) if *epoch >= self.reserved => {
+                self.reserved = *epoch;
+                self.state = State::Retiring;
+                vec![Do::FreeVm]
+            }
+            (State::HandedOver, On::Declined { epoch }) if *epoch >= self.reserved => {
+                self.take_back(true)
+            }
+            // An operator gave it to the destination, sure that this host was
+            // off. If it is not, the higher epoch is right.
+            (State::Copying | State::Asking | State::Keeping, On::Running { epoch })
+                if *epoch >= self.reserved && *epoch > self.owned =>
+            {
+                self.reserved = *epoch;
+                let record = Record { stage: Stage::Superseded, ..self.record() };
+                let mut actions = Vec::new();
+                if self.guest == Guest::Running {
+                    actions.push(Do::StopGuest);
+                }
+                actions.extend(self.close(Ended::Superseded, record));
+                actions
+            }
+            (State::Keeping, On::Declined { epoch }) if *epoch >= self.reserved => self.stay(),
+            // It never took the offer, or has forgotten a migration that ended.
+            (State::Keeping, On::Unheard) => self.stay(),
+            // Two operators decided, each for his own host: nobody gives way.
+            (State::Ended(Ended::Stayed), On::Running { epoch }) if *epoch > self.owned => {
+                Vec::new()
+            }
+            // It asks, or has not heard: the answer is what was said before.
+            (State::HandedOver, On::Ready { .. })
+            | (State::Keeping | State::Ended(_), On::Ready { .. } | On::Running { .. }) => {
+                self.say_again(false)
+            }
+            // Late, repeated or of another epoch. A destination that was ready
+            // when we handed over and has never heard of it has lost its store:
+            // it may run the VM, so that stays in doubt.
+            (State::Copying | State::Asking | State::HandedOver | State::Retiring, _)
+            | (State::Keeping, On::Declined { .. })
+            | (State::Ended(_), On::Declined { .. } | On::Unheard) => Vec::new(),
+            _ => return None,
+        })
+    }
+
+    fn on_recorded(&mut self, receipt: &Receipt) -> Option<Vec<Do>> {
+        let record = receipt.record();
+        if record.migration != self.migration {
+            return None;
+        }
+        match (self.state, record.stage) {
+            (State::Committing, Stage::HandedOver) if record.epoch == self.reserved => {
+                self.state = State::HandedOver;
+                Some(vec![self.commit()])
+            }
+            (State::TakingBack { confirmed }, Stage::Owner) if record.epoch == self.owned => {
+                Some(self.resume(confirmed))
+            }
+            (State::Closing(Ended::Moved), Stage::Done)
+            | (State::Closing(Ended::Stayed), Stage::Stayed)
+            | (State::Closing(Ended::Superseded), Stage::Superseded) => {
+                if let State::Closing(ended) = self.state {
+                    self.state = State::Ended(ended);
+                }
+                Some(self.say_again(false))
+            }
+            _ => None,
         }
     }
 
-    /// Whether a receipt is for the commit of this migration.
-    fn is_commit(&self, receipt: Receipt) -> bool {
-        receipt.record() == Record { stage: Stage::HandedOver, epoch: self.epoch }
+    fn on_record_failed(&mut self) -> Option<Vec<Do>> {
+        match self.state {
+            State::Committing | State::TakingBack { .. } | State::Closing(_) => {
+                self.state = State::UnknownDurability;
+                Some(Vec::new())
+            }
+            _ => None,
+        }
     }
 
-    fn stay(&mut self) -> Vec<SourceAction> {
-        self.state = State::Stayed;
-        // The guest first: until it runs, its users wait. A crash in between
-        // finds `offered` and does the same again.
-        let record = Record { stage: Stage::Stayed, epoch: self.epoch };
-        vec![Do::RunGuest, Do::SendAbort, Do::Persist(record)]
+    fn on_reread(&mut self, receipt: Receipt, guest: Guest) -> Option<Vec<Do>> {
+        let is_ours = receipt.record().migration == self.migration;
+        if self.state != State::UnknownDurability || !is_ours {
+            return None;
+        }
+        let (source, actions) = Self::restore(receipt, guest).ok()?;
+        *self = source;
+        Some(actions)
     }
 
-    fn take_back(&mut self) -> Vec<SourceAction> {
-        self.state = State::TakingBack;
-        // Past the declined epoch: a repeated `ready` of it fits no more.
-        vec![Do::Persist(Record { stage: Stage::Stayed, epoch: self.epoch.next() })]
+    fn on_qemu_gone(&mut self) -> Vec<Do> {
+        if self.guest != Guest::Off {
+            self.guest = Guest::Gone;
+        }
+        match self.state {
+            // Its memory was not all sent. Once it was, the destination has it,
+            // and going on is what saves the guest.
+            State::Copying => self.resume(false),
+            _ => Vec::new(),
+        }
     }
 
-    fn unexpected(&self, event: &SourceEvent) -> Unexpected {
-        Unexpected { state: self.state(), event: format!("{event:?}") }
+    fn on_resumed(&mut self, runs: bool) -> Option<Vec<Do>> {
+        let State::Resuming { confirmed } = self.state else { return None };
+        if runs && !self.guest.is_absent() {
+            self.guest = Guest::Running;
+        }
+        Some(self.keep(confirmed))
+    }
+
+    /// The guest first: until it runs, its users wait. A crash in between finds
+    /// a record that says the same.
+    fn resume(&mut self, confirmed: bool) -> Vec<Do> {
+        if self.guest.is_absent() {
+            return self.keep(confirmed);
+        }
+        self.state = State::Resuming { confirmed };
+        vec![Do::TakeDisks, Do::RunGuest]
+    }
+
+    fn keep(&mut self, confirmed: bool) -> Vec<Do> {
+        self.state = State::Keeping;
+        if confirmed { self.stay() } else { self.say_again(false) }
+    }
+
+    fn stay(&mut self) -> Vec<Do> {
+        let record = Record { stage: Stage::Stayed, epoch: self.owned, ..self.record() };
+        self.close(Ended::Stayed, record)
+    }
+
+    fn take_back(&mut self, confirmed: bool) -> Vec<Do> {
+        self.state = State::TakingBack { confirmed };
+        // Past the epoch handed over, so that no repeated word of it fits.
+        self.owned = self.reserved.next();
+        vec![Do::Persist(Record { stage: Stage::Owner, epoch: self.owned, ..self.record() })]
+    }
+
+    fn close(&mut self, ended: Ended, record: Record) -> Vec<Do> {
+        self.state = State::Closing(ended);
+        vec![Do::Persist(record)]
+    }
+
+    /// What this state has to say, for whoever may not have heard it.
+    fn say_again(&self, unasked: bool) -> Vec<Do> {
+        match self.state {
+            State::Asking if unasked => vec![Do::AskReady],
+            State::Copying | State::Asking if !unasked => vec![Do::SayUndecided],
+            State::HandedOver => vec![self.commit()],
+            State::Keeping => vec![Do::SendStays { epoch: self.owned }],
+            State::Ended(Ended::Stayed) if !unasked => {
+                vec![Do::SendStays { epoch: self.owned }]
+            }
+            State::Ended(Ended::Moved | Ended::Superseded) if !unasked => {
+                vec![Do::SendRetired { epoch: self.reserved }]
+            }
+            // Not known yet, or about to change: who asks will ask again.
+            _ => Vec::new(),
+        }
+    }
+
+    /// Only from [`State::HandedOver`], which has its receipt.
+    fn commit(&self) -> Do {
+        debug_assert_eq!(self.state, State::HandedOver);
+        Do::SendCommit(Committed { migration: self.migration, epoch: self.reserved })
+    }
+
+    fn record(&self) -> Record {
+        Record {
+            migration: self.migration,
+            offered: self.offered,
+            stage: Stage::Offered,
+            epoch: self.reserved,
+        }
     }
 }

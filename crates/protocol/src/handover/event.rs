@@ -1,0 +1,258 @@
+//! What happens to the two machines, and what they order.
+//!
+//! ```text
+//!              Ready, Running, Declined, Asked ◄── words ──► Commit, Stays, Retired, Undecided
+//! store ──► Recorded, RecordFailed, Reread ──► machine ──► Persist ──► store
+//! QEMU  ──► GuestRuns, GuestNeverRan, QemuGone ─►     └──► TakeDisks, RunGuest, FreeVm ──► QEMU
+//! ```
+//!
+//! **Invariant.** A list of actions has at most one whose result the machine
+//! waits for, and that is its last.
+
+use super::{Committed, Guest, Receipt, Record};
+use crate::id::Epoch;
+
+/// What happens to a source.
+#[derive(Debug, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// The guest is stopped, the mirrors have ended and QEMU has let the disks
+    /// go; everything is sent and acknowledged
+    Delivered,
+    /// The destination is ready, durably
+    Ready {
+        /// At which epoch it would own the VM
+        epoch: Epoch,
+    },
+    /// A record is durable
+    Recorded(Receipt),
+    /// A record may or may not be durable
+    RecordFailed,
+    /// The store was opened and read again, and what it holds was written again
+    Reread {
+        /// For what it holds
+        receipt: Receipt,
+        /// What has become of QEMU
+        guest: Guest,
+    },
+    /// The destination owns the VM and runs it, or it is off there
+    Running {
+        /// At which epoch it owns it
+        epoch: Epoch,
+    },
+    /// The destination gave up, and will never run this
+    Declined {
+        /// The epoch that it gave up
+        epoch: Epoch,
+    },
+    /// The destination answers, and has never heard of this migration
+    Unheard,
+    /// The destination asks how the source stands
+    Asked,
+    /// The destination has not spoken for a while
+    Silence,
+    /// Something failed, or somebody cancelled
+    GiveUp,
+    /// The guest runs, or stays paused as it was found
+    GuestRuns,
+    /// The guest could not be let run
+    GuestNeverRan,
+    /// QEMU has ended
+    QemuGone,
+    /// What the VM held here is freed
+    Freed,
+    /// An operator who knows the risk gives the VM to this host
+    ForceOwner,
+}
+
+impl SourceEvent {
+    /// The event's name, for logs.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Ready { .. } => "ready",
+            Self::Recorded(_) => "recorded",
+            Self::RecordFailed => "record-failed",
+            Self::Reread { .. } => "reread",
+            Self::Running { .. } => "running",
+            Self::Declined { .. } => "declined",
+            Self::Unheard => "unheard",
+            Self::Asked => "asked",
+            Self::Silence => "silence",
+            Self::GiveUp => "give-up",
+            Self::GuestRuns => "guest-runs",
+            Self::GuestNeverRan => "guest-never-ran",
+            Self::QemuGone => "qemu-gone",
+            Self::Freed => "freed",
+            Self::ForceOwner => "force-owner",
+        }
+    }
+}
+
+/// What the source's agent is to do, in this order. Only the last of a list has
+/// a result that is reported back ([`SourceAction::reports_back`]); until then
+/// the machine is given nothing else but `Asked` and `QemuGone`.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub enum SourceAction {
+    /// Write this; then report `Recorded` or `RecordFailed`
+    Persist(Record),
+    /// Ask the destination whether it is ready
+    AskReady,
+    /// Say that the VM is the destination's
+    SendCommit(Committed),
+    /// Say that the VM stays: do not run it
+    SendStays {
+        /// At which epoch the source owns it
+        epoch: Epoch,
+    },
+    /// Say that the source is out of it for good
+    SendRetired {
+        /// At which epoch the destination owns the VM
+        epoch: Epoch,
+    },
+    /// Answer that nothing is decided yet
+    SayUndecided,
+    /// Take the disks back from the state in which the migration left them
+    TakeDisks,
+    /// Let the guest run, if it ran when the migration began; then report
+    /// `GuestRuns` or `GuestNeverRan`
+    RunGuest,
+    /// Stop the guest's vCPUs; keep its QEMU and its disks
+    StopGuest,
+    /// End QEMU and remove the VM's files; then report `Freed`
+    FreeVm,
+}
+
+impl SourceAction {
+    /// Whether the machine waits for this action's result.
+    #[must_use]
+    pub fn reports_back(&self) -> bool {
+        matches!(self, Self::Persist(_) | Self::RunGuest | Self::FreeVm)
+    }
+}
+
+/// What happens to a destination.
+#[derive(Debug, PartialEq, Eq)]
+pub enum DestinationEvent {
+    /// The source asks, and everything is here: loaded, equal to the source's,
+    /// and the disks are flushed
+    Complete,
+    /// A record is durable
+    Recorded(Receipt),
+    /// A record may or may not be durable
+    RecordFailed,
+    /// The store was opened and read again, and what it holds was written again
+    Reread {
+        /// For what it holds
+        receipt: Receipt,
+        /// What has become of QEMU
+        guest: Guest,
+    },
+    /// The source has handed over, durably
+    Commit {
+        /// At which epoch
+        epoch: Epoch,
+    },
+    /// The source has the VM: do not run it
+    Stays {
+        /// At which epoch it owns it
+        epoch: Epoch,
+    },
+    /// The source is out of it for good
+    Retired {
+        /// At which epoch it knows the VM to be ours
+        epoch: Epoch,
+    },
+    /// The source answers that nothing is decided yet
+    Undecided,
+    /// The source answers, and has never heard of this migration
+    Unheard,
+    /// The source asks how the destination stands
+    Asked,
+    /// The source has not spoken for a while
+    Silence,
+    /// Something failed here, or somebody cancelled here
+    GiveUp,
+    /// The guest runs, or stays paused as it was at the source
+    GuestRuns,
+    /// The guest surely did not run a single instruction here
+    GuestNeverRan,
+    /// QEMU has ended
+    QemuGone,
+    /// What was made here is removed
+    Freed,
+    /// An operator who knows the risk gives the VM to this host
+    ForceOwner,
+}
+
+impl DestinationEvent {
+    /// The event's name, for logs.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Recorded(_) => "recorded",
+            Self::RecordFailed => "record-failed",
+            Self::Reread { .. } => "reread",
+            Self::Commit { .. } => "commit",
+            Self::Stays { .. } => "stays",
+            Self::Retired { .. } => "retired",
+            Self::Undecided => "undecided",
+            Self::Unheard => "unheard",
+            Self::Asked => "asked",
+            Self::Silence => "silence",
+            Self::GiveUp => "give-up",
+            Self::GuestRuns => "guest-runs",
+            Self::GuestNeverRan => "guest-never-ran",
+            Self::QemuGone => "qemu-gone",
+            Self::Freed => "freed",
+            Self::ForceOwner => "force-owner",
+        }
+    }
+}
+
+/// What the destination's agent is to do, in this order. Only the last of a
+/// list has a result that is reported back
+/// ([`DestinationAction::reports_back`]); until then the machine is given
+/// nothing else but `QemuGone`.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub enum DestinationAction {
+    /// Write this; then report `Recorded` or `RecordFailed`
+    Persist(Record),
+    /// Say that everything is here
+    SendReady {
+        /// At which epoch this host would own the VM
+        epoch: Epoch,
+    },
+    /// Say that the VM is ours, and runs or is off here
+    SendRunning {
+        /// At which epoch this host owns it
+        epoch: Epoch,
+    },
+    /// Say that this host gave up, and ran nothing
+    SendDeclined {
+        /// The epoch that it gave up
+        epoch: Epoch,
+    },
+    /// Ask the source how it stands
+    AskSource,
+    /// Take the disks: from here on this host writes them
+    TakeDisks,
+    /// Let the guest run, unless it was paused; then report `GuestRuns` or
+    /// `GuestNeverRan`
+    RunGuest,
+    /// Stop the guest's vCPUs; keep its QEMU and its disks
+    StopGuest,
+    /// End QEMU and remove what was made here; then report `Freed`
+    FreeCopy,
+}
+
+impl DestinationAction {
+    /// Whether the machine waits for this action's result.
+    #[must_use]
+    pub fn reports_back(&self) -> bool {
+        matches!(self, Self::Persist(_) | Self::RunGuest | Self::FreeCopy)
+    }
+}
