@@ -30,7 +30,10 @@ const RING_BYTES_MAX: u64 = 16 << 20;
 /// Most of a disk that is filled at boot.
 const FILLED_BYTES_MAX: u64 = 128 << 20;
 /// Blocks that are zeroed and filled in turn.
-const TURNING_BLOCKS: u64 = 256;
+const TURNING_BLOCKS: u64 = TURNING_COUNT as u64;
+const TURNING_COUNT: usize = 256;
+/// Distance of the slots that tell whether a disk is new.
+const PROBE_EVERY_SLOTS: usize = 32;
 /// Blocks of one write at boot.
 const CHUNK_BLOCKS: usize = 256;
 /// Time between two batches of records.
@@ -82,8 +85,19 @@ struct Journal {
     flushed: u64,
     /// Sequence of the first record that this boot wrote
     first: u64,
-    turned: bool,
+    turned: Turned,
     order: Stream,
+}
+
+/// What the turning blocks hold.
+#[derive(Debug, Clone, Copy)]
+enum Turned {
+    /// Whatever an earlier boot left
+    Unknown,
+    /// Zeroes
+    Zero,
+    /// Zeroes but for this block, which is filled
+    Filled(u64),
 }
 
 impl Journal {
@@ -107,13 +121,16 @@ impl Journal {
             next: 1,
             flushed: 0,
             first: 1,
-            turned: false,
+            turned: Turned::Unknown,
             order: Stream::new(seed),
         })
     }
 
     /// Reads what an earlier boot left, and finds what it lost.
     fn recover(&mut self, report: &Report) -> io::Result<()> {
+        if self.is_new()? {
+            return Ok(());
+        }
         let mut block = Page::ZERO;
         let mut found = vec![None; usize::try_from(self.slots).unwrap_or(0)];
         let (mut highest, mut durable) = (0, 0);
@@ -130,10 +147,6 @@ impl Journal {
                 // that was called durable may not, which is what counts below.
                 Found::Record(_) | Found::Broken | Found::Foreign => {}
             }
-            if slot == 0 && found[0].is_none() {
-                // A new disk: the first record of all went there.
-                break;
-            }
         }
         for sequence in durable.saturating_sub(self.slots / 2).max(1)..=durable {
             let there = found[usize::try_from((sequence - 1) % self.slots).unwrap_or(0)];
@@ -146,6 +159,19 @@ impl Journal {
         self.first = self.next;
         self.flushed = highest;
         Ok(())
+    }
+
+    /// Whether no boot has used this disk: reading the whole ring then would only
+    /// take time. Looks in many places, as any of them may be what was lost.
+    fn is_new(&self) -> io::Result<bool> {
+        let mut block = Page::ZERO;
+        for slot in (0..self.slots).step_by(PROBE_EVERY_SLOTS) {
+            self.file.read_exact_at(block.bytes_mut(), slot * BLOCK_BYTES)?;
+            if matches!(look(block.bytes_mut()), Found::Record(_) | Found::Broken) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Writes known blocks, so that there is something to move.
@@ -240,27 +266,33 @@ impl Journal {
         Ok(())
     }
 
-    /// Zeroes the turning blocks, or fills them; looks at what they hold before.
+    /// Fills one of the turning blocks, or zeroes all; looks at what was there before.
     fn turn(&mut self, report: &Report) -> io::Result<()> {
-        let at = self.turning + self.order.below(256) as u64 % TURNING_BLOCKS;
         let mut block = Page::ZERO;
-        if self.turned {
+        if let Turned::Zero = self.turned {
+            let at = self.turning + self.order.below(TURNING_COUNT) as u64;
             self.file.read_exact_at(block.bytes_mut(), at * BLOCK_BYTES)?;
             if let Err(fault) = block.check_zero(at) {
                 report.fault(&format!("{}: a zeroed block: {fault}", self.name));
             }
             block.fill(at, self.seed);
             self.file.write_all_at(block.bytes_mut(), at * BLOCK_BYTES)?;
-        } else {
-            let range: [u64; 2] = [self.turning * BLOCK_BYTES, TURNING_BLOCKS * BLOCK_BYTES];
-            // SAFETY: BLKZEROOUT reads two words from the pointer, which are there.
-            let done =
-                unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, (&raw const range)) };
-            if done != 0 {
-                return Err(io::Error::last_os_error());
+            self.turned = Turned::Filled(at);
+            return Ok(());
+        }
+        if let Turned::Filled(at) = self.turned {
+            self.file.read_exact_at(block.bytes_mut(), at * BLOCK_BYTES)?;
+            if let Err(fault) = block.check_filled(at, self.seed) {
+                report.fault(&format!("{}: a block filled in turn: {fault}", self.name));
             }
         }
-        self.turned = !self.turned;
+        let range: [u64; 2] = [self.turning * BLOCK_BYTES, TURNING_BLOCKS * BLOCK_BYTES];
+        // SAFETY: BLKZEROOUT reads two words from the pointer, which are there.
+        let done = unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, (&raw const range)) };
+        if done != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.turned = Turned::Zero;
         Ok(())
     }
 }
@@ -308,5 +340,29 @@ mod tests {
         file.write_all_at(&[0; RECORD_BYTES], 1_989 % slots * BLOCK_BYTES).unwrap();
         journal(&file).recover(&report).unwrap();
         assert_eq!(faults(&report), 1);
+    }
+
+    /// Goal: when the ring's beginning is lost, the disk is not taken for a new
+    /// one: the loss is told, and the sequence goes on.
+    #[test]
+    fn a_lost_beginning_is_found() {
+        let path = std::env::temp_dir().join(format!("limosa-begin-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(16 << 20).unwrap();
+        let report = Report::new();
+        let mut first = journal(&file);
+        first.recover(&report).unwrap();
+        for sequence in 1..=200 {
+            first.write().unwrap();
+            first.flushed = sequence;
+        }
+        // As much as a cluster of a disk image.
+        file.write_all_at(&[0; 64 << 10], 0).unwrap();
+        let mut second = journal(&file);
+        second.recover(&report).unwrap();
+        assert_eq!(faults(&report), 1);
+        assert_eq!(second.next, 201);
     }
 }
