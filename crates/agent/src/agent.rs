@@ -37,6 +37,8 @@ pub(crate) struct Agent {
     pub(crate) migrations: Migrations,
     vms: Mutex<BTreeMap<VmName, Arc<Vm>>>,
     invitation: Mutex<Option<Invitation>>,
+    /// Held from looking whether a VM's place is free to having taken it.
+    pub(crate) placing: tokio::sync::Mutex<()>,
 }
 
 /// QEMU on this host, looked at once when the agent starts.
@@ -80,6 +82,7 @@ impl Agent {
             migrations: Migrations::default(),
             vms: Mutex::default(),
             invitation: Mutex::default(),
+            placing: tokio::sync::Mutex::default(),
         };
         agent.trust_recorded_peers()?;
         Ok(Arc::new(agent))

@@ -82,6 +82,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let agent = Agent::open(config).await?;
     agent.restore_switches().await?;
     vm::restore(&agent).await?;
+    migration::recover::fence(&agent).await?;
     let router = api::router(Arc::clone(&agent));
     let mut servers = tokio::task::JoinSet::new();
     for address in listen {

@@ -10,8 +10,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// Longest name of a VM, host or disk, in bytes.
+/// Longest name of a VM or host, in bytes.
 pub const NAME_BYTES_MAX: usize = 63;
+/// Longest name of a disk: QEMU's names of block nodes have 31 bytes, ours 10 more
+/// than the disk's.
+pub const DISK_ID_BYTES_MAX: usize = 21;
 /// Longest name of a virtual switch: a bridge's name has 15 bytes and a prefix.
 pub const SWITCH_NAME_BYTES_MAX: usize = 12;
 
@@ -96,7 +99,7 @@ name_type!(
 );
 name_type!(
     /// Name of a disk within its VM.
-    DiskId, "disk", NAME_BYTES_MAX
+    DiskId, "disk", DISK_ID_BYTES_MAX
 );
 name_type!(
     /// Name of a virtual switch, unique on a host.
@@ -145,7 +148,7 @@ impl Epoch {
     /// The epoch of the next owner.
     #[must_use]
     pub fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 

@@ -62,7 +62,16 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .merge(peers)
         .fallback(async || Failure::not_found("no such path: see /v1/openapi.json"))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn(to_the_end))
         .with_state(agent)
+}
+
+/// Lets a request that has begun come to its end, also when whoever asked is
+/// gone: half a change of a VM or of a hand-over would be worse than an answer
+/// that nobody reads.
+async fn to_the_end(request: Request, next: Next) -> Outcome<Response> {
+    let work = tokio::spawn(next.run(request));
+    work.await.map_err(|error| Failure::internal(format!("a request ended in the middle: {error}")))
 }
 
 async fn operators_only(

@@ -57,7 +57,12 @@ pub(crate) async fn compare(
             return Ok(problems);
         }
     };
-    let offer = make_offer(agent, &inner, request, MigrationId(Uuid::now_v7())).await?;
+    let offer = match make_offer(agent, &inner, request, MigrationId(Uuid::now_v7())).await {
+        Ok(offer) => offer,
+        // What stands in the way of an offer is among the problems already.
+        Err(_) if !problems.is_empty() => return Ok(problems),
+        Err(failure) => return Err(failure),
+    };
     drop(inner);
     match link.post::<_, OfferAnswer>("/peer/v1/compare", &offer).await {
         Ok(answer) => problems.extend(answer.problems),

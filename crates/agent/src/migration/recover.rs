@@ -40,6 +40,21 @@ pub(crate) struct InDoubt {
     pub(crate) qemu: Option<Qemu>,
 }
 
+/// Keeps every VM that was handed over from being touched, before anybody can
+/// ask for it.
+pub(crate) async fn fence(agent: &Arc<Agent>) -> anyhow::Result<()> {
+    for (_, record) in agent.store.all::<MigrationRecord>()? {
+        if let (Role::Source, Stage::HandedOver, Ok(vm)) =
+            (record.view.role, record.stage, agent.vm(&record.view.vm))
+        {
+            let mut inner = vm.lock().await;
+            inner.in_doubt = true;
+            inner.migration = Some((record.view.id, Role::Source));
+        }
+    }
+    Ok(())
+}
+
 /// Settles all migrations that the store calls unfinished.
 pub(crate) async fn recover(agent: &Arc<Agent>) -> anyhow::Result<()> {
     for (id, record) in agent.store.all::<MigrationRecord>()? {
@@ -83,6 +98,11 @@ async fn source_offered(agent: &Arc<Agent>, mut record: MigrationRecord) -> Outc
         }
     } else if let Ok(vm) = agent.vm(&record.view.vm) {
         let inner = vm.lock().await;
+        if inner.in_doubt {
+            // A later migration handed it over: nothing of this one counts.
+            return Ok(());
+        }
+        inner.expect_answering()?;
         match &inner.qemu {
             Some(qemu) => clean_qemu(qemu, !record.paused).await?,
             None => "the agent was restarted, and QEMU of the VM has ended".clone_into(&mut reason),

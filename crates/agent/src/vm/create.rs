@@ -23,6 +23,7 @@ const MACHINE_ALIAS: &str = "q35";
 pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> Outcome<Arc<Vm>> {
     definition.check().map_err(|error| Failure::bad_request(error.to_string()))?;
     complete(agent, &mut definition)?;
+    let _placing = agent.placing.lock().await;
     check_host(agent, &definition).await?;
     let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
     let record = VmRecord { configuration: configuration.clone(), epoch: Epoch(1), run: None };
@@ -232,6 +233,8 @@ pub(crate) async fn make_image(
             .or_fail(&format!("making the folder {}", folder.display()))?;
     }
     let doing = format!("making the image {}", path.display());
+    // Never into a file that is there: it would be another VM's.
+    std::fs::File::create_new(path).or_fail(&doing)?;
     made.push(path.to_owned());
     image::image_create(&agent.qemu.img, path, format_of(format), size_bytes)
         .await

@@ -25,7 +25,7 @@ use limosa_protocol::id::{MigrationId, VmName};
 use limosa_protocol::migration::Role;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::accelerator::Accelerator;
-use limosa_qemu::process::ProcessId;
+use limosa_qemu::process::{self, ProcessId};
 use limosa_qemu::qmp::Qmp;
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -102,6 +102,7 @@ impl Vm {
                 self.name, self.name
             )));
         }
+        inner.expect_answering()?;
         Ok(inner)
     }
 
@@ -130,6 +131,20 @@ impl Vm {
 }
 
 impl Inner {
+    /// A QEMU that lives and does not answer has the VM's files and guest:
+    /// nothing may be done as if it were off.
+    pub(crate) fn expect_answering(&self) -> Outcome<()> {
+        let run = self.record.run.as_ref().filter(|_| self.qemu.is_none());
+        match run.filter(|run| process::is_alive(&run.process)) {
+            None => Ok(()),
+            Some(run) => Err(Failure::conflict(format!(
+                "QEMU of VM {} (process {}) runs and does not answer: restart limosad to try it \
+                 again, or end that process and restart limosad",
+                self.definition.name, run.process.pid
+            ))),
+        }
+    }
+
     /// The running QEMU, or a failure that says that there is none.
     pub(crate) fn running(&self) -> Outcome<&Qemu> {
         self.qemu.as_ref().ok_or_else(|| {

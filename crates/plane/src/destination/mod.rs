@@ -156,7 +156,16 @@ impl DestinationPlane {
     /// # Errors
     /// What ended the plane, unless the agent did.
     pub fn join(self) -> Result<(), PlaneError> {
-        halt::join(self.threads, &self.halt)
+        let ended = halt::join(self.threads, &self.halt);
+        // With the threads gone, nobody else has it.
+        if let Some(Shared { ram, disks, .. }) = Arc::into_inner(self.shared) {
+            drop(disks);
+            // Letting go of a large RAM takes long, and the guest stands still:
+            // nobody waits for it. Without a thread for it, it goes here.
+            let later = std::thread::Builder::new().name("unmap-ram".to_owned());
+            later.spawn(move || drop(ram)).ok();
+        }
+        ended
     }
 }
 

@@ -57,6 +57,16 @@ struct Inner {
     failed: Option<String>,
 }
 
+impl Inner {
+    /// Nothing more is taken once the migration is ready or given up.
+    fn expect_preparing(&self) -> Outcome<()> {
+        match self.record.stage {
+            Stage::Preparing => Ok(()),
+            _ => Err(Failure::conflict("this migration takes nothing more")),
+        }
+    }
+}
+
 /// What is prepared for channels that have not all come yet.
 struct Receiving {
     token: String,
@@ -87,6 +97,13 @@ impl Incoming {
                 offer.source
             )));
         }
+        // A number that is known already would replace what it stands for.
+        let id = offer.migration;
+        let known: Option<MigrationRecord> = agent.store.get(&id.to_string())?;
+        if known.is_some() {
+            return Err(Failure::conflict(format!("migration {id} was offered before")));
+        }
+        let _placing = agent.placing.lock().await;
         let problems = compare::check_offer(agent, &offer).await?;
         if !problems.is_empty() {
             return Ok(OfferAnswer { problems });
@@ -101,7 +118,6 @@ impl Incoming {
                 run: None,
             },
         ));
-        let id = offer.migration;
         vm.lock().await.migration = Some((id, Role::Destination));
         let job = Arc::new(Job::new(
             id,
@@ -141,6 +157,7 @@ impl Incoming {
             return Err(failure);
         }
         incoming.spawn_cancel_watch();
+        incoming.spawn_source_watch();
         if let Err(failure) = incoming.make_place().await {
             incoming.decline(&failure.to_string()).await;
             return Err(failure);
@@ -189,6 +206,7 @@ impl Incoming {
     /// Takes a small file that moves beside the disks.
     pub(crate) async fn take_file(&self, name: &str, body: axum::body::Body) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
+        inner.expect_preparing()?;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);
         let known = files::small_files(&inner.definition)?;
         let is_known = known.iter().any(|(known, _)| *known == name);

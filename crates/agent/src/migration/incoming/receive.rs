@@ -70,6 +70,7 @@ impl Incoming {
             )));
         }
         let mut inner = self.inner.lock().await;
+        inner.expect_preparing()?;
         if inner.receiving.is_some() || inner.qemu.is_some() {
             return Err(Failure::conflict("this migration receives already"));
         }

@@ -37,10 +37,7 @@ impl Incoming {
         }
         self.enter(Phase::Switchover);
         match self.become_ready(&mut inner, request).await {
-            Ok(()) => {
-                self.spawn_ready_watch();
-                Ok(Ready { epoch: inner.record.epoch })
-            }
+            Ok(()) => Ok(Ready { epoch: inner.record.epoch }),
             Err(failure) => {
                 drop(inner);
                 self.fail(failure.to_string()).await;
@@ -49,15 +46,14 @@ impl Incoming {
         }
     }
 
-    /// Asks the source when its word does not come: an abort or a commit may
-    /// have been lost.
-    fn spawn_ready_watch(self: &Arc<Self>) {
+    /// Asks the source now and then: its abort or its commit may have been lost.
+    pub(super) fn spawn_source_watch(self: &Arc<Self>) {
         let incoming = Arc::clone(self);
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(ASK_SOURCE_EVERY).await;
                 let record = incoming.inner.lock().await.record.clone();
-                if record.stage != Stage::Ready {
+                if !matches!(record.stage, Stage::Preparing | Stage::Ready | Stage::Owner) {
                     return;
                 }
                 match ask_source(&incoming.agent, &record).await {

@@ -106,7 +106,7 @@ impl Source {
     async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Outcome<()> {
         let doing = format!("mirroring disk {id}");
         let name = mirror_name(id);
-        let socket = self.agent.runtime_folder(&self.vm.name).join(format!("{name}.sock"));
+        let socket = self.agent.runtime_folder(&self.vm.name).join(format!("m{index}.sock"));
         std::fs::remove_file(&socket).ok();
         let listener = UnixListener::bind(&socket).or_fail(&doing)?;
         // The folder lets nobody in but QEMU's user and root.

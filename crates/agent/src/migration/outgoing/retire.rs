@@ -11,11 +11,12 @@ use crate::vm::{Qemu, files, run};
 /// Frees everything, and ends the job as moved.
 pub(super) async fn retire(mut source: Source, handed: Handed) {
     source.job.enter(Phase::Retire);
-    source.close_plane();
+    // The last round and the device state are in these figures.
     if let Some(plane) = source.plane.as_ref() {
         let moved = plane.moved();
         source.job.progress(|progress| progress.moved = moved);
     }
+    source.close_plane();
     let id = source.job.id();
     let mut inner = source.vm.lock().await;
     // From here on the watch on QEMU finds another one's VM.
