@@ -124,8 +124,8 @@ impl Agent {
         self.lock_vms().get(name).cloned().ok_or_else(|| {
             Failure::not_found(match self.moved_to(name) {
                 Some(owner) => format!(
-                    "VM {name} was handed over to {owner}, which owns it: ask there \
-                     (`limosa --agent https://{owner} vm show {name}`)"
+                    "VM {name} was handed over to {owner}, which owns it: on {owner} run \
+                     `limosa vm show {name}`"
                 ),
                 None => format!(
                     "no VM {name} on host {}: `limosa vm list` shows those there are",

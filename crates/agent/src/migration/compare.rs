@@ -275,7 +275,7 @@ async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Pr
                     other.name,
                     other.uuid.unwrap_or_default()
                 ),
-                format!("delete or rename VM {} on {}", other.name, agent.name),
+                format!("delete VM {} on {}, or move to another host", other.name, agent.name),
             ));
             continue;
         }

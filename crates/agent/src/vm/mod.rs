@@ -88,18 +88,18 @@ impl Vm {
     /// Locks the VM for a change that an operator wants.
     pub(crate) async fn lock_for_change(&self) -> Outcome<MutexGuard<'_, Inner>> {
         let inner = self.inner.lock().await;
-        if let Some((id, _)) = inner.migration {
-            return Err(Failure::conflict(format!(
-                "VM {} is being moved: wait for it with `limosa migration watch {id}`, or end it \
-                 with `limosa migration cancel {id}`",
-                self.name
-            )));
-        }
         if inner.in_doubt {
             return Err(Failure::conflict(format!(
                 "VM {} is in doubt: its hand-over waits for the other host; see \
                  `limosa migration show {}`",
                 self.name, self.name
+            )));
+        }
+        if let Some((id, _)) = inner.migration {
+            return Err(Failure::conflict(format!(
+                "VM {} is being moved: wait for it with `limosa migration watch {id}`, or end it \
+                 with `limosa migration cancel {id}`",
+                self.name
             )));
         }
         inner.expect_answering()?;

@@ -96,7 +96,8 @@ pub(crate) async fn begin(
             let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
             match status {
                 RunState::Running => true,
-                RunState::Paused | RunState::Prelaunch => false,
+                // After a move that failed late, a paused guest is in `postmigrate`.
+                RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => false,
                 other => {
                     return Err(Failure::conflict(format!(
                         "VM {} is {other:?} and cannot move: resume or stop it first",
