@@ -169,6 +169,14 @@ impl Agent {
         self.lock_vms().remove(name);
     }
 
+    /// Forgets a VM, unless another one has its name by now.
+    pub(crate) fn drop_vm_if(&self, vm: &Arc<Vm>) {
+        let mut vms = self.lock_vms();
+        if vms.get(&vm.name).is_some_and(|held| Arc::ptr_eq(held, vm)) {
+            vms.remove(&vm.name);
+        }
+    }
+
     fn lock_vms(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmName, Arc<Vm>>> {
         // No code that holds this lock can panic halfway through a change.
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)

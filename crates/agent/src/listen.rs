@@ -52,6 +52,17 @@ pub(crate) enum Caller {
     Stranger { certificate_der: Vec<u8>, address: SocketAddr },
 }
 
+impl std::fmt::Display for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Local { uid } => write!(f, "user {uid} of this host"),
+            Self::Operator { name } => write!(f, "operator {name}"),
+            Self::Host { name } => write!(f, "host {name}"),
+            Self::Stranger { address, .. } => write!(f, "a stranger at {address}"),
+        }
+    }
+}
+
 /// Serves the local socket until the agent ends.
 pub(crate) async fn local(agent: Arc<Agent>, api: Router) -> anyhow::Result<()> {
     let path = agent.config.socket();

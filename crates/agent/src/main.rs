@@ -82,7 +82,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let agent = Agent::open(config).await?;
     agent.restore_switches().await?;
     vm::restore(&agent).await?;
-    migration::recover::fence(&agent).await?;
+    let restored = migration::handover::restore(&agent).await?;
     let router = api::router(Arc::clone(&agent));
     let mut servers = tokio::task::JoinSet::new();
     for address in listen {
@@ -92,7 +92,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         servers.spawn(listen::remote(Arc::clone(&agent), listener, router.clone()));
     }
     // The peer may be asked, and ask back, while this settles.
-    migration::recover::recover(&agent).await?;
+    migration::handover::settle(restored);
     servers.spawn(listen::local(Arc::clone(&agent), router));
     tracing::info!(
         host = %agent.name,

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_protocol::api::Switch;
+use limosa_protocol::handover::{self, Stage};
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, Role};
 use limosa_protocol::vm::VmDefinition;
@@ -46,6 +47,8 @@ pub(crate) struct VmRecord {
     pub(crate) epoch: Epoch,
     /// Its QEMU, from its start to its end.
     pub(crate) run: Option<RunRecord>,
+    /// The host to which an operator gave the VM: what is here is never started.
+    pub(crate) given_up_to: Option<HostName>,
 }
 
 /// A QEMU that this agent started.
@@ -56,33 +59,12 @@ pub(crate) struct RunRecord {
     pub(crate) cgroup: Option<PathBuf>,
 }
 
-/// How far this host's half of a migration got. The order of a source is
-/// offered, handed-over, done; of a destination preparing, ready, owner, done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Stage {
-    /// Source: the VM is still ours alone.
-    Offered,
-    /// Source: the commit point is passed; it must never run here again.
-    HandedOver,
-    /// Destination: receiving.
-    Preparing,
-    /// Destination: holds everything, waits for the commit.
-    Ready,
-    /// Destination: the VM is ours.
-    Owner,
-    /// Destination: gave up, ran nothing.
-    Declined,
-    /// Nothing is left to do.
-    Done,
-}
-
 /// One migration, as far as it must survive the agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MigrationRecord {
-    pub(crate) stage: Stage,
-    /// The epoch of the destination, once it owns the VM.
-    pub(crate) epoch: Epoch,
+    pub(crate) handover: handover::Record,
+    /// The VM was off when it began to move: there is no guest memory.
+    pub(crate) off: bool,
     /// The guest was paused and stays so.
     pub(crate) paused: bool,
     pub(crate) retain_source_disks: bool,
@@ -92,11 +74,19 @@ pub(crate) struct MigrationRecord {
     pub(crate) definition: Option<VmDefinition>,
     /// Destination: files and folders made for it, to be removed if it declines.
     pub(crate) made: Vec<PathBuf>,
-    /// Destination: its QEMU.
+    /// Destination: its QEMU. Source: the one that reads the disks of a VM that
+    /// is off.
     pub(crate) run: Option<RunRecord>,
+    /// The operator who gave the VM to this host, and when.
+    pub(crate) forced: Option<String>,
 }
 
 impl MigrationRecord {
+    /// Whether nothing is left to settle.
+    pub(crate) fn is_ended(&self) -> bool {
+        matches!(self.handover.stage, Stage::Done | Stage::Stayed | Stage::Superseded)
+    }
+
     pub(crate) fn peer(&self) -> &HostName {
         match self.view.role {
             Role::Source => &self.view.destination,
@@ -315,7 +305,7 @@ impl Store {
         let ended: Vec<_> = self
             .all::<MigrationRecord>()?
             .into_iter()
-            .filter(|(_, record)| matches!(record.stage, Stage::Done | Stage::Declined))
+            .filter(|(_, record)| record.is_ended())
             .collect();
         let surplus = ended.len().saturating_sub(MIGRATIONS_KEPT_MAX);
         let mut forgotten = Vec::new();
@@ -360,7 +350,8 @@ mod tests {
     #[test]
     fn records_survive_reopening() {
         let folder = tempfile::tempdir().unwrap();
-        let record = VmRecord { configuration: "/x".into(), epoch: Epoch(3), run: None };
+        let record =
+            VmRecord { configuration: "/x".into(), epoch: Epoch(3), run: None, given_up_to: None };
         {
             let store = Store::open(folder.path()).unwrap();
             store.put("web1", &record).unwrap();

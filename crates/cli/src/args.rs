@@ -138,6 +138,23 @@ pub(crate) enum Vm {
     ///
     /// Exit codes: 0 left, 1 failed, 2 wrong usage.
     Console(OneVm),
+    /// Show what is known of a VM whose hand-over waits for the other host; as a last resort, give
+    /// the VM to this host
+    ///
+    /// Two hosts settle a hand-over by themselves as soon as both answer. Only when one of them is
+    /// gone for good must an operator decide.
+    ///
+    /// Exit codes: 0 shown or forced, 1 failed or not confirmed, 2 wrong usage.
+    Recover {
+        #[command(flatten)]
+        vm: OneVm,
+        /// Give the VM to this host, having made sure that the other one does not run it
+        #[arg(long)]
+        force_owner: bool,
+        /// The VM's name once more, instead of being asked for it
+        #[arg(long, value_name = "NAME", requires = "force_owner")]
+        confirm: Option<VmName>,
+    },
     /// Find everything that stands against a move; touches nothing
     ///
     /// Exit codes: 0 nothing stands against it, 1 something does or failed, 2 wrong usage.

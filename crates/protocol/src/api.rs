@@ -10,6 +10,8 @@
 //! | `POST /v1/vms/{name}/stop` | [`StopRequest`] | [`Vm`] |
 //! | `GET /v1/vms/{name}/console` | upgrade to [`CONSOLE_PROTOCOL`] | raw bytes both ways |
 //! | `POST /v1/vms/{name}/compare` | [`crate::migration::MoveRequest`] | [`Comparison`] |
+//! | `GET /v1/vms/{name}/recover` | | [`Recovery`] |
+//! | `POST /v1/vms/{name}/recover` | [`RecoverRequest`] | [`Recovery`]; gives the VM to this host |
 //! | `POST /v1/vms/{name}/move` | [`crate::migration::MoveRequest`] | [`crate::migration::Migration`] |
 //! | `GET /v1/migrations` | | list of [`crate::migration::Migration`] |
 //! | `GET /v1/migrations/{id}` | | [`crate::migration::Migration`] |
@@ -33,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::id::{Epoch, HostName, MigrationId, SwitchName, VmName};
-use crate::migration::Problem;
+use crate::migration::{Problem, Role};
 use crate::vm::VmDefinition;
 
 /// The agent's socket for commands on its own host.
@@ -128,6 +130,8 @@ pub enum Power {
     MovingIn,
     /// A hand-over waits for the other host; both copies are stopped
     InDoubt,
+    /// An operator gave the VM to another host; this old copy is never started
+    GivenUp,
     /// QEMU reports a fault (disk error, guest panic)
     Fault,
 }
@@ -157,6 +161,57 @@ pub struct Vm {
     /// What is wrong, when something is
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<String>,
+    /// What this host cannot settle by itself now, and what would
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
+    /// The host to which an operator gave the VM
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up_to: Option<HostName>,
+}
+
+/// What is known of a hand-over that is not settled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Recovery {
+    /// The VM
+    pub vm: VmName,
+    /// Its migration
+    pub migration: MigrationId,
+    /// Which half this host does
+    pub role: Role,
+    /// State of this host's half, as in docs/handover.md
+    pub state: String,
+    /// What has become of the guest on this host
+    pub guest: String,
+    /// What cannot be settled now, and what would settle it
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
+    /// The other host
+    pub peer_name: HostName,
+    /// What it says, asked just now
+    pub peer: RecoveryPeer,
+    /// What forcing this host as the owner risks
+    pub risk: String,
+    /// Whether there is anything that an operator could decide here
+    pub may_force: bool,
+}
+
+/// What the other host says of a hand-over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RecoveryPeer {
+    /// Whether it answers at all
+    pub answers: bool,
+    /// It answers, and has never heard of the migration
+    pub has_lost_records: bool,
+    /// What it says, or why it could not be asked
+    pub says: String,
+}
+
+/// An operator's decision on a hand-over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// The VM's name once more, so that no other VM is forced by a slip
+    pub confirm: VmName,
 }
 
 /// How to stop a VM.

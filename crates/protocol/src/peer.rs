@@ -8,14 +8,16 @@
 //! | 2 | `POST /peer/v1/migrations` | [`Offer`] | [`OfferAnswer`]; no problems: place is made |
 //! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}` | bytes | |
 //! | 4 | `POST /peer/v1/migrations/{id}/receive` | [`Receive`] | [`Receiving`]; channels may connect |
-//! | 5 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`Ready`] once it is durable |
-//! | 6 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`Running`]; may be repeated |
-//! | – | `POST /peer/v1/migrations/{id}/abort` | [`Abort`] | [`PeerView`]; refused after commit |
-//! | – | `GET /peer/v1/migrations/{id}` | | [`PeerView`] |
-//! | – | `GET /peer/v1/offers/{id}` | | [`SourceView`]: the destination asks back after a restart |
+//! | 5 | `POST /peer/v1/migrations/{id}/verify` | | [`Digests`], only with full verification |
+//! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationWord`] |
+//! | 7 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`DestinationWord`]; may be repeated |
+//! | 8 | `POST /peer/v1/migrations/{id}/retired` | [`Retired`] | [`DestinationWord`]; may be repeated |
+//! | – | `POST /peer/v1/migrations/{id}/stays` | [`Stays`] | [`DestinationWord`]; instead of 5 to 8, may be repeated |
+//! | – | `GET /peer/v1/migrations/{id}` | | [`DestinationWord`] |
+//! | – | `GET /peer/v1/offers/{id}` | | [`SourceWord`]: the destination asks back |
 //!
-//! **Invariant.** Only the answer [`Ready`] allows the source to commit, only
-//! [`Commit`] allows the destination to run.
+//! **Invariant.** Only [`DestinationWord::Ready`] allows the source to commit,
+//! only [`Commit`] or [`SourceWord::Commit`] the destination to run.
 
 use serde::{Deserialize, Serialize};
 
@@ -114,24 +116,22 @@ pub enum ChannelRole {
     ReturnPath,
 }
 
+/// What really stands in RAM and images, read again while the guest is stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// RAM, if it moves
+    pub ram: Option<String>,
+    /// Each disk's content, in the definition's order
+    pub disks: Vec<String>,
+}
+
 /// Everything was sent: is it there?
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ReadyRequest {
-    /// Digest of RAM, read again at the source, with full verification
-    pub full_ram_digest: Option<String>,
-    /// Digests of each disk's content, read again at the source
-    pub full_disk_digests: Option<Vec<String>>,
     /// The guest is to stay paused
     pub paused: bool,
     /// Addresses the guest was seen to use
     pub addresses: Vec<std::net::IpAddr>,
-}
-
-/// The destination holds the whole VM and has recorded so durably.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Ready {
-    /// The epoch at which it will own the VM
-    pub epoch: Epoch,
 }
 
 /// The source has handed over, durably.
@@ -141,64 +141,70 @@ pub struct Commit {
     pub epoch: Epoch,
 }
 
-/// The destination owns the VM and runs it (or keeps it paused, as it was).
+/// The source has the VM, and keeps it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Running {
+pub struct Stays {
     /// The epoch at which it owns the VM
     pub epoch: Epoch,
-}
-
-/// The source gives up.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Abort {
     /// Why
     pub reason: String,
 }
 
-/// Where the destination's half stands.
+/// The source is out of the VM for good.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "record")]
-pub enum PeerView {
-    /// Never heard of it, or lost its records
-    Unknown,
-    /// It receives
-    Preparing {
-        /// Peer's last error, if it already failed
-        failed: Option<String>,
-    },
-    /// It holds everything and waits for the commit
+pub struct Retired {
+    /// The epoch at which the destination owns it
+    pub epoch: Epoch,
+}
+
+/// What the destination has to say of the hand-over; see `docs/handover.md`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "word")]
+pub enum DestinationWord {
+    /// Never heard of this migration, or lost its records
+    Unheard,
+    /// It receives, or is just about to decide: ask again
+    Undecided,
+    /// It holds everything, durably, and waits for the commit
     Ready {
         /// Epoch it would own
         epoch: Epoch,
     },
-    /// It owns the VM and is about to run it
-    Owner {
-        /// Epoch it owns
-        epoch: Epoch,
-    },
-    /// It owns the VM and has let it run
+    /// It owns the VM, which runs or is off there
     Running {
         /// Epoch it owns
         epoch: Epoch,
     },
     /// It gave up, ran nothing and never will
     Declined {
+        /// Epoch it gave up
+        epoch: Epoch,
         /// Why
         reason: String,
     },
 }
 
-/// Where the source's half stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "record")]
-pub enum SourceView {
-    /// Never heard of it, or it ended without a commit: do not run
-    Unknown,
-    /// Under way, not committed
-    Offered,
-    /// Committed: run
-    HandedOver {
+/// What the source has to say of the hand-over; see `docs/handover.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "word")]
+pub enum SourceWord {
+    /// Never heard of this migration, or lost its records
+    Unheard,
+    /// Nothing is decided yet: ask again
+    Undecided,
+    /// It has handed over, durably: run
+    Commit {
         /// Epoch handed over
+        epoch: Epoch,
+    },
+    /// It has the VM: do not run it
+    Stays {
+        /// Epoch it owns
+        epoch: Epoch,
+    },
+    /// It is out of the VM for good
+    Retired {
+        /// Epoch at which the destination owns it
         epoch: Epoch,
     },
 }

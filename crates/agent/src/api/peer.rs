@@ -5,11 +5,12 @@ use std::sync::Arc;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
+use limosa_protocol::handover::{DestinationEvent, Stage};
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
-    Abort, Commit, Offer, OfferAnswer, PeerView, Ready, ReadyRequest, Receive, Receiving, Running,
-    SourceView,
+    Commit, DestinationWord, Digests, Offer, OfferAnswer, ReadyRequest, Receive, Receiving,
+    Retired, SourceWord, Stays,
 };
 
 use super::{Body, Named, Shared};
@@ -17,8 +18,9 @@ use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
 use crate::listen::Caller;
 use crate::migration::compare;
-use crate::migration::incoming::{Incoming, view_of};
-use crate::store::{MigrationRecord, Stage};
+use crate::migration::handover::{DestinationHand, HandOver};
+use crate::migration::incoming::Incoming;
+use crate::store::MigrationRecord;
 
 pub(super) fn routes() -> Router<Arc<Agent>> {
     Router::new()
@@ -30,9 +32,11 @@ pub(super) fn routes() -> Router<Arc<Agent>> {
             put(take_file).layer(DefaultBodyLimit::disable()),
         )
         .route("/peer/v1/migrations/{id}/receive", post(receive))
+        .route("/peer/v1/migrations/{id}/verify", post(verify))
         .route("/peer/v1/migrations/{id}/ready", post(ready))
         .route("/peer/v1/migrations/{id}/commit", post(commit))
-        .route("/peer/v1/migrations/{id}/abort", post(abort))
+        .route("/peer/v1/migrations/{id}/retired", post(retired))
+        .route("/peer/v1/migrations/{id}/stays", post(stays))
         .route("/peer/v1/offers/{id}", get(offer))
 }
 
@@ -95,84 +99,111 @@ async fn receive(
     incoming(&agent, id, caller)?.receive(&request).await.map(Json)
 }
 
+async fn verify(
+    State(agent): Shared,
+    Extension(caller): Extension<Caller>,
+    Named(id): Named<MigrationId>,
+) -> Outcome<Json<Digests>> {
+    incoming(&agent, id, caller)?.verify().await.map(Json)
+}
+
 async fn ready(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(request): Body<ReadyRequest>,
-) -> Outcome<Json<Ready>> {
-    incoming(&agent, id, caller)?.ready(&request).await.map(Json)
+) -> Outcome<Json<DestinationWord>> {
+    match incoming(&agent, id, caller.clone()) {
+        Ok(incoming) => Ok(Json(incoming.ready(&request).await)),
+        Err(_) => answer(&agent, id, caller, DestinationEvent::Asked).await,
+    }
 }
 
 async fn commit(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-    Body(request): Body<Commit>,
-) -> Outcome<Json<Running>> {
-    if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
-        return incoming.commit(&request).await.map(Json);
-    }
-    // Repeated after the job ended: the record answers.
-    match recorded(&agent, id, caller, Role::Destination)? {
-        Some(record) => match view_of(&record, None) {
-            PeerView::Running { epoch } if epoch == request.epoch => Ok(Json(Running { epoch })),
-            PeerView::Ready { .. } => Err(Failure::conflict(
-                "the restarted destination is about to ask whether the VM was handed over",
-            )),
-            PeerView::Declined { reason } => Err(Failure::conflict(reason)),
-            _ => Err(Failure::conflict("this migration is not ready")),
-        },
-        None => Err(Failure::not_found(format!("no migration {id} at {}", agent.name))),
-    }
+    Body(Commit { epoch }): Body<Commit>,
+) -> Outcome<Json<DestinationWord>> {
+    answer(&agent, id, caller, DestinationEvent::Commit { epoch }).await
 }
 
-async fn abort(
+async fn retired(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-    Body(request): Body<Abort>,
-) -> Outcome<Json<PeerView>> {
-    if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
-        let reason = format!("the source gave up: {}", request.reason);
-        return Ok(Json(incoming.decline(&reason).await));
+    Body(Retired { epoch }): Body<Retired>,
+) -> Outcome<Json<DestinationWord>> {
+    answer(&agent, id, caller, DestinationEvent::Retired { epoch }).await
+}
+
+async fn stays(
+    State(agent): Shared,
+    Extension(caller): Extension<Caller>,
+    Named(id): Named<MigrationId>,
+    Body(Stays { epoch, reason }): Body<Stays>,
+) -> Outcome<Json<DestinationWord>> {
+    match hand(&agent, id, caller.clone())? {
+        Some(hand) => Ok(Json(hand.hear_stays(epoch, &reason).await)),
+        None => answer(&agent, id, caller, DestinationEvent::Asked).await,
     }
-    let record = recorded(&agent, id, caller, Role::Destination)?;
-    Ok(Json(record.map_or(PeerView::Unknown, |record| view_of(&record, None))))
 }
 
 async fn view(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-) -> Outcome<Json<PeerView>> {
-    if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
-        return Ok(Json(incoming.view().await));
+) -> Outcome<Json<DestinationWord>> {
+    answer(&agent, id, caller, DestinationEvent::Asked).await
+}
+
+/// Gives the source's word to the hand-over and answers with the destination's;
+/// what has ended is answered from its record.
+async fn answer(
+    agent: &Agent,
+    id: MigrationId,
+    caller: Caller,
+    event: DestinationEvent,
+) -> Outcome<Json<DestinationWord>> {
+    if let Some(hand) = hand(agent, id, caller.clone())? {
+        return Ok(Json(hand.hear(event).await));
     }
-    let record = recorded(&agent, id, caller, Role::Destination)?;
-    Ok(Json(record.map_or(PeerView::Unknown, |record| view_of(&record, None))))
+    let record = recorded(agent, id, caller, Role::Destination)?;
+    Ok(Json(record.map_or(DestinationWord::Unheard, |record| {
+        let epoch = record.handover.epoch;
+        match record.handover.stage {
+            Stage::Done => DestinationWord::Running { epoch },
+            Stage::Stayed | Stage::Superseded => DestinationWord::Declined {
+                epoch,
+                reason: record.view.reason.unwrap_or_else(|| "it gave up".to_owned()),
+            },
+            _ => DestinationWord::Undecided,
+        }
+    })))
+}
+
+fn hand(agent: &Agent, id: MigrationId, caller: Caller) -> Outcome<Option<Arc<DestinationHand>>> {
+    Ok(match agent.migrations.hand_over(id, &host(caller)?) {
+        Some(HandOver::Destination(hand)) => Some(hand),
+        _ => None,
+    })
 }
 
 async fn offer(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-) -> Outcome<Json<SourceView>> {
+) -> Outcome<Json<SourceWord>> {
+    if let Some(HandOver::Source(hand)) = agent.migrations.hand_over(id, &host(caller.clone())?) {
+        return Ok(Json(hand.answer().await));
+    }
     let record = recorded(&agent, id, caller, Role::Source)?;
-    let view = match record {
-        Some(record) => match record.stage {
-            Stage::Offered => SourceView::Offered,
-            Stage::HandedOver => SourceView::HandedOver { epoch: record.epoch },
-            // Done as moved was handed over as well: the destination ran, and
-            // asks because it lost its own record of it.
-            Stage::Done
-                if record.view.outcome == Some(limosa_protocol::migration::Outcome::Moved) =>
-            {
-                SourceView::HandedOver { epoch: record.epoch }
-            }
-            _ => SourceView::Unknown,
-        },
-        None => SourceView::Unknown,
-    };
-    Ok(Json(view))
+    Ok(Json(record.map_or(SourceWord::Unheard, |record| {
+        let epoch = record.handover.epoch;
+        match record.handover.stage {
+            Stage::Done | Stage::Superseded => SourceWord::Retired { epoch },
+            Stage::Stayed => SourceWord::Stays { epoch },
+            _ => SourceWord::Undecided,
+        }
+    })))
 }

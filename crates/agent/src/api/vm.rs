@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Body as HttpBody;
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::Response;
+use axum::{Extension, Json};
 use hyper_util::rt::TokioIo;
-use limosa_protocol::api::{CONSOLE_PROTOCOL, Comparison, Failure as ApiFailure, StopRequest, Vm};
+use limosa_protocol::api::{
+    CONSOLE_PROTOCOL, Comparison, Failure as ApiFailure, RecoverRequest, Recovery, StopRequest, Vm,
+};
 use limosa_protocol::id::VmName;
 use limosa_protocol::migration::{Migration, MoveRequest};
 use limosa_protocol::vm::VmDefinition;
@@ -20,7 +22,8 @@ use utoipa_axum::routes;
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
-use crate::migration;
+use crate::listen::Caller;
+use crate::migration::{self, handover};
 use crate::vm::{create, power, run};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
@@ -34,6 +37,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(console))
         .routes(routes!(compare))
         .routes(routes!(move_vm))
+        .routes(routes!(recovery, recover))
 }
 
 /// All VMs of this host
@@ -159,6 +163,31 @@ async fn compare(
     let vm = agent.vm(&name)?;
     let problems = migration::compare::compare(&agent, &vm, &request).await?;
     Ok(Json(Comparison { vm: name, to: request.to, problems }))
+}
+
+/// What is known of a hand-over that is not settled, on both hosts
+#[utoipa::path(get, path = "/v1/vms/{name}/recover", tag = "vm", params(("name" = String, Path)),
+    responses((status = 200, body = Recovery), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn recovery(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Recovery>> {
+    handover::recovery(&agent, &name).await.map(Json)
+}
+
+/// Give a VM to this host, the other one being gone; it may then run twice if it is not
+#[utoipa::path(post, path = "/v1/vms/{name}/recover", tag = "vm", params(("name" = String, Path)), request_body = RecoverRequest,
+    responses((status = 200, body = Recovery), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
+async fn recover(
+    State(agent): Shared,
+    Extension(caller): Extension<Caller>,
+    Named(name): Named<VmName>,
+    Body(request): Body<RecoverRequest>,
+) -> Outcome<Json<Recovery>> {
+    if request.confirm != name {
+        return Err(Failure::bad_request(format!(
+            "VM {name} is to be forced and {} was confirmed: nothing was done",
+            request.confirm
+        )));
+    }
+    handover::force_owner(&agent, &name, &caller.to_string()).await.map(Json)
 }
 
 /// Move a VM to another host; the answer comes at once, the work is a job

@@ -101,11 +101,18 @@ impl Job {
     /// Asks the job to end before its commit point.
     pub(crate) fn cancel(&self) -> Outcome<()> {
         let clock = self.clock();
+        let view = self.view();
+        if let (Some(outcome), Some(_)) = (view.outcome, view.ended_unix_ms) {
+            return Err(Failure::conflict(format!(
+                "migration {} has ended already: {}",
+                view.id,
+                outcome.as_str()
+            )));
+        }
         if clock.committed {
             return Err(Failure::conflict(format!(
                 "migration {} is past its commit point: the VM belongs to {} now",
-                self.id(),
-                self.view.borrow().destination
+                view.id, view.destination
             )));
         }
         self.cancelled.cancel();
@@ -139,44 +146,54 @@ impl Job {
         });
     }
 
-    /// Ends the job: the view has an outcome and a summary from here on.
-    pub(crate) fn end(
+    /// The view with its end, to be recorded before it is told.
+    pub(crate) fn ended_view(
         &self,
         outcome: End,
         reason: Option<String>,
         downtime: Option<Downtime>,
         proofs: Vec<String>,
     ) -> Migration {
+        let mut view = self.view();
         let mut clock = self.clock();
         let now = Instant::now();
-        clock.add(self.view.borrow().phase, now);
-        let summary = Summary {
+        clock.add(view.phase, now);
+        view.summary = Some(Summary {
             total_ms: millis(now - clock.started),
             phase_ms: clock.phase_ms.clone(),
-            moved: self.view.borrow().progress.moved,
+            moved: view.progress.moved,
             downtime,
-            rounds: self.view.borrow().progress.round,
+            rounds: view.progress.round,
             proofs,
-        };
-        drop(clock);
-        self.view.send_modify(|view| {
-            view.outcome = Some(outcome);
-            view.reason = reason;
-            view.ended_unix_ms = Some(now_unix_ms());
-            view.summary = Some(summary);
         });
+        view.outcome = Some(outcome);
+        view.reason = reason;
+        view.ended_unix_ms = Some(now_unix_ms());
+        view
+    }
+
+    /// Ends the job for everybody who watches it, once.
+    pub(crate) fn tell(&self, ended: Migration) {
+        let is_new = self.view.send_if_modified(|view| {
+            let is_new = view.ended_unix_ms.is_none();
+            if is_new {
+                view.clone_from(&ended);
+            }
+            is_new
+        });
+        if !is_new {
+            return;
+        }
         // Whoever waits for a cancel need not wait any longer.
         self.cancelled.cancel();
-        let view = self.view();
-        match (&view.outcome, &view.reason) {
+        match (&ended.outcome, &ended.reason) {
             (Some(End::Moved), _) => {
-                tracing::info!(migration = %view.id, vm = %view.vm, "moved");
+                tracing::info!(migration = %ended.id, vm = %ended.vm, "moved");
             }
             (outcome, reason) => {
-                tracing::warn!(migration = %view.id, vm = %view.vm, ?outcome, ?reason, "ended");
+                tracing::warn!(migration = %ended.id, vm = %ended.vm, ?outcome, ?reason, "ended");
             }
         }
-        view
     }
 
     fn clock(&self) -> std::sync::MutexGuard<'_, Clock> {

@@ -10,16 +10,14 @@
 //!            retire                                   done
 //! ```
 //!
-//! **Invariants.** The source lets its guest run again only while its record
-//! says `offered`. The destination runs the guest only once its record says
-//! `owner`, and writes that only on a commit, or on the source's word after a
-//! restart that it handed over.
+//! **Invariant.** [`outgoing`] and [`incoming`] bring the VM's contents across;
+//! who may run it is decided by [`handover`] alone.
 
 pub(crate) mod compare;
+pub(crate) mod handover;
 pub(crate) mod incoming;
 pub(crate) mod job;
 pub(crate) mod outgoing;
-pub(crate) mod recover;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +28,7 @@ use tokio::sync::watch;
 
 use crate::failure::{Failure, Outcome};
 use crate::store::{MigrationRecord, Store};
+use handover::HandOver;
 use incoming::Incoming;
 use job::Job;
 
@@ -45,8 +44,14 @@ pub(crate) struct Migrations {
 /// One migration under way.
 #[derive(Clone)]
 struct UnderWay {
-    job: Arc<Job>,
+    hand: HandOver,
     incoming: Option<Arc<Incoming>>,
+}
+
+impl UnderWay {
+    fn job(&self) -> &Arc<Job> {
+        self.hand.job()
+    }
 }
 
 impl Migrations {
@@ -54,16 +59,29 @@ impl Migrations {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a job, unless there are too many.
-    pub(crate) fn add(&self, job: Arc<Job>, incoming: Option<Arc<Incoming>>) -> Outcome<()> {
+    /// Adds a migration that begins, unless there are too many.
+    pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>) -> Outcome<()> {
         let mut under_way = self.lock();
-        if under_way.len() >= UNDER_WAY_COUNT_MAX {
+        // One that only waits for its peer's last word moves nothing.
+        let moving = under_way.values().filter(|one| one.job().view().outcome.is_none());
+        if moving.count() >= UNDER_WAY_COUNT_MAX {
             return Err(Failure::conflict(format!(
                 "{UNDER_WAY_COUNT_MAX} migrations are under way on this host: wait for one to end"
             )));
         }
-        under_way.insert(job.id(), UnderWay { job, incoming });
+        under_way.insert(hand.id(), UnderWay { hand, incoming });
         Ok(())
+    }
+
+    /// Adds a migration that a restart found.
+    pub(crate) fn add_restored(&self, hand: HandOver) {
+        self.lock().insert(hand.id(), UnderWay { hand, incoming: None });
+    }
+
+    /// An unsettled migration with a host.
+    pub(crate) fn hand_over(&self, id: MigrationId, with: &HostName) -> Option<HandOver> {
+        let hand = self.lock().get(&id)?.hand.clone();
+        (hand.peer() == *with).then_some(hand)
     }
 
     /// Forgets a job that ended; its record stays in the store.
@@ -80,7 +98,7 @@ impl Migrations {
     /// Any migration under way with a host.
     pub(crate) fn under_way_with(&self, host: &HostName) -> Option<MigrationId> {
         self.lock().values().find_map(|under_way| {
-            let view = under_way.job.view();
+            let view = under_way.job().view();
             let peer = match view.role {
                 Role::Source => &view.destination,
                 Role::Destination => &view.source,
@@ -95,7 +113,7 @@ impl Migrations {
         let mut views: BTreeMap<_, _> =
             recorded.into_iter().map(|(_, record)| (record.view.id, record.view)).collect();
         for (id, under_way) in self.lock().iter() {
-            views.insert(*id, under_way.job.view());
+            views.insert(*id, under_way.job().view());
         }
         Ok(views.into_values().collect())
     }
@@ -103,7 +121,7 @@ impl Migrations {
     /// One migration as it is now.
     pub(crate) fn view(&self, store: &Store, id: MigrationId) -> Outcome<Migration> {
         if let Some(under_way) = self.lock().get(&id) {
-            return Ok(under_way.job.view());
+            return Ok(under_way.job().view());
         }
         let record: Option<MigrationRecord> = store.get(&id.to_string())?;
         record.map(|record| record.view).ok_or_else(|| {
@@ -115,7 +133,7 @@ impl Migrations {
 
     /// The views of a migration under way, as they change.
     pub(crate) fn subscribe(&self, id: MigrationId) -> Option<watch::Receiver<Migration>> {
-        self.lock().get(&id).map(|under_way| under_way.job.subscribe())
+        self.lock().get(&id).map(|under_way| under_way.job().subscribe())
     }
 
     /// Asks a migration to end; it does so on its own time.
@@ -123,8 +141,8 @@ impl Migrations {
         let under_way = self.lock().get(&id).cloned();
         match under_way {
             Some(under_way) => {
-                under_way.job.cancel()?;
-                Ok(under_way.job.view())
+                under_way.job().cancel()?;
+                Ok(under_way.job().view())
             }
             None => {
                 let view = self.view(store, id)?;

@@ -26,7 +26,12 @@ pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> 
     let _placing = agent.placing.lock().await;
     check_host(agent, &definition).await?;
     let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
-    let record = VmRecord { configuration: configuration.clone(), epoch: Epoch(1), run: None };
+    let record = VmRecord {
+        configuration: configuration.clone(),
+        epoch: Epoch(1),
+        run: None,
+        given_up_to: None,
+    };
     // The name is taken from here on, so that a second request finds it taken.
     let vm = Arc::new(Vm::new(definition.clone(), record.clone()));
     let mut locked = vm.lock().await;

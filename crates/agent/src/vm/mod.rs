@@ -31,6 +31,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
+use crate::migration::handover::HandOver;
 use crate::net::learn::Addresses;
 use crate::store::VmRecord;
 
@@ -48,10 +49,11 @@ pub(crate) struct Inner {
     pub(crate) qemu: Option<Qemu>,
     /// The migration that has the VM, and which half is done here.
     pub(crate) migration: Option<(MigrationId, Role)>,
+    /// A migration that is not settled with the other host yet; the VM may be
+    /// ours, and run, long before it is.
+    pub(crate) hand_over: Option<HandOver>,
     /// Why the VM cannot be used, when it cannot.
     pub(crate) fault: Option<String>,
-    /// A commit may have happened; the VM must not run until that is settled.
-    pub(crate) in_doubt: bool,
 }
 
 /// A QEMU that runs.
@@ -75,7 +77,7 @@ impl Vm {
                 qemu: None,
                 migration: None,
                 fault: None,
-                in_doubt: false,
+                hand_over: None,
             }),
         }
     }
@@ -88,12 +90,8 @@ impl Vm {
     /// Locks the VM for a change that an operator wants.
     pub(crate) async fn lock_for_change(&self) -> Outcome<MutexGuard<'_, Inner>> {
         let inner = self.inner.lock().await;
-        if inner.in_doubt {
-            return Err(Failure::conflict(format!(
-                "VM {} is in doubt: its hand-over waits for the other host; see \
-                 `limosa migration show {}`",
-                self.name, self.name
-            )));
+        if let Some(hand_over) = &inner.hand_over {
+            hand_over.expect_ours()?;
         }
         if let Some((id, _)) = inner.migration {
             return Err(Failure::conflict(format!(
@@ -109,8 +107,12 @@ impl Vm {
     /// The VM as operators see it.
     pub(crate) async fn view(&self) -> api::Vm {
         let inner = self.inner.lock().await;
+        let standing = inner.hand_over.as_ref().map(HandOver::standing);
+        let doubt = standing.and_then(|standing| standing.doubt);
+        let is_ours = standing.is_none_or(|standing| standing.is_ours);
         let power = match (&inner.migration, &inner.qemu) {
-            _ if inner.in_doubt => api::Power::InDoubt,
+            _ if doubt.is_some() && !is_ours => api::Power::InDoubt,
+            _ if inner.record.given_up_to.is_some() => api::Power::GivenUp,
             (Some((_, Role::Source)), _) => api::Power::MovingOut,
             (Some((_, Role::Destination)), _) => api::Power::MovingIn,
             (None, None) if inner.fault.is_some() => api::Power::Fault,
@@ -126,6 +128,8 @@ impl Vm {
             migration: inner.migration.map(|(id, _)| id),
             addresses: self.addresses.list(),
             fault: inner.fault.clone(),
+            doubt: inner.hand_over.as_ref().zip(doubt).map(|(hand, doubt)| hand.doubt_text(doubt)),
+            given_up_to: inner.record.given_up_to.clone(),
         }
     }
 }
@@ -142,6 +146,34 @@ impl Inner {
                  again, or end that process and restart limosad",
                 self.definition.name, run.process.pid
             ))),
+        }
+    }
+
+    /// Whether the VM may be started anew from the disks of this host, or
+    /// deleted with them.
+    pub(crate) fn expect_cold_start(&self) -> Outcome<()> {
+        self.hand_over.as_ref().map_or(Ok(()), HandOver::expect_cold_start)
+    }
+
+    /// Only the owner may start a VM.
+    pub(crate) fn expect_owned(&self) -> Outcome<()> {
+        match &self.record.given_up_to {
+            None => Ok(()),
+            Some(owner) => Err(Failure::conflict(format!(
+                "VM {0} belongs to {owner}: an operator gave it to that host, and what is here is \
+                 an old copy. `limosa vm delete {0}` removes it, once nothing of it is needed",
+                self.definition.name
+            ))),
+        }
+    }
+
+    /// Forgets a hand-over that is settled.
+    pub(crate) fn leave_hand_over(&mut self, id: MigrationId) {
+        if self.hand_over.as_ref().is_some_and(|hand_over| hand_over.id() == id) {
+            self.hand_over = None;
+        }
+        if self.migration.is_some_and(|(under_way, _)| under_way == id) {
+            self.migration = None;
         }
     }
 

@@ -41,6 +41,7 @@ pub(crate) async fn pause(vm: &Vm) -> Outcome<()> {
 /// Lets the vCPUs run on.
 pub(crate) async fn resume(vm: &Vm) -> Outcome<()> {
     let inner = vm.lock_for_change().await?;
+    inner.expect_owned()?;
     power::cont(&inner.running()?.qmp).await.or_fail(&format!("resuming VM {}", vm.name))
 }
 

@@ -205,6 +205,8 @@ pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Outcome<()> {
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!("VM {} is on already", vm.name)));
     }
+    inner.expect_owned()?;
+    inner.expect_cold_start()?;
     let qemu = launch(agent, &inner.definition, false).await?;
     let started = async {
         record(agent, vm, &mut inner, &qemu)?;
@@ -271,6 +273,9 @@ pub(crate) async fn watch(agent: &Arc<Agent>, vm: &Arc<Vm>, inner: &mut Inner, q
             tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
         }
         tracing::info!(vm = %vm.name, "QEMU ended");
+        if let Some(hand_over) = &inner.hand_over {
+            hand_over.qemu_gone();
+        }
     });
 }
 

@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use limosa_protocol::api::{BODY_BYTES_MAX, Comparison, Power, StopRequest, Vm as View};
+use limosa_protocol::api::{
+    BODY_BYTES_MAX, Comparison, Power, RecoverRequest, Recovery, StopRequest, Vm as View,
+};
 use limosa_protocol::id::VmName;
-use limosa_protocol::migration::{self, Migration, MoveRequest};
+use limosa_protocol::migration::{self, Migration, MoveRequest, Role};
 use limosa_protocol::vm::VmDefinition;
 
 use super::migration::{CtrlC, watch};
@@ -33,6 +35,9 @@ pub(super) async fn run(session: &Session, command: Vm) -> Result<Exit> {
             let stream = client.upgrade(&path(&vm, "/console")).await?;
             console::run(vm.as_str(), stream).await?;
             Ok(Exit::Done)
+        }
+        Vm::Recover { vm, force_owner, confirm } => {
+            recover(session, &vm.vm, force_owner, confirm).await
         }
         Vm::Compare(options) => compare(session, &options).await,
         Vm::Move { options, detach } => move_vm(session, &options, detach).await,
@@ -119,6 +124,12 @@ fn about(view: &View) -> Result<()> {
     if let Some(migration) = &view.migration {
         lines.push(format!("migration: see `limosa migration watch {migration}`"));
     }
+    if let Some(doubt) = &view.doubt {
+        lines.push(format!("in doubt: {doubt}"));
+    }
+    if let Some(owner) = &view.given_up_to {
+        lines.push(format!("given up: an operator gave the VM to {owner}"));
+    }
     if let Some(fault) = &view.fault {
         // Of several lines each must be a comment.
         lines.extend(format!("fault: {fault}").lines().map(str::to_owned));
@@ -140,6 +151,57 @@ async fn delete(session: &Session, vm: &VmName, yes: bool) -> Result<Exit> {
     }
     session.client.delete(&path(vm, "")).await?;
     session.done(&format!("{vm} is deleted"))
+}
+
+async fn recover(
+    session: &Session,
+    vm: &VmName,
+    force_owner: bool,
+    confirm: Option<VmName>,
+) -> Result<Exit> {
+    let path = path(vm, "/recover");
+    let known: Recovery = session.client.get(&path).await?;
+    if !force_owner {
+        return session.result(&known, about_recovery);
+    }
+    let confirm = match confirm {
+        Some(name) => name,
+        None => {
+            about_recovery(&known)?;
+            let question = format!("Give VM {vm} to this host? Type its name:");
+            let typed = ask(&question, "--confirm NAME")?;
+            if typed != vm.as_str() {
+                show::note("nothing was forced");
+                return Ok(Exit::Failed);
+            }
+            vm.clone()
+        }
+    };
+    let forced: Recovery = session.client.post(&path, &RecoverRequest { confirm }).await?;
+    session.result(&forced, |forced| {
+        show::note(&format!("{vm} is this host's now ({})", forced.state));
+        Ok(())
+    })
+}
+
+fn about_recovery(known: &Recovery) -> Result<()> {
+    let role = match known.role {
+        Role::Source => "source",
+        Role::Destination => "destination",
+    };
+    show::line(&format!("VM {}, migration {}", known.vm, known.migration))?;
+    show::line(&format!("  here ({role}): {}; the guest {}", known.state, known.guest))?;
+    let answers = if known.peer.answers { "answers" } else { "does not answer" };
+    show::line(&format!("  {} {answers}: {}", known.peer_name, known.peer.says))?;
+    if let Some(doubt) = &known.doubt {
+        show::line(&format!("  in doubt: {doubt}"))?;
+    }
+    if known.may_force {
+        show::line(&format!("  risk of --force-owner: {}", known.risk))?;
+    } else {
+        show::line("  nothing is left for an operator to decide here")?;
+    }
+    Ok(())
 }
 
 fn request(options: &MoveOptions) -> Result<MoveRequest> {
@@ -199,6 +261,7 @@ fn power(power: Power) -> &'static str {
         Power::MovingOut => "moving out",
         Power::MovingIn => "moving in",
         Power::InDoubt => "in doubt",
+        Power::GivenUp => "given up",
         Power::Fault => "faulty",
     }
 }

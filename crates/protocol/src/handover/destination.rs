@@ -223,7 +223,9 @@ impl Destination {
             | On::Retired { .. }
             | On::Undecided
             | On::Unheard => self.on_word(&event),
-            On::Complete | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
+            On::Complete | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
+                self.on_own(&event)
+            }
         }
         .ok_or(illegal)
     }
@@ -262,6 +264,11 @@ impl Destination {
                 self.state = State::Closing(Ended::Moved);
                 self.persist(Stage::Done)
             }
+            (State::Owner, On::MovesOn) if self.guest == Guest::Running => {
+                self.state = State::Closing(Ended::Moved);
+                self.persist(Stage::Done)
+            }
+            (State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),
             _ => return None,
         })
     }

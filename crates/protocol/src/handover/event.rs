@@ -62,6 +62,9 @@ pub enum SourceEvent {
     Freed,
     /// An operator who knows the risk gives the VM to this host
     ForceOwner,
+    /// The VM, which runs here, is about to be moved again: what the other host
+    /// of this migration still has to say is no longer waited for
+    MovesOn,
 }
 
 impl SourceEvent {
@@ -85,6 +88,7 @@ impl SourceEvent {
             Self::QemuGone => "qemu-gone",
             Self::Freed => "freed",
             Self::ForceOwner => "force-owner",
+            Self::MovesOn => "moves-on",
         }
     }
 }
@@ -184,6 +188,9 @@ pub enum DestinationEvent {
     Freed,
     /// An operator who knows the risk gives the VM to this host
     ForceOwner,
+    /// The VM, which runs here, is about to be moved again: what the other host
+    /// of this migration still has to say is no longer waited for
+    MovesOn,
 }
 
 impl DestinationEvent {
@@ -208,6 +215,7 @@ impl DestinationEvent {
             Self::QemuGone => "qemu-gone",
             Self::Freed => "freed",
             Self::ForceOwner => "force-owner",
+            Self::MovesOn => "moves-on",
         }
     }
 }

@@ -226,7 +226,9 @@ impl Source {
             On::Ready { .. } | On::Running { .. } | On::Declined { .. } | On::Unheard => {
                 self.on_word(&event)
             }
-            On::Delivered | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
+            On::Delivered | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
+                self.on_own(&event)
+            }
         }
         .ok_or(illegal)
     }
@@ -259,6 +261,8 @@ impl Source {
                 self.owned = forced(self.owned);
                 self.stay()
             }
+            (State::Keeping, On::MovesOn) if self.guest == Guest::Running => self.stay(),
+            (State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),
             _ => return None,
         })
     }

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! **Invariants.** Everything made here is noted in the record before or while
-//! it is made, so that declining removes it also after a crash. The guest runs
-//! only in [`Incoming::commit`], after the record says `owner`.
+//! it is made, so that declining removes it also after a crash. What is received
+//! goes to a QEMU that stands; only [`super::handover`] lets it run.
 
 mod receive;
 mod take_over;
@@ -16,55 +16,53 @@ pub(crate) mod verify;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use limosa_plane::{ChannelIo, DestinationPlane, PlaneEvent};
-use limosa_protocol::id::{HostName, MigrationId};
-use limosa_protocol::migration::{Outcome as End, Phase, Role};
-use limosa_protocol::peer::{ChannelHello, Offer, OfferAnswer, PeerView};
+use limosa_plane::{ChannelIo, PlaneEvent};
+use limosa_protocol::id::HostName;
+use limosa_protocol::migration::{Phase, Role};
+use limosa_protocol::peer::{ChannelHello, Offer, OfferAnswer};
 use limosa_protocol::vm::VmDefinition;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::server::TlsStream;
 
-pub(crate) use take_over::go_on_as_owner;
+pub(crate) use receive::end_plane;
+pub(crate) use take_over::{announce_everywhere, let_run};
 
 use super::compare;
+use super::handover::{self, DestinationHand, HandOver};
 use super::job::Job;
-use super::outgoing::{end_record, forget_job};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::peer_link::into_blocking;
-use crate::store::{MigrationRecord, Stage, VmRecord};
+use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, files, run};
 
-/// One migration at its destination.
+/// What one migration receives at its destination.
 pub(crate) struct Incoming {
     agent: Arc<Agent>,
     job: Arc<Job>,
     offer: Offer,
+    definition: VmDefinition,
     vm: Arc<Vm>,
+    hand: Arc<DestinationHand>,
     inner: Mutex<Inner>,
 }
 
 /// What changes while it goes on.
+#[derive(Default)]
 struct Inner {
-    record: MigrationRecord,
-    definition: VmDefinition,
     qemu: Option<Qemu>,
     receiving: Option<Receiving>,
-    plane: Option<DestinationPlane>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
-    failed: Option<String>,
+    /// Everything is here; with RAM that was read again, its digest.
+    settled: Option<Settled>,
 }
 
-impl Inner {
-    /// Nothing more is taken once the migration is ready or given up.
-    fn expect_preparing(&self) -> Outcome<()> {
-        match self.record.stage {
-            Stage::Preparing => Ok(()),
-            _ => Err(Failure::conflict("this migration takes nothing more")),
-        }
-    }
+/// Everything is here, loaded and flushed.
+#[derive(Clone, Copy)]
+struct Settled {
+    ram_digest: Option<u128>,
 }
 
 /// What is prepared for channels that have not all come yet.
@@ -79,10 +77,6 @@ impl Incoming {
     /// The host that gives the VM.
     pub(crate) fn source(&self) -> &HostName {
         &self.offer.source
-    }
-
-    fn id(&self) -> MigrationId {
-        self.offer.migration
     }
 
     /// Takes an offer: checks it again, takes the VM's name and makes place.
@@ -110,15 +104,13 @@ impl Incoming {
         }
         let definition = compare::place_offer(agent, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
-        let vm = Arc::new(Vm::new(
-            definition.clone(),
-            VmRecord {
-                configuration: configuration.to_owned(),
-                epoch: offer.epoch.next(),
-                run: None,
-            },
-        ));
-        vm.lock().await.migration = Some((id, Role::Destination));
+        let of_vm = VmRecord {
+            configuration: configuration.to_owned(),
+            epoch: offer.epoch.next(),
+            run: None,
+            given_up_to: None,
+        };
+        let vm = Arc::new(Vm::new(definition.clone(), of_vm));
         let job = Arc::new(Job::new(
             id,
             definition.name.clone(),
@@ -127,39 +119,49 @@ impl Incoming {
             agent.name.clone(),
         ));
         let record = MigrationRecord {
-            stage: Stage::Preparing,
-            epoch: offer.epoch.next(),
+            handover: handover::first_destination_record(&offer),
+            off: !offer.running,
             paused: false,
             retain_source_disks: false,
             view: job.view(),
             definition: Some(definition.clone()),
-            made: Vec::new(),
+            made: what_could_be_made(&definition),
             run: None,
+            forced: None,
         };
         agent.add_vm(Arc::clone(&vm))?;
+        let begun = DestinationHand::begin(agent, &vm, &job, record, definition.clone());
+        let hand = match begun {
+            Ok(hand) => hand,
+            Err(failure) => {
+                agent.drop_vm_if(&vm);
+                return Err(failure);
+            }
+        };
+        let mut of_vm = vm.lock().await;
+        of_vm.migration = Some((id, Role::Destination));
+        of_vm.hand_over = Some(HandOver::Destination(Arc::clone(&hand)));
+        drop(of_vm);
         let incoming = Arc::new(Self {
             agent: Arc::clone(agent),
-            job: Arc::clone(&job),
+            job,
             offer,
-            vm: Arc::clone(&vm),
-            inner: Mutex::new(Inner {
-                record,
-                definition,
-                qemu: None,
-                receiving: None,
-                plane: None,
-                events: None,
-                failed: None,
-            }),
+            definition,
+            vm,
+            hand: Arc::clone(&hand),
+            inner: Mutex::default(),
         });
-        if let Err(failure) = agent.migrations.add(job, Some(Arc::clone(&incoming))) {
-            agent.drop_vm(&vm.name);
+        let added = agent
+            .migrations
+            .add(HandOver::Destination(Arc::clone(&hand)), Some(Arc::clone(&incoming)));
+        if let Err(failure) = added {
+            hand.give_up(&failure.to_string()).await;
             return Err(failure);
         }
         incoming.spawn_cancel_watch();
-        incoming.spawn_source_watch();
+        hand.spawn_settling();
         if let Err(failure) = incoming.make_place().await {
-            incoming.decline(&failure.to_string()).await;
+            hand.give_up(&failure.to_string()).await;
             return Err(failure);
         }
         Ok(OfferAnswer { problems: Vec::new() })
@@ -170,25 +172,16 @@ impl Incoming {
         let incoming = Arc::clone(self);
         tokio::spawn(async move {
             incoming.job.cancelled().await;
-            incoming.decline("cancelled by an operator of the destination").await;
+            incoming.hand.give_up("cancelled by an operator of the destination").await;
         });
     }
 
+    /// Makes folders and images. What could be made is recorded by now: a crash
+    /// in between finds what to remove.
     async fn make_place(&self) -> Outcome<()> {
-        let mut inner = self.inner.lock().await;
-        // The record comes first, with all that could be made: a crash in
-        // between must find what to remove.
-        let mut expected = Vec::new();
-        for (_, place) in inner.definition.places.each() {
-            expected.extend(place.map(std::path::Path::to_owned));
-        }
-        expected.extend(inner.definition.disks.iter().filter_map(|disk| disk.path.clone()));
-        inner.record.made = not_there_yet(&expected);
-        self.agent.store.put(&self.id().to_string(), &inner.record)?;
         let mut made = Vec::new();
-        files::make_places(&inner.definition.places, &mut made)?;
-        let Inner { record, definition, .. } = &mut *inner;
-        for (disk, facts) in definition.disks.iter().zip(&self.offer.disks) {
+        files::make_places(&self.definition.places, &mut made)?;
+        for (disk, facts) in self.definition.disks.iter().zip(&self.offer.disks) {
             let image = files::image(disk)?;
             crate::vm::create::make_image(
                 &self.agent,
@@ -199,85 +192,30 @@ impl Incoming {
             )
             .await?;
         }
-        record.made = made;
-        Ok(self.agent.store.put(&self.id().to_string(), &*record)?)
+        self.hand.note(|record| record.made = made).await
     }
 
     /// Takes a small file that moves beside the disks.
     pub(crate) async fn take_file(&self, name: &str, body: axum::body::Body) -> Outcome<()> {
-        let mut inner = self.inner.lock().await;
-        inner.expect_preparing()?;
+        self.hand.expect_preparing()?;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);
-        let known = files::small_files(&inner.definition)?;
+        let known = files::small_files(&self.definition)?;
         let is_known = known.iter().any(|(known, _)| *known == name);
         let Some((_, size_bytes)) = expected.filter(|_| is_known) else {
             return Err(Failure::bad_request(format!("the offer names no file {name}")));
         };
         let folder =
-            files::place(&inner.definition.places.configuration, "configuration")?.to_owned();
+            files::place(&self.definition.places.configuration, "configuration")?.to_owned();
         let path = folder.join(name);
-        inner.record.made.push(path.clone());
-        self.agent.store.put(&self.id().to_string(), &inner.record)?;
+        let noted = path.clone();
+        self.hand.note(|record| record.made.push(noted)).await?;
         receive::write_file(&path, body, *size_bytes).await
-    }
-
-    /// Where this half stands.
-    pub(crate) async fn view(&self) -> PeerView {
-        let inner = self.inner.lock().await;
-        view_of(&inner.record, inner.failed.clone())
-    }
-
-    /// Gives the offer back: ends what runs, removes what was made. Does
-    /// nothing once the VM is owned here.
-    pub(crate) async fn decline(&self, reason: &str) -> PeerView {
-        let mut inner = self.inner.lock().await;
-        if !matches!(inner.record.stage, Stage::Preparing | Stage::Ready) {
-            return view_of(&inner.record, None);
-        }
-        self.give_back(&mut inner, reason).await;
-        let view = view_of(&inner.record, None);
-        drop(inner);
-        forget_job(&self.agent, self.id());
-        view
-    }
-
-    /// Records that the guest never ran here, then ends what runs and removes
-    /// what was made. In this order: a crash in between must not find an owner
-    /// without its files.
-    async fn give_back(&self, inner: &mut Inner, reason: &str) {
-        if let Some(plane) = inner.plane.take() {
-            receive::end_plane(plane);
-        }
-        inner.receiving = None;
-        let qemu = inner.qemu.take();
-        let Inner { record, definition, .. } = inner;
-        record.stage = Stage::Declined;
-        record.view.reason = Some(reason.to_owned());
-        let name = &self.vm.name;
-        if let Err(error) = self.agent.store.put_migration_and_vm(record, name, None) {
-            // What is on the disk is not known: nothing is removed, nothing runs.
-            tracing::error!(migration = %self.id(), %error, "a decline was not recorded");
-            return;
-        }
-        let left = free(&self.agent, definition, qemu.as_ref(), &record.made).await;
-        let mut reason = reason.to_owned();
-        if !left.is_empty() {
-            reason = format!("{reason}; left here, to be removed by hand: {}", left.join("; "));
-        }
-        end_record(&self.job, record, End::Stayed, Some(reason), (None, Vec::new()));
-        record.stage = Stage::Declined;
-        record.made.clear();
-        if let Err(error) = self.agent.store.put(&self.id().to_string(), record) {
-            tracing::error!(migration = %self.id(), %error, "the end of a decline was not recorded");
-        }
-        self.agent.drop_vm(&self.vm.name);
     }
 
     /// Notes a failure and declines: the source finds out when it asks, or by
     /// its channels.
     async fn fail(&self, reason: String) {
-        self.inner.lock().await.failed = Some(reason.clone());
-        self.decline(&reason).await;
+        self.hand.give_up(&reason).await;
     }
 
     fn enter(&self, phase: Phase) {
@@ -285,19 +223,15 @@ impl Incoming {
     }
 }
 
-/// What an operator or the peer is told of a record.
-pub(crate) fn view_of(record: &MigrationRecord, failed: Option<String>) -> PeerView {
-    match record.stage {
-        Stage::Preparing | Stage::Offered => PeerView::Preparing { failed },
-        Stage::Ready => PeerView::Ready { epoch: record.epoch },
-        Stage::Owner => PeerView::Owner { epoch: record.epoch },
-        Stage::Done | Stage::HandedOver if record.view.outcome == Some(End::Moved) => {
-            PeerView::Running { epoch: record.epoch }
-        }
-        Stage::Done | Stage::HandedOver | Stage::Declined => PeerView::Declined {
-            reason: record.view.reason.clone().unwrap_or_else(|| "it gave up".to_owned()),
-        },
+/// Everything that a place for a VM may add to this host and that is not there
+/// yet, parents first.
+fn what_could_be_made(definition: &VmDefinition) -> Vec<PathBuf> {
+    let mut expected = Vec::new();
+    for (_, place) in definition.places.each() {
+        expected.extend(place.map(std::path::Path::to_owned));
     }
+    expected.extend(definition.disks.iter().filter_map(|disk| disk.path.clone()));
+    not_there_yet(&expected)
 }
 
 /// Ends an incoming QEMU and removes what was made for it. Says what stayed.
@@ -371,6 +305,7 @@ impl Incoming {
         mut stream: TlsStream<TcpStream>,
     ) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
+        self.hand.expect_preparing()?;
         let receiving = inner
             .receiving
             .as_mut()

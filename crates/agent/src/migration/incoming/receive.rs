@@ -70,7 +70,7 @@ impl Incoming {
             )));
         }
         let mut inner = self.inner.lock().await;
-        inner.expect_preparing()?;
+        self.hand.expect_preparing()?;
         if inner.receiving.is_some() || inner.qemu.is_some() {
             return Err(Failure::conflict("this migration receives already"));
         }
@@ -90,16 +90,19 @@ impl Incoming {
 
     async fn start_qemu(&self, inner: &mut Inner, channel_count: u8) -> Outcome<String> {
         let agent = &self.agent;
-        let qemu = run::launch(agent, &inner.definition, true).await?;
+        let qemu = run::launch(agent, &self.definition, true).await?;
+        if let Err(failure) = self.hand.note_qemu(&qemu).await {
+            // Given up meanwhile: nobody else knows of it.
+            run::end(&qemu).await?;
+            return Err(failure);
+        }
         inner.qemu = Some(qemu.clone());
-        inner.record.run = Some(run::run_record(&qemu));
-        agent.store.put(&self.offer.migration.to_string(), &inner.record)?;
         let doing = "preparing QEMU at the destination";
-        let runtime = agent.runtime_folder(&inner.definition.name);
+        let runtime = agent.runtime_folder(&self.definition.name);
         let nbd = runtime.join("nbd.sock");
         block::start_nbd_server(&qemu.qmp, &nbd).await.or_fail(doing)?;
         let mut disks: Vec<Box<dyn DiskTarget + Send>> = Vec::new();
-        let own = inner.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
+        let own = self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
         for (disk, facts) in own.zip(&self.offer.disks) {
             let id = disk.id.as_str();
             block::export(&qemu.qmp, &export_id(id), &disk_node(id), id, true)
@@ -122,7 +125,7 @@ impl Incoming {
             let socket = runtime.join("incoming.sock");
             migrate::start_incoming(&qemu.qmp, &socket).await.or_fail(doing)?;
             qemu_incoming = Some(std::os::unix::net::UnixStream::connect(&socket).or_fail(doing)?);
-            let size_bytes = qemu.accelerator.ram_bytes(inner.definition.memory_bytes());
+            let size_bytes = qemu.accelerator.ram_bytes(self.definition.memory_bytes());
             ram.push(RamTarget {
                 name: RAM_BACKEND_ID.to_owned(),
                 size_bytes,
@@ -175,7 +178,7 @@ impl Incoming {
                 sender.try_send(event).ok();
             }),
         };
-        inner.plane = Some(DestinationPlane::start(spec).or_fail("starting the data plane")?);
+        self.hand.hold_plane(DestinationPlane::start(spec).or_fail("starting the data plane")?);
         inner.events = Some(events);
         self.enter(Phase::Mirror);
         Ok(())
@@ -188,7 +191,7 @@ fn export_id(disk: &str) -> String {
 }
 
 /// Ends a plane's threads; nobody needs to wait for them.
-pub(super) fn end_plane(plane: DestinationPlane) {
+pub(crate) fn end_plane(plane: DestinationPlane) {
     plane.abort();
     std::thread::spawn(move || {
         if let Err(error) = plane.join() {

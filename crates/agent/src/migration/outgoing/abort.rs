@@ -6,87 +6,52 @@
 use std::time::Duration;
 
 use limosa_plane::PlaneError;
-use limosa_protocol::migration::Outcome as End;
-use limosa_protocol::peer::{Abort, PeerView};
+use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::power::{self, RunState};
-use limosa_qemu::{block, process};
 
 use super::mirror::MIRROR_PREFIX;
-use super::{Source, end_record, forget_job, plane_failure};
+use super::{Source, plane_failure};
 use crate::failure::{Failure, OrFail, Outcome};
-use crate::vm::{Qemu, run};
+use crate::vm::Qemu;
 
 /// Longest wait for QEMU to give a cancelled migration up, in looks of
 /// [`LOOK_EVERY`].
 const LOOK_COUNT_MAX: u32 = 200;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Longest wait for the destination's word on an abort, in milliseconds.
-const ABORT_MS_MAX: u64 = 10_000;
 
-/// Leaves the VM at the source as it was found.
+/// Gives up: ends the plane, lets the guest go on, and says so.
 pub(super) async fn abort(mut source: Source, why: &Failure) {
-    let id = source.job.id();
     // When the plane broke, what QEMU says of it is only an echo.
     let plane = source.plane.as_ref().and_then(limosa_plane::SourcePlane::failure);
     let is_cancelled = source.job.is_cancelled();
     // Threads first: QEMU gives up at once when its sockets are closed.
     source.close_plane();
-    let mut reason = match &plane {
+    let reason = match &plane {
         Some(error) if !is_cancelled => plane_failure(error).to_string(),
         _ => why.to_string(),
     };
-    if source.offer.running {
-        if let Err(failure) = clean_qemu(&source.qemu, source.was_running).await {
-            tracing::error!(migration = %id, %failure, "the source was not put in order");
-            reason = format!("{reason}; besides, at the source: {failure}");
-        }
-    } else if let Err(failure) = run::end(&source.qemu).await {
-        reason = format!("{reason}; besides, at the source: {failure}");
-    }
-    let mut inner = source.vm.lock().await;
-    let abort = Abort { reason: reason.clone() };
-    let told =
-        source.link.post_within::<_, PeerView>(&source.path("abort"), &abort, ABORT_MS_MAX).await;
-    match told {
-        // A connection that breaks has its reason at the other end.
-        Ok(PeerView::Declined { reason: theirs })
-            if !theirs.ends_with(&abort.reason)
-                && matches!(plane, Some(PlaneError::PeerLost { .. })) =>
-        {
-            reason = format!("{} gave up: {theirs}", source.link.name());
-        }
-        Ok(_) => {}
-        // It asks back by itself, finds no offer, and cleans up.
-        Err(error) => {
-            tracing::warn!(migration = %id, %error, "the destination was not told of the abort");
-        }
-    }
-    if source.offer.running && !process::is_alive(&source.qemu.process) {
-        reason = format!("{reason}; QEMU of the VM ended, so it is off");
-    }
-    let record = &mut source.record;
-    end_record(&source.job, record, End::Stayed, Some(reason), (None, Vec::new()));
-    if let Err(error) = source.agent.store.put(&id.to_string(), &*record) {
-        tracing::error!(migration = %id, %error, "the end of a migration was not recorded");
-    }
-    inner.migration = None;
-    drop(inner);
-    forget_job(&source.agent, id);
+    let is_echo = matches!(plane, Some(PlaneError::PeerLost { .. })) && !is_cancelled;
+    source.hand.give_up(reason, is_echo).await;
 }
 
-/// Ends migration and mirrors of a source QEMU, and lets the guest run if it
-/// ran before.
-pub(crate) async fn clean_qemu(qemu: &Qemu, was_running: bool) -> Outcome<()> {
-    let qmp = &qemu.qmp;
-    if qmp.is_closed() {
+/// Ends migration and mirrors of a source QEMU.
+pub(crate) async fn undo_in_qemu(qemu: &Qemu) -> Outcome<()> {
+    if qemu.qmp.is_closed() {
         return Ok(());
     }
     end_migration(qemu).await?;
-    end_mirrors(qemu).await?;
+    end_mirrors(qemu).await
+}
+
+/// Lets a guest run that a migration stopped.
+pub(crate) async fn let_run_again(qemu: &Qemu) -> Outcome<()> {
+    let qmp = &qemu.qmp;
+    if qmp.is_closed() {
+        return Err(Failure::internal("QEMU of the VM ended"));
+    }
     let status = power::query_status(qmp).await.or_fail("asking QEMU")?;
-    let stands = !matches!(status, RunState::Running | RunState::Shutdown);
-    if was_running && stands {
+    if !matches!(status, RunState::Running | RunState::Shutdown) {
         power::cont(qmp).await.or_fail("letting the guest run on")?;
         // Should switches have learnt the destination already, they learn again.
         power::announce_self(qmp).await.or_fail("announcing the guest")?;

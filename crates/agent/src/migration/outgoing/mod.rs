@@ -6,8 +6,7 @@
 //! ```
 //!
 //! **Invariant.** What ends before the commit point leaves the guest as it was
-//! found ([`abort`]). After it, [`retire`] and [`super::recover`] only ever go
-//! forward. A commit whose record failed is neither: everything stands still.
+//! found ([`abort`]). From *ready?* on only [`super::handover`] decides.
 
 mod abort;
 mod memory;
@@ -19,25 +18,25 @@ mod switchover;
 use std::sync::Arc;
 
 use limosa_plane::{PlaneEvent, SourcePlane};
-use limosa_protocol::id::{Epoch, MigrationId};
-use limosa_protocol::migration::{
-    Downtime, Migration, MoveRequest, Outcome as End, Phase, Role, Verify,
-};
+use limosa_protocol::handover::{Record, Stage};
+use limosa_protocol::id::MigrationId;
+use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role, Verify};
 use limosa_protocol::peer::Offer;
 use limosa_qemu::power::{self, RunState};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-pub(crate) use abort::clean_qemu;
+pub(crate) use abort::{let_run_again, undo_in_qemu};
 pub(crate) use prepare::plane_settings;
 pub(crate) use retire::{free_source, left_behind};
 
 use super::compare;
+use super::handover::{HandOver, SourceHand};
 use super::job::Job;
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::peer_link::PeerLink;
-use crate::store::{MigrationRecord, Stage};
+use crate::store::MigrationRecord;
 use crate::vm::{Qemu, Vm, run};
 
 /// Most plane events that wait to be looked at; the plane makes a handful.
@@ -48,9 +47,9 @@ pub(crate) struct Source {
     agent: Arc<Agent>,
     vm: Arc<Vm>,
     job: Arc<Job>,
-    link: PeerLink,
+    link: Arc<PeerLink>,
     offer: Offer,
-    record: MigrationRecord,
+    hand: Arc<SourceHand>,
     /// The guest's QEMU; for a VM that is off, one that only reads its disks.
     qemu: Qemu,
     /// Whether the guest's vCPUs ran when the migration began.
@@ -58,12 +57,6 @@ pub(crate) struct Source {
     plane: Option<SourcePlane>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
     exports: Vec<limosa_plane::nbd::server::ServerHandle>,
-}
-
-/// What is known once the destination runs the VM.
-struct Handed {
-    downtime: Option<Downtime>,
-    proofs: Vec<String>,
 }
 
 /// Begins a migration: compares, takes the VM, and leaves the rest to a task.
@@ -80,7 +73,11 @@ pub(crate) async fn begin(
             problems,
         ));
     }
-    let link = PeerLink::new(agent, &request.to)?;
+    // What another host has to say of an earlier move, this one makes void.
+    let earlier = vm.lock().await.hand_over.clone();
+    if let Some(earlier) = earlier {
+        earlier.move_on().await?;
+    }
     let id = MigrationId(Uuid::now_v7());
     let job = Arc::new(Job::new(
         id,
@@ -90,56 +87,44 @@ pub(crate) async fn begin(
         request.to.clone(),
     ));
     let mut inner = vm.lock_for_change().await?;
+    inner.expect_owned()?;
+    inner.expect_cold_start()?;
     let offer = compare::make_offer(agent, &inner, &request, id).await?;
-    let was_running = match &inner.qemu {
-        Some(qemu) => {
-            let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
-            match status {
-                RunState::Running => true,
-                // After a move that failed late, a paused guest is in `postmigrate`.
-                RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => false,
-                other => {
-                    return Err(Failure::conflict(format!(
-                        "VM {} is {other:?} and cannot move: resume or stop it first",
-                        vm.name
-                    )));
-                }
-            }
-        }
-        None => false,
+    let was_running = runs(&inner).await?;
+    let off = inner.qemu.is_none();
+    let qemu = match &inner.qemu {
+        Some(qemu) => qemu.clone(),
+        // A VM that is off needs something that reads its disks.
+        None => run::launch(agent, &inner.definition, false).await?,
     };
-    let mut record = MigrationRecord {
-        stage: Stage::Offered,
-        epoch: inner.record.epoch.next(),
-        paused: inner.qemu.is_some() && !was_running,
+    let record = MigrationRecord {
+        handover: Record::first(id, Stage::Offered, inner.record.epoch),
+        off,
+        paused: !off && !was_running,
         retain_source_disks: request.retain_source_disks,
         view: job.view(),
         definition: None,
         made: Vec::new(),
-        run: None,
+        run: off.then(|| run::run_record(&qemu)),
+        forced: None,
     };
-    agent.migrations.add(Arc::clone(&job), None)?;
-    let taken = async {
-        agent.store.put(&id.to_string(), &record)?;
-        match &inner.qemu {
-            Some(qemu) => Ok(qemu.clone()),
-            // A VM that is off needs something that reads its disks.
-            None => run::launch(agent, &inner.definition, false).await,
-        }
-    };
-    let qemu = match taken.await {
-        Ok(qemu) => qemu,
+    let begun = SourceHand::begin(agent, vm, &job, record, &qemu).and_then(|hand| {
+        let link = hand.link()?;
+        agent.migrations.add(HandOver::Source(Arc::clone(&hand)), None)?;
+        Ok((hand, link))
+    });
+    let (hand, link) = match begun {
+        Ok(begun) => begun,
         Err(failure) => {
-            agent.migrations.remove(id);
+            if off {
+                run::end(&qemu).await?;
+            }
             agent.store.remove::<MigrationRecord>(&id.to_string())?;
             return Err(failure);
         }
     };
-    if !offer.running {
-        record.run = Some(run::run_record(&qemu));
-        agent.store.put(&id.to_string(), &record)?;
-    }
     inner.migration = Some((id, Role::Source));
+    inner.hand_over = Some(HandOver::Source(Arc::clone(&hand)));
     drop(inner);
     let view = job.view();
     let source = Source {
@@ -148,7 +133,7 @@ pub(crate) async fn begin(
         job,
         link,
         offer,
-        record,
+        hand,
         qemu,
         was_running,
         plane: None,
@@ -159,26 +144,32 @@ pub(crate) async fn begin(
     Ok(view)
 }
 
+/// Whether the guest's vCPUs run; a failure when the VM does not move as it is.
+async fn runs(inner: &crate::vm::Inner) -> Outcome<bool> {
+    let Some(qemu) = &inner.qemu else { return Ok(false) };
+    match power::query_status(&qemu.qmp).await.or_fail("asking QEMU")? {
+        RunState::Running => Ok(true),
+        // After a move that failed late, a paused guest is in `postmigrate`.
+        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => Ok(false),
+        other => Err(Failure::conflict(format!(
+            "VM {} is {other:?} and cannot move: resume or stop it first",
+            inner.definition.name
+        ))),
+    }
+}
+
 impl Source {
     async fn run(mut self) {
         match self.drive().await {
-            Ok(handed) => retire::retire(self, handed).await,
-            Err(Stopped::BeforeCommit(failure)) => abort::abort(self, &failure).await,
-            Err(Stopped::AfterCommit(failure)) => {
-                tracing::warn!(
-                    migration = %self.job.id(), %failure,
-                    "the destination did not say whether it runs; asking until it does"
-                );
-                super::recover::settle_source(self.into_in_doubt()).await;
-            }
-            Err(Stopped::Unknown(failure)) => self.stop_in_doubt(&failure).await,
+            Ok(switched) => self.hand_over(switched).await,
+            Err(failure) => abort::abort(self, &failure).await,
         }
     }
 
-    /// Goes through the phases up to the destination's word that it runs.
-    async fn drive(&mut self) -> Result<Handed, Stopped> {
+    /// Goes through the phases until everything is at the destination.
+    async fn drive(&mut self) -> Outcome<switchover::Switched> {
         let job = Arc::clone(&self.job);
-        let before = async {
+        let work = async {
             self.prepare().await?;
             self.job.enter(Phase::Mirror);
             self.mirror().await?;
@@ -189,20 +180,14 @@ impl Source {
                 self.job.enter(Phase::Switchover);
                 self.stop_without_memory().await?
             };
-            Ok::<_, Failure>(switched)
+            self.verify_fully().await?;
+            Ok(switched)
         };
         // An operator's cancel drops the work where it is; `abort` undoes it.
-        let switched = tokio::select! {
-            result = before => result.map_err(Stopped::BeforeCommit)?,
-            () = job.cancelled() => {
-                return Err(Stopped::BeforeCommit(Failure::conflict("cancelled by an operator")));
-            }
-        };
-        self.hand_over(switched).await
-    }
-
-    fn epoch(&self) -> Epoch {
-        self.record.epoch
+        tokio::select! {
+            result = work => result,
+            () = job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
+        }
     }
 
     fn path(&self, what: &str) -> String {
@@ -224,33 +209,6 @@ impl Source {
         }
     }
 
-    /// The record of the commit may or may not be on the disk: neither host may
-    /// run the guest before a restarted agent has read it.
-    async fn stop_in_doubt(mut self, failure: &Failure) {
-        self.close_plane();
-        let reason = format!(
-            "whether the VM was handed over could not be recorded ({failure}); it stays stopped on \
-             both hosts until limosad of {} is restarted and reads its record",
-            self.agent.name
-        );
-        tracing::error!(migration = %self.job.id(), reason, "in doubt");
-        self.vm.lock().await.in_doubt = true;
-        self.job.tell_in_doubt(reason);
-    }
-
-    /// What is left to settle when the destination does not answer.
-    fn into_in_doubt(mut self) -> super::recover::InDoubt {
-        self.close_plane();
-        super::recover::InDoubt {
-            agent: self.agent,
-            vm: self.vm,
-            job: self.job,
-            link: self.link,
-            record: self.record,
-            qemu: Some(self.qemu),
-        }
-    }
-
     /// Ends the plane's threads and the exports.
     fn close_plane(&mut self) {
         for export in self.exports.drain(..) {
@@ -269,35 +227,6 @@ impl Source {
     }
 }
 
-/// Why [`Source::drive`] did not reach the end.
-enum Stopped {
-    BeforeCommit(Failure),
-    AfterCommit(Failure),
-    /// Nobody knows whether the commit was recorded.
-    Unknown(Failure),
-}
-
 fn plane_failure(error: &limosa_plane::PlaneError) -> Failure {
     Failure::peer(format!("moving the VM's contents: {}", crate::failure::chain(error)))
-}
-
-/// The last view and record of a migration that ended.
-pub(crate) fn end_record(
-    job: &Job,
-    record: &mut MigrationRecord,
-    end: End,
-    reason: Option<String>,
-    handed: (Option<Downtime>, Vec<String>),
-) {
-    record.view = job.end(end, reason, handed.0, handed.1);
-    record.stage = Stage::Done;
-    record.run = None;
-}
-
-/// What remains after every end: the job is a record, the oldest are forgotten.
-pub(crate) fn forget_job(agent: &Agent, id: MigrationId) {
-    agent.migrations.remove(id);
-    if let Err(error) = agent.store.forget_old_migrations() {
-        tracing::warn!(error = crate::failure::chain(&error), "old migrations stay recorded");
-    }
 }

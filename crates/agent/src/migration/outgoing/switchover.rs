@@ -7,29 +7,31 @@
 //!
 //! What can go on side by side does: everything here is blackout.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use limosa_plane::PlaneEvent;
-use limosa_protocol::migration::Downtime;
-use limosa_protocol::peer::{Commit, Ready, ReadyRequest, Running};
+use limosa_protocol::handover::{SourceAction, SourceEvent as On};
+use limosa_protocol::migration::{Downtime, Phase};
+use limosa_protocol::peer::{DestinationWord, Digests, ReadyRequest};
 use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::qmp::QmpEvent;
 use tokio::sync::broadcast;
 
+use super::super::handover::Handed;
+use super::super::incoming::verify;
 use super::memory::{memory_failure, qmp_failure};
 use super::mirror::mirror_name;
-use super::{Handed, Source, Stopped};
+use super::{Source, abort};
 use crate::failure::{Failure, OrFail, Outcome, chain};
-use crate::peer_link::PeerError;
-use crate::store::Stage;
 
 /// Longest a guest is held stopped before the commit point, in milliseconds;
 /// past that the migration is aborted and the guest goes on.
 const STOPPED_MS_MAX: u64 = 60_000;
-/// Longest wait for the destination's word on a commit, in milliseconds. After
-/// it the migration is in doubt and asks on.
-const COMMIT_MS_MAX: u64 = 15_000;
+/// Longest time for reading everything again on both hosts, in milliseconds; the
+/// guest stands meanwhile, as its operator wished.
+const VERIFY_MS_MAX: u64 = 30 * 60_000;
 
 /// Where the time of a switchover went so far.
 pub(super) struct Switched {
@@ -108,26 +110,53 @@ impl Source {
         Ok(())
     }
 
-    /// The commit, and what leads to it.
-    pub(super) async fn hand_over(&mut self, switched: Switched) -> Result<Handed, Stopped> {
-        let ready = self.ask_ready().await.map_err(Stopped::BeforeCommit)?;
+    /// With full verification: what really stands in RAM and images is read
+    /// again on both hosts at the same time, and compared.
+    pub(super) async fn verify_fully(&self) -> Outcome<()> {
+        if !self.verifies_fully() {
+            return Ok(());
+        }
+        let (path, definition) = (self.path("verify"), &self.offer.definition);
+        let qemu = self.offer.running.then_some(&self.qemu);
+        let (ours, theirs) = tokio::join!(
+            verify::digests(&self.agent, definition, qemu),
+            self.link.post_within::<_, Digests>(&path, &(), VERIFY_MS_MAX)
+        );
+        let (ours, theirs) = (ours?, theirs?);
+        match verify::first_difference(definition, &ours, &theirs) {
+            None => Ok(()),
+            Some(what) => Err(Failure::internal(format!(
+                "{what} differs between source and destination: nothing was handed over; this is \
+                 a fault in Limosa or in a host's memory or disk"
+            ))),
+        }
+    }
+
+    /// *ready?*, the commit, and what follows. From here on the machine decides.
+    pub(super) async fn hand_over(mut self, switched: Switched) {
+        let hand = Arc::clone(&self.hand);
+        hand.feed(On::Delivered).await;
+        let ready = match self.ask_ready().await {
+            Ok(ready) => ready,
+            Err(failure) => return abort::abort(self, &failure).await,
+        };
         let device_state_done = Instant::now();
-        if ready.epoch != self.epoch() {
-            return Err(Stopped::BeforeCommit(Failure::peer(format!(
-                "{} is ready for epoch {} and not for {}",
-                self.link.name(),
-                ready.epoch,
-                self.epoch()
-            ))));
+        if matches!(ready, DestinationWord::Ready { .. })
+            && let Err(failure) = self.job.pass_commit_point()
+        {
+            return abort::abort(self, &failure).await;
         }
-        self.job.pass_commit_point().map_err(Stopped::BeforeCommit)?;
-        self.record.view = self.job.view();
-        self.record.stage = Stage::HandedOver;
-        if let Err(error) = self.agent.store.put(&self.job.id().to_string(), &self.record) {
-            return Err(Stopped::Unknown(error.into()));
-        }
+        let mut words = hand.hear(ready).await;
         let committed = Instant::now();
-        self.commit().await?;
+        let answer = match words.pop() {
+            Some(commit @ SourceAction::SendCommit(_)) => hand.ask_destination(&commit).await,
+            // It declined, or nobody knows whether the commit was recorded.
+            other => {
+                self.close_plane();
+                words.extend(other);
+                return hand.finish(words).await;
+            }
+        };
         let resumed = Instant::now();
         let downtime = switched.stopped.map(|stopped| Downtime {
             stop_ms: ms(switched.mirrors_ended - stopped),
@@ -137,50 +166,34 @@ impl Source {
             resume_ms: ms(resumed - committed),
             total_ms: ms(resumed - stopped),
         });
-        Ok(Handed { downtime, proofs: self.proofs() })
+        self.job.enter(Phase::Retire);
+        // The last round and the device state are in these figures.
+        if let Some(plane) = self.plane.as_ref() {
+            let moved = plane.moved();
+            self.job.progress(|progress| progress.moved = moved);
+        }
+        self.close_plane();
+        hand.note_handed(Handed { downtime, proofs: self.proofs() }).await;
+        let words = match answer {
+            Ok(word) => hand.hear(word).await,
+            // Asked again until it is answered.
+            Err(_) => Vec::new(),
+        };
+        hand.finish(words).await;
     }
 
-    async fn ask_ready(&mut self) -> Outcome<Ready> {
-        let (full_ram_digest, full_disk_digests) =
-            if self.verifies_fully() { self.read_everything_again().await? } else { (None, None) };
-        let request = ReadyRequest {
-            full_ram_digest,
-            full_disk_digests,
-            paused: !self.was_running,
-            addresses: self.vm.addresses.list(),
-        };
-        let limit_ms = STOPPED_MS_MAX;
-        let job = std::sync::Arc::clone(&self.job);
+    async fn ask_ready(&self) -> Outcome<DestinationWord> {
+        let request =
+            ReadyRequest { paused: !self.was_running, addresses: self.vm.addresses.list() };
         let path = self.path("ready");
         tokio::select! {
-            ready = self.link.post_within(&path, &request, limit_ms) => Ok(ready?),
-            () = job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
-        }
-    }
-
-    /// With full verification: digests of what really stands in RAM and images.
-    async fn read_everything_again(&self) -> Outcome<(Option<String>, Option<Vec<String>>)> {
-        let ram = if self.offer.running {
-            Some(super::super::incoming::verify::ram(&self.qemu, &self.offer.definition).await?)
-        } else {
-            None
-        };
-        let mut disks = Vec::new();
-        for disk in &self.offer.definition.disks {
-            if disk.kind == limosa_protocol::vm::DiskKind::Disk {
-                disks.push(super::super::incoming::verify::disk(&self.agent, disk).await?);
-            }
-        }
-        Ok((ram, Some(disks)))
-    }
-
-    async fn commit(&self) -> Result<(), Stopped> {
-        let commit = Commit { epoch: self.epoch() };
-        let path = self.path("commit");
-        match self.link.post_within::<_, Running>(&path, &commit, COMMIT_MS_MAX).await {
-            Ok(_running) => Ok(()),
-            Err(PeerError::Unreachable(what)) => Err(Stopped::AfterCommit(Failure::peer(what))),
-            Err(PeerError::Refused(failure)) => Err(Stopped::AfterCommit(Failure(failure))),
+            word = self.link.post_within(&path, &request, STOPPED_MS_MAX) => match word? {
+                DestinationWord::Undecided | DestinationWord::Unheard => Err(Failure::peer(
+                    format!("{} does not receive this migration any more", self.link.name()),
+                )),
+                word => Ok(word),
+            },
+            () = self.job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
         }
     }
 

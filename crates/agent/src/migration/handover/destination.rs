@@ -1,0 +1,578 @@
+//! The destination's half: performs what
+//! [`limosa_protocol::handover::Destination`] orders.
+//!
+//! ```text
+//! incoming ─ Complete, GiveUp ─► machine ─► records, QEMU, files
+//! source's words ──────────────►    └─────► word, the answer to it
+//! ```
+//!
+//! The destination never calls on its own but to ask: each request of the source
+//! is answered with the word that is true after it.
+
+use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
+use std::time::Duration;
+
+use limosa_plane::DestinationPlane;
+use limosa_protocol::handover::{
+    Destination, DestinationAction as Do, DestinationEvent as On, Doubt, Ended, Guest, Receipt,
+    Record, Stage, persist,
+};
+use limosa_protocol::id::{HostName, MigrationId};
+use limosa_protocol::migration::Outcome as End;
+use limosa_protocol::peer::{DestinationWord, Offer, SourceWord};
+use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::power;
+use tokio::sync::{Mutex, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::super::incoming::{self, announce_everywhere, let_run};
+use super::super::job::Job;
+use super::{ASK_EVERY, Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
+use crate::agent::Agent;
+use crate::failure::{Failure, Outcome, chain};
+use crate::peer_link::{PeerError, PeerLink};
+use crate::store::{MigrationRecord, VmRecord};
+use crate::vm::{Qemu, Vm, run};
+
+/// How often a source that sends is asked whether it still means to.
+const ASK_WHILE_RECEIVING_EVERY: Duration = Duration::from_secs(5);
+
+/// One unsettled migration at its destination.
+pub(crate) struct DestinationHand {
+    agent: Arc<Agent>,
+    vm: Arc<Vm>,
+    job: Arc<Job>,
+    source: HostName,
+    inner: Mutex<Inner>,
+    standing: watch::Sender<Standing>,
+    /// QEMU of the VM has ended.
+    pub(super) gone: CancellationToken,
+    /// Ended when the copy is given up, whoever waits for it.
+    plane: BlockingMutex<Option<DestinationPlane>>,
+    /// The connection that is kept for the next question.
+    link: BlockingMutex<Option<PeerLink>>,
+}
+
+struct Inner {
+    machine: Destination,
+    record: MigrationRecord,
+    definition: VmDefinition,
+    /// From its start until the VM has it.
+    qemu: Option<Qemu>,
+    is_open: bool,
+    is_unanswered: bool,
+}
+
+fn standing_of(machine: &Destination, is_unanswered: bool) -> Standing {
+    Standing {
+        state: machine.state(),
+        cold_start: machine.cold_start(),
+        doubt: machine.doubt().filter(|doubt| is_unanswered || *doubt == Doubt::UnknownDurability),
+        ended: machine.ended(),
+        is_ours: machine.is_owner() && machine.state() != "starting",
+    }
+}
+
+/// The record of an offer that is taken.
+pub(crate) fn first_record(offer: &Offer) -> Record {
+    Record::first(offer.migration, Stage::Preparing, offer.epoch)
+}
+
+impl DestinationHand {
+    /// Records that the offer is taken, and begins.
+    pub(crate) fn begin(
+        agent: &Arc<Agent>,
+        vm: &Arc<Vm>,
+        job: &Arc<Job>,
+        mut record: MigrationRecord,
+        definition: VmDefinition,
+    ) -> Outcome<Arc<Self>> {
+        let first = record.handover;
+        let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
+        let receipt = persist(&mut store, first)?;
+        let guest = if record.off { Guest::Off } else { Guest::Stopped };
+        let machine = Destination::begin(receipt, guest)
+            .map_err(|wrong| Failure::internal(wrong.to_string()))?;
+        Ok(Self::new(agent, vm, job, machine, record, definition, None))
+    }
+
+    /// Goes on from a record; what the machine orders first is to be given to
+    /// [`DestinationHand::go_on`].
+    pub(super) fn restore(
+        agent: &Arc<Agent>,
+        vm: &Arc<Vm>,
+        record: MigrationRecord,
+        receipt: Receipt,
+        guest: Guest,
+        qemu: Option<Qemu>,
+        definition: VmDefinition,
+    ) -> Outcome<(Arc<Self>, Vec<Do>)> {
+        let (machine, actions) = Destination::restore(receipt, guest)
+            .map_err(|wrong| Failure::internal(wrong.to_string()))?;
+        let job = Arc::new(Job::of_view(record.view.clone()));
+        if !machine.may_give_up() {
+            job.pass_commit_point()?;
+        }
+        Ok((Self::new(agent, vm, &job, machine, record, definition, qemu), actions))
+    }
+
+    fn new(
+        agent: &Arc<Agent>,
+        vm: &Arc<Vm>,
+        job: &Arc<Job>,
+        machine: Destination,
+        record: MigrationRecord,
+        definition: VmDefinition,
+        qemu: Option<Qemu>,
+    ) -> Arc<Self> {
+        let source = record.view.source.clone();
+        let standing = watch::Sender::new(standing_of(&machine, false));
+        let hand = Arc::new(Self {
+            agent: Arc::clone(agent),
+            vm: Arc::clone(vm),
+            job: Arc::clone(job),
+            source,
+            inner: Mutex::new(Inner {
+                machine,
+                record,
+                definition,
+                qemu,
+                is_open: false,
+                is_unanswered: false,
+            }),
+            standing,
+            gone: CancellationToken::new(),
+            plane: BlockingMutex::default(),
+            link: BlockingMutex::default(),
+        });
+        hand.spawn_qemu_watch();
+        hand
+    }
+
+    pub(crate) fn job(&self) -> &Arc<Job> {
+        &self.job
+    }
+
+    pub(crate) fn id(&self) -> MigrationId {
+        self.job.id()
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        *self.standing.borrow()
+    }
+
+    /// What the machine believes of this host's QEMU.
+    pub(super) async fn guest(&self) -> Guest {
+        self.inner.lock().await.machine.guest()
+    }
+
+    /// Whether something may still be received.
+    pub(crate) fn expect_preparing(&self) -> Outcome<()> {
+        match self.standing().state {
+            "preparing" => Ok(()),
+            _ => Err(Failure::conflict("this migration takes nothing more")),
+        }
+    }
+
+    /// Changes the record while receiving, durably.
+    pub(crate) async fn note(&self, change: impl FnOnce(&mut MigrationRecord)) -> Outcome<()> {
+        let mut inner = self.inner.lock().await;
+        self.expect_preparing()?;
+        change(&mut inner.record);
+        Ok(self.agent.store.put(&self.id().to_string(), &inner.record)?)
+    }
+
+    /// Notes the QEMU that receives, durably.
+    pub(crate) async fn note_qemu(&self, qemu: &Qemu) -> Outcome<()> {
+        let mut inner = self.inner.lock().await;
+        // Also when the migration was given up meanwhile: whoever made it ends it.
+        self.expect_preparing()?;
+        inner.qemu = Some(qemu.clone());
+        inner.record.run = Some(run::run_record(qemu));
+        Ok(self.agent.store.put(&self.id().to_string(), &inner.record)?)
+    }
+
+    /// A VM that was off has no QEMU any more once its disks are here.
+    pub(crate) async fn forget_reader(&self) {
+        let mut inner = self.inner.lock().await;
+        inner.qemu = None;
+        inner.record.run = None;
+    }
+
+    pub(crate) fn hold_plane(&self, plane: DestinationPlane) {
+        *self.lock_plane() = Some(plane);
+    }
+
+    pub(crate) fn take_plane(&self) -> Option<DestinationPlane> {
+        self.lock_plane().take()
+    }
+
+    fn lock_plane(&self) -> std::sync::MutexGuard<'_, Option<DestinationPlane>> {
+        self.plane.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an event, performs what it leads to, and answers with the words
+    /// that are to be said.
+    pub(crate) async fn feed(&self, event: On) -> Vec<Do> {
+        let mut inner = self.inner.lock().await;
+        self.feed_locked(&mut inner, event).await
+    }
+
+    /// Performs what a restored machine orders first.
+    pub(super) async fn go_on(&self, actions: Vec<Do>) {
+        let mut inner = self.inner.lock().await;
+        let mut words = Vec::new();
+        if let Some(event) = self.perform(&mut inner, actions, &mut words).await {
+            self.feed_locked(&mut inner, event).await;
+        }
+        self.publish(&mut inner).await;
+    }
+
+    async fn feed_locked(&self, inner: &mut Inner, event: On) -> Vec<Do> {
+        let mut words = Vec::new();
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            match inner.machine.on(event) {
+                Ok(actions) => next = self.perform(inner, actions, &mut words).await,
+                Err(illegal) => {
+                    tracing::warn!(migration = %self.id(), %illegal, "nothing is done");
+                }
+            }
+        }
+        self.publish(inner).await;
+        words
+    }
+
+    /// Performs a list; its last action may have a result.
+    async fn perform(
+        &self,
+        inner: &mut Inner,
+        actions: Vec<Do>,
+        words: &mut Vec<Do>,
+    ) -> Option<On> {
+        for action in actions {
+            match action {
+                Do::Persist(record) => return Some(self.persist(inner, record).await),
+                // QEMU takes them when it lets the guest run.
+                Do::TakeDisks => {}
+                Do::RunGuest => return Some(self.run_guest(inner).await),
+                Do::StopGuest => self.stop_guest().await,
+                Do::FreeCopy => {
+                    self.free(inner).await;
+                    return Some(On::Freed);
+                }
+                word => words.push(word),
+            }
+        }
+        None
+    }
+
+    async fn persist(&self, inner: &mut Inner, record: Record) -> On {
+        let vm = match record.stage {
+            Stage::Owner => {
+                // Nobody can cancel between here and the record; if somebody
+                // just did, the commit was first.
+                self.job.pass_commit_point().ok();
+                VmChange::Put(self.vm_record(inner, record))
+            }
+            Stage::Declined => VmChange::Remove,
+            Stage::Done => {
+                self.note_end(inner, End::Moved);
+                let mut of_vm = self.vm.lock().await;
+                of_vm.record.epoch = record.epoch;
+                if inner.is_open {
+                    VmChange::Put(of_vm.record.clone())
+                } else {
+                    VmChange::Put(self.vm_record(inner, record))
+                }
+            }
+            Stage::Stayed => {
+                self.note_end(inner, End::Stayed);
+                VmChange::Keep
+            }
+            Stage::Superseded => {
+                let why = format!(
+                    "an operator gave the VM to {}; what is here is kept and never started",
+                    self.source
+                );
+                inner.record.view.reason = Some(why);
+                self.note_end(inner, End::Stayed);
+                let mut of_vm = self.vm.lock().await;
+                of_vm.record.given_up_to = Some(self.source.clone());
+                VmChange::Put(of_vm.record.clone())
+            }
+            Stage::Preparing | Stage::Ready | Stage::Offered | Stage::HandedOver => VmChange::Keep,
+        };
+        let mut store = Durable { store: &self.agent.store, migration: &mut inner.record, vm };
+        match persist(&mut store, record) {
+            Ok(receipt) => On::Recorded(receipt),
+            Err(error) => {
+                tell_unknown(&inner.record, &error);
+                On::RecordFailed
+            }
+        }
+    }
+
+    fn vm_record(&self, inner: &Inner, record: Record) -> VmRecord {
+        VmRecord {
+            configuration: inner.definition.places.configuration.clone().unwrap_or_default(),
+            epoch: record.epoch,
+            run: inner.record.run.clone(),
+            given_up_to: None,
+        }
+    }
+
+    /// Puts the end into the record that is about to be written.
+    fn note_end(&self, inner: &mut Inner, end: End) {
+        inner.record.run = None;
+        let reason = inner.record.view.reason.clone();
+        inner.record.view = self.job.ended_view(end, reason, None, Vec::new());
+    }
+
+    async fn run_guest(&self, inner: &mut Inner) -> On {
+        let Some(qemu) = inner.qemu.clone().filter(|_| !inner.record.paused) else {
+            return On::GuestRuns;
+        };
+        if let Err(failure) = let_run(&qemu).await {
+            inner.record.view.reason = Some(format!("the guest never ran here: {failure}"));
+            return On::GuestNeverRan;
+        }
+        announce_everywhere(&self.agent, &self.vm, &inner.definition).await;
+        if let Err(error) = power::announce_self(&qemu.qmp).await {
+            let error = chain(&error);
+            tracing::warn!(vm = %self.vm.name, error, "QEMU did not announce itself");
+        }
+        On::GuestRuns
+    }
+
+    async fn stop_guest(&self) {
+        let qemu = self.vm.lock().await.qemu.clone();
+        if let Some(qemu) = qemu
+            && let Err(error) = power::stop(&qemu.qmp).await
+        {
+            tracing::error!(vm = %self.vm.name, %error, "the guest was not stopped");
+        }
+    }
+
+    async fn free(&self, inner: &mut Inner) {
+        if let Some(plane) = self.take_plane() {
+            incoming::end_plane(plane);
+        }
+        let qemu = inner.qemu.take();
+        // From here on the watch on QEMU finds another one's VM.
+        self.vm.lock().await.qemu = None;
+        let left =
+            incoming::free(&self.agent, &inner.definition, qemu.as_ref(), &inner.record.made).await;
+        if !left.is_empty() {
+            let why = inner.record.view.reason.take().unwrap_or_default();
+            inner.record.view.reason =
+                Some(format!("{why}; left here, to be removed by hand: {}", left.join("; ")));
+        }
+        inner.record.made.clear();
+    }
+
+    /// Tells where the machine stands now, and opens the VM once it is ours.
+    async fn publish(&self, inner: &mut Inner) {
+        let standing = standing_of(&inner.machine, inner.is_unanswered);
+        let before = self.standing.send_replace(standing);
+        if standing.is_ours && !inner.is_open {
+            self.open(inner).await;
+        }
+        if standing.doubt != before.doubt
+            && let Some(doubt) = standing.doubt
+        {
+            let text = doubt_text(doubt, &self.source, &self.job.view());
+            tracing::warn!(migration = %self.id(), reason = text, "in doubt");
+            if !standing.is_ours {
+                self.job.tell_in_doubt(text);
+            }
+        }
+        let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
+        self.job.tell(inner.record.view.clone());
+        let mut of_vm = self.vm.lock().await;
+        of_vm.leave_hand_over(self.id());
+        if ended == Ended::Superseded {
+            of_vm.migration = None;
+        }
+        drop(of_vm);
+        if ended == Ended::Stayed {
+            self.agent.drop_vm_if(&self.vm);
+        }
+        forget(&self.agent, self.id());
+    }
+
+    /// The VM is this host's: operators may work with it from here on.
+    async fn open(&self, inner: &mut Inner) {
+        inner.is_open = true;
+        let mut of_vm = self.vm.lock().await;
+        of_vm.migration = None;
+        if of_vm.qemu.is_some() {
+            // Found again after a restart.
+            return;
+        }
+        of_vm.record = self.vm_record(inner, inner.record.handover);
+        if let Some(qemu) = inner.qemu.take() {
+            run::watch(&self.agent, &self.vm, &mut of_vm, qemu).await;
+        }
+    }
+}
+
+/// Words, and who says them.
+impl DestinationHand {
+    /// What this half answers now.
+    pub(crate) async fn word(&self) -> DestinationWord {
+        let words = self.feed(On::Asked).await;
+        self.word_of(&words).await
+    }
+
+    /// The answer to a request that led to some words.
+    async fn word_of(&self, words: &[Do]) -> DestinationWord {
+        match words.last() {
+            Some(Do::SendReady { epoch }) => DestinationWord::Ready { epoch: *epoch },
+            Some(Do::SendRunning { epoch }) => DestinationWord::Running { epoch: *epoch },
+            Some(Do::SendDeclined { epoch }) => {
+                let reason = self.inner.lock().await.record.view.reason.clone();
+                let reason = reason.unwrap_or_else(|| "it gave up".to_owned());
+                DestinationWord::Declined { epoch: *epoch, reason }
+            }
+            _ => DestinationWord::Undecided,
+        }
+    }
+
+    /// Takes the source's word, and answers it.
+    pub(crate) async fn hear(&self, word: On) -> DestinationWord {
+        let words = self.feed(word).await;
+        let answer = self.word_of(&words).await;
+        match answer {
+            DestinationWord::Undecided => self.word().await,
+            answer => answer,
+        }
+    }
+
+    /// Takes the source's word that the VM stays there, and why.
+    pub(crate) async fn hear_stays(
+        &self,
+        epoch: limosa_protocol::id::Epoch,
+        reason: &str,
+    ) -> DestinationWord {
+        self.note_reason(&format!("the source gave up: {reason}")).await;
+        self.hear(On::Stays { epoch }).await
+    }
+
+    /// All is here and equal, and is flushed.
+    pub(crate) async fn complete(&self, paused: bool) -> DestinationWord {
+        self.inner.lock().await.record.paused = paused;
+        self.hear(On::Complete).await
+    }
+
+    /// Something failed here, or somebody cancelled here.
+    pub(crate) async fn give_up(&self, reason: &str) -> DestinationWord {
+        let mut inner = self.inner.lock().await;
+        if inner.machine.may_give_up() {
+            inner.record.view.reason.get_or_insert_with(|| reason.to_owned());
+            self.feed_locked(&mut inner, On::GiveUp).await;
+        }
+        drop(inner);
+        self.word().await
+    }
+
+    async fn note_reason(&self, reason: &str) {
+        let mut inner = self.inner.lock().await;
+        inner.record.view.reason.get_or_insert_with(|| reason.to_owned());
+    }
+
+    /// Asks the source what it has to say.
+    pub(super) async fn look_at_peer(&self) -> Result<SourceWord, PeerError> {
+        let kept = self.lock_link().take();
+        let link = match kept {
+            Some(link) => link,
+            None => PeerLink::new(&self.agent, &self.source)
+                .map_err(|failure| PeerError::Unreachable(failure.to_string()))?,
+        };
+        let answer = link.get(&format!("/peer/v1/offers/{}", self.id())).await?;
+        // One that failed is not used again: paired anew, the source may have
+        // another address.
+        *self.lock_link() = Some(link);
+        Ok(answer)
+    }
+
+    fn lock_link(&self) -> std::sync::MutexGuard<'_, Option<PeerLink>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the source, and takes its word.
+    async fn ask_source(&self) {
+        let answer = self.look_at_peer().await;
+        let mut inner = self.inner.lock().await;
+        if inner.is_unanswered == answer.is_ok() {
+            inner.is_unanswered = answer.is_err();
+            self.publish(&mut inner).await;
+        }
+        drop(inner);
+        let event = match answer {
+            Ok(SourceWord::Unheard) => On::Unheard,
+            Ok(SourceWord::Undecided) => On::Undecided,
+            Ok(SourceWord::Commit { epoch }) => On::Commit { epoch },
+            Ok(SourceWord::Stays { epoch }) => {
+                self.note_reason("the source kept the VM").await;
+                On::Stays { epoch }
+            }
+            Ok(SourceWord::Retired { epoch }) => On::Retired { epoch },
+            // Told once, as a doubt.
+            Err(_) => return,
+        };
+        self.feed(event).await;
+    }
+
+    /// Asks the source, again and again, whenever the machine wants to know.
+    pub(crate) fn spawn_settling(self: &Arc<Self>) {
+        let hand = Arc::clone(self);
+        tokio::spawn(async move {
+            while hand.standing().ended.is_none() {
+                let is_receiving = hand.standing().state == "preparing";
+                let pause = if is_receiving { ASK_WHILE_RECEIVING_EVERY } else { ASK_EVERY };
+                tokio::time::sleep(pause).await;
+                let words = hand.feed(On::Silence).await;
+                if words.contains(&Do::AskSource) {
+                    hand.ask_source().await;
+                }
+            }
+        });
+    }
+
+    /// Tells the machine of QEMU's end, once its watch has seen it.
+    fn spawn_qemu_watch(self: &Arc<Self>) {
+        let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
+        let mut standing = self.standing.subscribe();
+        tokio::spawn(async move {
+            let has_gone = tokio::select! {
+                () = gone.cancelled() => true,
+                // Settled, or never begun.
+                _ = standing.wait_for(|now| now.ended.is_some()) => false,
+            };
+            if let Some(hand) = hand.upgrade().filter(|_| has_gone) {
+                hand.feed(On::QemuGone).await;
+            }
+        });
+    }
+
+    pub(super) async fn move_on(&self) {
+        self.feed(On::MovesOn).await;
+    }
+
+    /// An operator gives the VM to this host.
+    pub(super) async fn force_owner(&self, by: String) -> Outcome<()> {
+        let mut inner = self.inner.lock().await;
+        inner.record.forced = Some(by.clone());
+        inner.record.view.reason = Some(format!("given to this host by an operator ({by})"));
+        let before = inner.machine.state();
+        self.feed_locked(&mut inner, On::ForceOwner).await;
+        let after = inner.machine.state();
+        if before == after {
+            return Err(Failure::conflict(format!(
+                "nothing was forced: a migration that is {after} needs no operator"
+            )));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,198 @@
+//! Runs the two state machines of [`limosa_protocol::handover`]: gives them
+//! events, performs what they order, and says their words to the other host.
+//!
+//! ```text
+//! phases, QEMU's end, operator ─┐                     ┌─► store (a receipt comes back)
+//! the other host's words ───────┼─► feed ─► machine ──┼─► QEMU, files
+//! silence ──────────────────────┘                     └─► words ─► the other host
+//! ```
+//!
+//! **Invariants.** Nothing else writes a migration's stage, runs or frees a VM
+//! that changes hosts. A machine is locked while its orders are performed, and
+//! never while a word is on its way: two hosts cannot wait for each other. The
+//! lock of a machine is taken before that of its VM, never after.
+
+mod destination;
+mod durable;
+mod operator;
+mod restore;
+mod source;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_protocol::handover::{ColdStart, Doubt, Ended};
+use limosa_protocol::id::{HostName, MigrationId};
+
+pub(crate) use destination::{DestinationHand, first_record as first_destination_record};
+pub(crate) use durable::{Durable, VmChange};
+pub(crate) use operator::{force_owner, recovery};
+pub(crate) use restore::{restore, settle};
+pub(crate) use source::{Handed, SourceHand};
+
+use super::job::Job;
+use crate::agent::Agent;
+use crate::failure::{Failure, Outcome};
+use crate::store::{MigrationRecord, StoreError};
+
+/// How often a host that owes a word is asked again.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+
+/// How one half stands, to be looked at without waiting for its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Standing {
+    pub(crate) state: &'static str,
+    pub(crate) cold_start: ColdStart,
+    pub(crate) doubt: Option<Doubt>,
+    pub(crate) ended: Option<Ended>,
+    /// The guest is this host's, whatever the other host has yet to say.
+    pub(crate) is_ours: bool,
+}
+
+/// One half of a migration that is not settled yet.
+#[derive(Clone)]
+pub(crate) enum HandOver {
+    Source(Arc<SourceHand>),
+    Destination(Arc<DestinationHand>),
+}
+
+impl HandOver {
+    pub(crate) fn standing(&self) -> Standing {
+        match self {
+            Self::Source(hand) => hand.standing(),
+            Self::Destination(hand) => hand.standing(),
+        }
+    }
+
+    pub(crate) fn job(&self) -> &Arc<Job> {
+        match self {
+            Self::Source(hand) => hand.job(),
+            Self::Destination(hand) => hand.job(),
+        }
+    }
+
+    pub(crate) fn id(&self) -> MigrationId {
+        self.job().id()
+    }
+
+    /// The other host.
+    pub(crate) fn peer(&self) -> HostName {
+        let view = self.job().view();
+        match self {
+            Self::Source(_) => view.destination,
+            Self::Destination(_) => view.source,
+        }
+    }
+
+    /// Tells the machine that the VM's QEMU has ended.
+    pub(crate) fn qemu_gone(&self) {
+        match self {
+            Self::Source(hand) => hand.gone.cancel(),
+            Self::Destination(hand) => hand.gone.cancel(),
+        }
+    }
+
+    /// Lets the VM go on to its next migration while the other host of this one
+    /// still owes a word: from here on this half only answers.
+    pub(crate) async fn move_on(&self) -> Outcome<()> {
+        match self {
+            Self::Source(hand) => hand.move_on().await,
+            Self::Destination(hand) => hand.move_on().await,
+        }
+        match self.standing().ended {
+            Some(_) => Ok(()),
+            None => Err(Failure::conflict(format!(
+                "the last migration of VM {} is not settled with {}: see `limosa vm recover {}`",
+                self.job().view().vm,
+                self.peer(),
+                self.job().view().vm
+            ))),
+        }
+    }
+
+    /// Why the VM may not be changed now, if it may not.
+    pub(crate) fn expect_ours(&self) -> Outcome<()> {
+        let standing = self.standing();
+        let vm = self.job().view().vm;
+        if standing.is_ours {
+            return Ok(());
+        }
+        Err(Failure::conflict(match standing.doubt {
+            Some(doubt) => format!("VM {vm} is in doubt: {}", self.doubt_text(doubt)),
+            None => format!(
+                "VM {vm} is being moved: wait for it with `limosa migration watch {0}`, or end it \
+                 with `limosa migration cancel {0}`",
+                self.id()
+            ),
+        }))
+    }
+
+    /// Why the VM may not be started anew from this host's disks, if it may not.
+    pub(crate) fn expect_cold_start(&self) -> Outcome<()> {
+        let (peer, vm) = (self.peer(), self.job().view().vm);
+        match self.standing().cold_start {
+            ColdStart::Allowed => Ok(()),
+            ColdStart::Unconfirmed => Err(Failure::conflict(format!(
+                "VM {vm} is this host's, and {peer} has not confirmed yet that it is out of it; it \
+                 is asked every second. If {peer} is gone for good, `limosa vm recover {vm}` says \
+                 what to do"
+            ))),
+            ColdStart::NotOwner => {
+                self.expect_ours()?;
+                Err(Failure::conflict(format!("VM {vm} belongs to {peer}")))
+            }
+        }
+    }
+
+    /// What a doubt is, and what settles it.
+    pub(crate) fn doubt_text(&self, doubt: Doubt) -> String {
+        doubt_text(doubt, &self.peer(), &self.job().view())
+    }
+}
+
+/// What a doubt is, and what settles it.
+fn doubt_text(
+    doubt: Doubt,
+    peer: &HostName,
+    view: &limosa_protocol::migration::Migration,
+) -> String {
+    let vm = &view.vm;
+    match doubt {
+        Doubt::CommitUnanswered => format!(
+            "handed over to {peer}, which does not say whether the VM runs; the copy here stays \
+             stopped. It settles by itself when {peer} answers; if {peer} is gone for good, see \
+             `limosa vm recover {vm}`"
+        ),
+        Doubt::CommitUnheard => format!(
+            "the whole VM is here, and {peer} does not say whether it handed it over; the copy \
+             here stays stopped. It settles by itself when {peer} answers; if {peer} is gone for \
+             good, see `limosa vm recover {vm}`"
+        ),
+        Doubt::Unconfirmed => format!(
+            "the VM is this host's and off, and {peer} has not confirmed that it is out of it. It \
+             settles by itself when {peer} answers; if {peer} is gone for good, see `limosa vm \
+             recover {vm}`"
+        ),
+        Doubt::UnknownDurability => "whether the last step was recorded is not known, because the \
+            state store failed; the copy here stays as it is. Look at the disk of the state \
+            folder, then restart limosad here: it settles by reading its record again"
+            .to_owned(),
+    }
+}
+
+/// Forgets a half that is settled; its record stays, and answers.
+fn forget(agent: &Agent, id: MigrationId) {
+    agent.migrations.remove(id);
+    if let Err(error) = agent.store.forget_old_migrations() {
+        tracing::warn!(error = crate::failure::chain(&error), "old migrations stay recorded");
+    }
+}
+
+/// Logs a record that may or may not be durable.
+fn tell_unknown(record: &MigrationRecord, error: &StoreError) {
+    tracing::error!(
+        migration = %record.view.id,
+        error = crate::failure::chain(error),
+        "a record of the hand-over may or may not be written; nothing more is done until a restart"
+    );
+}

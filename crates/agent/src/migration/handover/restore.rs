@@ -1,0 +1,197 @@
+//! After a restart of the agent: every unsettled migration's machine is made
+//! again of its record, before anybody can ask for its VM; then it goes on.
+//!
+//! | record | guest's QEMU | first |
+//! |--------|--------------|-------|
+//! | source, offered or owner | any | the guest goes on here; *stays* is said |
+//! | source, handed-over | stands | *commit* is said until it is answered |
+//! | destination, preparing | stands or gone | declined, and freed |
+//! | destination, ready or declined | any | the source is asked |
+//! | destination, owner | stands / runs / gone | it is let run / nothing / the source is asked |
+
+use std::sync::Arc;
+
+use limosa_protocol::handover::{DestinationAction, Guest, Receipt, SourceAction, Stage, persist};
+use limosa_protocol::migration::Role;
+use limosa_qemu::power::{self, RunState};
+use limosa_qemu::process;
+
+use super::{DestinationHand, Durable, HandOver, SourceHand, VmChange};
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::store::{MigrationRecord, VmRecord};
+use crate::vm::{Qemu, Vm, run};
+
+/// A machine that was made again, and what it orders first.
+pub(crate) enum Restored {
+    Source(Arc<SourceHand>, Vec<SourceAction>),
+    Destination(Arc<DestinationHand>, Vec<DestinationAction>),
+}
+
+/// Makes the machines of all unsettled migrations. Their VMs are fenced from
+/// here on; nothing is done yet.
+pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<Vec<Restored>> {
+    let mut all = Vec::new();
+    for (id, record) in agent.store.all::<MigrationRecord>()? {
+        if record.is_ended() {
+            continue;
+        }
+        let vm = record.view.vm.clone();
+        match restore_one(agent, record).await {
+            Ok(restored) => all.push(restored),
+            Err(failure) => {
+                // Nobody may work with a VM whose owner is not known.
+                agent.drop_vm(&vm);
+                tracing::error!(migration = id, %vm, %failure, "it cannot be settled: its VM is left out");
+            }
+        }
+    }
+    Ok(all)
+}
+
+async fn restore_one(agent: &Arc<Agent>, mut record: MigrationRecord) -> Outcome<Restored> {
+    // What was read may so far be only in the kernel's memory, when a sync
+    // failed before the restart.
+    let read = record.handover;
+    let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
+    let receipt = persist(&mut store, read)?;
+    match record.view.role {
+        Role::Source => restore_source(agent, record, receipt).await,
+        Role::Destination => restore_destination(agent, record, receipt).await,
+    }
+}
+
+async fn restore_source(
+    agent: &Arc<Agent>,
+    record: MigrationRecord,
+    receipt: Receipt,
+) -> Outcome<Restored> {
+    let vm = agent.vm(&record.view.vm)?;
+    let (id, is_told) = (record.view.id, record.view.ended_unix_ms.is_some());
+    let mut of_vm = vm.lock().await;
+    let (guest, qemu) = if record.off {
+        end_reader(&record).await?;
+        (Guest::Off, None)
+    } else {
+        match (&of_vm.qemu, record.handover.stage) {
+            (Some(qemu), Stage::HandedOver) => (Guest::Stopped, Some(qemu.clone())),
+            (Some(qemu), _) => (Guest::Running, Some(qemu.clone())),
+            // It lives and does not answer: it has the guest.
+            (None, _) if of_vm.expect_answering().is_err() => (Guest::Running, None),
+            (None, _) => (Guest::Gone, None),
+        }
+    };
+    let (hand, actions) = SourceHand::restore(agent, &vm, record, receipt, guest, qemu)?;
+    if !is_told {
+        hand.note_restart().await;
+        of_vm.migration = Some((id, Role::Source));
+    }
+    let hand_over = HandOver::Source(Arc::clone(&hand));
+    of_vm.hand_over = Some(hand_over.clone());
+    agent.migrations.add_restored(hand_over);
+    Ok(Restored::Source(hand, actions))
+}
+
+/// Ends a QEMU that only read the disks of a VM that is off.
+async fn end_reader(record: &MigrationRecord) -> Outcome<()> {
+    match record.run.as_ref().filter(|run| process::is_alive(&run.process)) {
+        Some(run) => {
+            process::kill(&run.process).await.or_fail("ending a QEMU that only read disks")
+        }
+        None => Ok(()),
+    }
+}
+
+async fn restore_destination(
+    agent: &Arc<Agent>,
+    record: MigrationRecord,
+    receipt: Receipt,
+) -> Outcome<Restored> {
+    let definition = record
+        .definition
+        .clone()
+        .ok_or_else(|| Failure::internal("its record has no definition of the VM"))?;
+    let id = record.view.id;
+    let is_owner = record.handover.stage == Stage::Owner;
+    let vm = match agent.vm(&definition.name) {
+        Ok(vm) if is_owner => vm,
+        _ => {
+            // The name is taken until it is settled.
+            let of_vm = VmRecord {
+                configuration: definition.places.configuration.clone().unwrap_or_default(),
+                epoch: record.handover.epoch,
+                run: record.run.clone(),
+                given_up_to: None,
+            };
+            let vm = Arc::new(Vm::new(definition.clone(), of_vm));
+            agent.add_vm(Arc::clone(&vm))?;
+            vm
+        }
+    };
+    let (guest, qemu) = look_at_destination(agent, &vm, &record).await;
+    let mut of_vm = vm.lock().await;
+    let (hand, actions) =
+        DestinationHand::restore(agent, &vm, record, receipt, guest, qemu, definition)?;
+    of_vm.migration = Some((id, Role::Destination));
+    let hand_over = HandOver::Destination(Arc::clone(&hand));
+    of_vm.hand_over = Some(hand_over.clone());
+    agent.migrations.add_restored(hand_over);
+    Ok(Restored::Destination(hand, actions))
+}
+
+/// What has become of the QEMU that received. "Running" unless the guest surely
+/// never ran here.
+async fn look_at_destination(
+    agent: &Agent,
+    vm: &Vm,
+    record: &MigrationRecord,
+) -> (Guest, Option<Qemu>) {
+    if record.off {
+        end_reader(record).await.ok();
+        return (Guest::Off, None);
+    }
+    let found = vm.lock().await.qemu.clone();
+    let qemu = match (found, &record.run) {
+        (Some(qemu), _) => Some(qemu),
+        (None, Some(run)) if process::is_alive(&run.process) => {
+            let definition = vm.lock().await.definition.clone();
+            match run::connect_again(agent, &definition, run).await {
+                Ok(qemu) => Some(qemu),
+                Err(failure) => {
+                    tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
+                    return (Guest::Running, None);
+                }
+            }
+        }
+        (None, _) => return (Guest::Gone, None),
+    };
+    let Some(qemu) = qemu else { return (Guest::Gone, None) };
+    // Before `owner` nothing lets it run. After it a guest that stands has not
+    // run yet, or its user paused it: that one is let run again.
+    let stands = match power::query_status(&qemu.qmp).await {
+        Ok(status) => matches!(
+            status,
+            RunState::Paused | RunState::Inmigrate | RunState::Prelaunch | RunState::Postmigrate
+        ),
+        Err(_) => false,
+    };
+    (if stands { Guest::Stopped } else { Guest::Running }, Some(qemu))
+}
+
+/// Lets restored machines go on; peers may be asked, and ask back, from here.
+pub(crate) fn settle(restored: Vec<Restored>) {
+    for one in restored {
+        tokio::spawn(async move {
+            match one {
+                Restored::Source(hand, actions) => {
+                    let words = hand.go_on(actions).await;
+                    hand.finish(words).await;
+                }
+                Restored::Destination(hand, actions) => {
+                    hand.go_on(actions).await;
+                    hand.spawn_settling();
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,582 @@
+//! The source's half: performs what [`limosa_protocol::handover::Source`] orders.
+//!
+//! ```text
+//! outgoing ─ Delivered, Ready, GiveUp ─► machine ─► records, QEMU, files
+//!     ▲                                     │
+//!     └────────────── words ◄───────────────┘
+//! ```
+
+use std::sync::{Arc, PoisonError};
+
+use limosa_protocol::handover::{
+    ColdStart, Doubt, Ended, Guest, Receipt, Record, Source, SourceAction as Do, SourceEvent as On,
+    Stage, persist,
+};
+use limosa_protocol::id::HostName;
+use limosa_protocol::migration::{Downtime, Outcome as End};
+use limosa_protocol::peer::{Commit, DestinationWord, Retired, SourceWord, Stays};
+use limosa_qemu::power;
+use tokio::sync::{Mutex, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::super::job::Job;
+use super::super::outgoing::{free_source, left_behind, let_run_again, undo_in_qemu};
+use super::{ASK_EVERY, Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
+use crate::agent::Agent;
+use crate::failure::{Failure, Outcome};
+use crate::peer_link::{PeerError, PeerLink};
+use crate::store::MigrationRecord;
+use crate::vm::{Qemu, Vm, run};
+
+/// Longest wait for the destination's answer to *commit*, in milliseconds.
+/// After it the migration is in doubt and the word is repeated.
+const COMMIT_MS_MAX: u64 = 15_000;
+/// Longest wait for the answer to *stays* or *retired*, in milliseconds. It is
+/// repeated, or asked for.
+const WORD_MS_MAX: u64 = 10_000;
+
+/// One unsettled migration at its source.
+pub(crate) struct SourceHand {
+    agent: Arc<Agent>,
+    vm: Arc<Vm>,
+    job: Arc<Job>,
+    destination: HostName,
+    inner: Mutex<Inner>,
+    standing: watch::Sender<Standing>,
+    /// QEMU of the VM has ended.
+    pub(super) gone: CancellationToken,
+    /// The connection that is kept for the next word.
+    link: std::sync::Mutex<Option<Arc<PeerLink>>>,
+}
+
+struct Inner {
+    machine: Source,
+    record: MigrationRecord,
+    /// The guest's QEMU; for a VM that is off, one that only reads its disks.
+    qemu: Option<Qemu>,
+    handed: Handed,
+    reason: Option<String>,
+    /// The connection broke, so its reason is at the other end.
+    reason_is_theirs: bool,
+    /// The destination owes a word, and did not answer when last asked.
+    is_unanswered: bool,
+}
+
+/// What the end of a move tells of it.
+#[derive(Default)]
+pub(crate) struct Handed {
+    pub(crate) downtime: Option<Downtime>,
+    pub(crate) proofs: Vec<String>,
+}
+
+fn standing_of(machine: &Source, is_unanswered: bool) -> Standing {
+    let is_ours = match machine.state() {
+        "keeping" | "stayed" => true,
+        "closing" => machine.cold_start() == ColdStart::Unconfirmed,
+        _ => false,
+    };
+    Standing {
+        state: machine.state(),
+        cold_start: machine.cold_start(),
+        doubt: machine.doubt().filter(|doubt| is_unanswered || *doubt == Doubt::UnknownDurability),
+        ended: machine.ended(),
+        is_ours,
+    }
+}
+
+impl SourceHand {
+    /// Records the offer, and begins.
+    pub(crate) fn begin(
+        agent: &Arc<Agent>,
+        vm: &Arc<Vm>,
+        job: &Arc<Job>,
+        mut record: MigrationRecord,
+        qemu: &Qemu,
+    ) -> Outcome<Arc<Self>> {
+        let first = record.handover;
+        let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
+        let receipt = persist(&mut store, first)?;
+        let guest = if record.off { Guest::Off } else { Guest::Running };
+        let machine =
+            Source::begin(receipt, guest).map_err(|wrong| Failure::internal(wrong.to_string()))?;
+        Ok(Self::new(agent, vm, job, machine, record, Some(qemu.clone())))
+    }
+
+    /// Goes on from a record; what the machine orders first is to be given to
+    /// [`SourceHand::go_on`].
+    pub(super) fn restore(
+        agent: &Arc<Agent>,
+        vm: &Arc<Vm>,
+        record: MigrationRecord,
+        receipt: Receipt,
+        guest: Guest,
+        qemu: Option<Qemu>,
+    ) -> Outcome<(Arc<Self>, Vec<Do>)> {
+        let (machine, actions) = Source::restore(receipt, guest)
+            .map_err(|wrong| Failure::internal(wrong.to_string()))?;
+        let job = Arc::new(Job::of_view(record.view.clone()));
+        if !machine.may_give_up() {
+            // Nobody can cancel what a restart found.
+            job.pass_commit_point()?;
+        }
+        Ok((Self::new(agent, vm, &job, machine, record, qemu), actions))
+    }
+
+    fn new(
+        agent: &Arc<Agent>,
+        vm: &Arc<Vm>,
+        job: &Arc<Job>,
+        machine: Source,
+        record: MigrationRecord,
+        qemu: Option<Qemu>,
+    ) -> Arc<Self> {
+        let destination = record.view.destination.clone();
+        let standing = watch::Sender::new(standing_of(&machine, false));
+        let hand = Arc::new(Self {
+            agent: Arc::clone(agent),
+            vm: Arc::clone(vm),
+            job: Arc::clone(job),
+            destination,
+            inner: Mutex::new(Inner {
+                machine,
+                record,
+                qemu,
+                handed: Handed::default(),
+                reason: None,
+                reason_is_theirs: false,
+                is_unanswered: false,
+            }),
+            link: std::sync::Mutex::default(),
+            standing,
+            gone: CancellationToken::new(),
+        });
+        hand.spawn_qemu_watch();
+        hand
+    }
+
+    pub(crate) fn job(&self) -> &Arc<Job> {
+        &self.job
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        *self.standing.borrow()
+    }
+
+    /// What the machine believes of this host's QEMU.
+    pub(super) async fn guest(&self) -> Guest {
+        self.inner.lock().await.machine.guest()
+    }
+
+    /// Notes why a migration ends that a restart of this agent has ended.
+    pub(super) async fn note_restart(&self) {
+        let mut inner = self.inner.lock().await;
+        inner.reason = Some("the source's agent was restarted; the VM stays".to_owned());
+    }
+
+    /// Notes what the end is to tell.
+    pub(crate) async fn note_handed(&self, handed: Handed) {
+        self.inner.lock().await.handed = handed;
+    }
+
+    /// Takes an event, performs what it leads to, and answers with the words
+    /// that are to be said.
+    pub(crate) async fn feed(&self, event: On) -> Vec<Do> {
+        let mut inner = self.inner.lock().await;
+        self.feed_locked(&mut inner, event).await
+    }
+
+    /// Performs what a restored machine orders first.
+    pub(super) async fn go_on(&self, actions: Vec<Do>) -> Vec<Do> {
+        let mut inner = self.inner.lock().await;
+        let mut words = Vec::new();
+        if let Some(event) = self.perform(&mut inner, actions, &mut words).await {
+            words.extend(self.feed_locked(&mut inner, event).await);
+        }
+        self.publish(&mut inner).await;
+        words
+    }
+
+    async fn feed_locked(&self, inner: &mut Inner, event: On) -> Vec<Do> {
+        let mut words = Vec::new();
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            match inner.machine.on(event) {
+                Ok(actions) => next = self.perform(inner, actions, &mut words).await,
+                Err(illegal) => {
+                    tracing::warn!(migration = %self.job.id(), %illegal, "nothing is done");
+                }
+            }
+        }
+        self.publish(inner).await;
+        words
+    }
+
+    /// Performs a list; its last action may have a result.
+    async fn perform(
+        &self,
+        inner: &mut Inner,
+        actions: Vec<Do>,
+        words: &mut Vec<Do>,
+    ) -> Option<On> {
+        for action in actions {
+            match action {
+                Do::Persist(record) => return Some(self.persist(inner, record).await),
+                Do::TakeDisks => self.take_disks(inner).await,
+                Do::RunGuest => return Some(self.run_guest(inner).await),
+                Do::StopGuest => self.stop_guest(inner).await,
+                Do::FreeVm => {
+                    self.free(inner).await;
+                    return Some(On::Freed);
+                }
+                word => words.push(word),
+            }
+        }
+        None
+    }
+
+    async fn persist(&self, inner: &mut Inner, record: Record) -> On {
+        let mut vm = VmChange::Keep;
+        match record.stage {
+            Stage::HandedOver => inner.record.view = self.job.view(),
+            Stage::Owner | Stage::Stayed => {
+                let mut of_vm = self.vm.lock().await;
+                if of_vm.record.epoch != record.epoch {
+                    of_vm.record.epoch = record.epoch;
+                    vm = VmChange::Put(of_vm.record.clone());
+                }
+                drop(of_vm);
+                if record.stage == Stage::Stayed {
+                    self.note_end(inner, End::Stayed);
+                }
+            }
+            Stage::Done => {
+                vm = VmChange::Remove;
+                self.note_end(inner, End::Moved);
+            }
+            Stage::Superseded => {
+                let mut of_vm = self.vm.lock().await;
+                of_vm.record.given_up_to = Some(self.destination.clone());
+                vm = VmChange::Put(of_vm.record.clone());
+                drop(of_vm);
+                inner.reason = Some(format!(
+                    "an operator gave the VM to {}; what is here is kept and never started",
+                    self.destination
+                ));
+                self.note_end(inner, End::Moved);
+            }
+            Stage::Offered | Stage::Preparing | Stage::Ready | Stage::Declined => {}
+        }
+        let mut store = Durable { store: &self.agent.store, migration: &mut inner.record, vm };
+        match persist(&mut store, record) {
+            Ok(receipt) => On::Recorded(receipt),
+            Err(error) => {
+                tell_unknown(&inner.record, &error);
+                On::RecordFailed
+            }
+        }
+    }
+
+    /// Puts the end into the record that is about to be written; it is told
+    /// once that is durable.
+    fn note_end(&self, inner: &mut Inner, end: End) {
+        inner.record.run = None;
+        if inner.record.view.ended_unix_ms.is_none() {
+            let Handed { downtime, proofs } = std::mem::take(&mut inner.handed);
+            inner.record.view = self.job.ended_view(end, inner.reason.clone(), downtime, proofs);
+        }
+    }
+
+    /// QEMU gives up what the migration began; its disks are its own again.
+    async fn take_disks(&self, inner: &Inner) {
+        if let Some(qemu) = &inner.qemu
+            && let Err(failure) = undo_in_qemu(qemu).await
+        {
+            tracing::error!(vm = %self.vm.name, %failure, "the source's QEMU was not put in order");
+        }
+    }
+
+    async fn run_guest(&self, inner: &mut Inner) -> On {
+        // After a restart: it runs, or its user paused it since.
+        let was_told = inner.record.view.outcome == Some(End::Stayed);
+        let Some(qemu) = inner.qemu.clone().filter(|_| !was_told && !inner.record.paused) else {
+            return On::GuestRuns;
+        };
+        match let_run_again(&qemu).await {
+            Ok(()) => On::GuestRuns,
+            Err(failure) => {
+                tracing::error!(vm = %self.vm.name, %failure, "the guest was not let run again");
+                let reason = inner.reason.take().unwrap_or_default();
+                inner.reason = Some(format!("{reason}; besides, at the source: {failure}"));
+                On::GuestNeverRan
+            }
+        }
+    }
+
+    async fn stop_guest(&self, inner: &Inner) {
+        if let Some(qemu) = &inner.qemu
+            && let Err(error) = power::stop(&qemu.qmp).await
+        {
+            tracing::error!(vm = %self.vm.name, %error, "the guest was not stopped");
+        }
+    }
+
+    async fn free(&self, inner: &mut Inner) {
+        let mut of_vm = self.vm.lock().await;
+        // From here on the watch on QEMU finds another one's VM.
+        of_vm.qemu = None;
+        let retain = inner.record.retain_source_disks;
+        let qemu = inner.qemu.take();
+        let left = free_source(&self.agent, &of_vm.definition, qemu.as_ref(), retain).await;
+        inner.reason = left_behind(&left);
+    }
+
+    /// Tells where the machine stands now, and lets the VM go when it is ours.
+    async fn publish(&self, inner: &mut Inner) {
+        let standing = standing_of(&inner.machine, inner.is_unanswered);
+        let before = self.standing.send_replace(standing);
+        if standing.is_ours && !before.is_ours {
+            self.let_go(inner).await;
+        }
+        if standing.doubt != before.doubt
+            && let Some(doubt) = standing.doubt
+        {
+            let text = doubt_text(doubt, &self.destination, &self.job.view());
+            tracing::warn!(migration = %self.job.id(), reason = text, "in doubt");
+            // A VM that is ours and off has ended its migration as far as an
+            // operator who waits for it is concerned.
+            if !standing.is_ours {
+                self.job.tell_in_doubt(text);
+            }
+        }
+        let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
+        if ended == Ended::Moved {
+            self.agent.drop_vm_if(&self.vm);
+        }
+        let mut of_vm = self.vm.lock().await;
+        of_vm.leave_hand_over(self.job.id());
+        if ended == Ended::Superseded {
+            of_vm.migration = None;
+        }
+        drop(of_vm);
+        forget(&self.agent, self.job.id());
+    }
+
+    /// The VM is an operator's again; the other host is asked on beside it.
+    async fn let_go(&self, inner: &mut Inner) {
+        if let Some(qemu) = inner.qemu.take()
+            && inner.record.off
+            && let Err(failure) = run::end(&qemu).await
+        {
+            tracing::error!(vm = %self.vm.name, %failure, "a QEMU that read disks was not ended");
+        }
+        if !inner.record.off && inner.machine.guest() == Guest::Gone {
+            let reason = inner.reason.take().map_or_else(String::new, |reason| reason + "; ");
+            inner.reason = Some(format!("{reason}QEMU of the VM ended, so it is off"));
+        }
+        let mut of_vm = self.vm.lock().await;
+        of_vm.migration = None;
+    }
+}
+
+/// Words, and who says them.
+impl SourceHand {
+    /// The connection to the destination, made when there is none.
+    pub(crate) fn link(&self) -> Result<Arc<PeerLink>, PeerError> {
+        let mut kept = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = kept.as_ref() {
+            return Ok(Arc::clone(link));
+        }
+        let made = PeerLink::new(&self.agent, &self.destination)
+            .map_err(|failure| PeerError::Unreachable(failure.to_string()))?;
+        Ok(Arc::clone(kept.insert(Arc::new(made))))
+    }
+
+    /// Says words and takes the answers, until nothing is left to say or the
+    /// destination does not answer.
+    pub(crate) async fn say(&self, mut words: Vec<Do>) -> Result<(), PeerError> {
+        while let Some(word) = words.pop() {
+            let answer = self.ask_destination(&word).await?;
+            words.extend(self.hear(answer).await);
+        }
+        Ok(())
+    }
+
+    /// Takes the destination's word.
+    pub(crate) async fn hear(&self, word: DestinationWord) -> Vec<Do> {
+        let event = match word {
+            DestinationWord::Unheard => On::Unheard,
+            DestinationWord::Undecided => return Vec::new(),
+            DestinationWord::Ready { epoch } => On::Ready { epoch },
+            DestinationWord::Running { epoch } => On::Running { epoch },
+            DestinationWord::Declined { epoch, reason } => {
+                self.note_their_reason(&reason).await;
+                On::Declined { epoch }
+            }
+        };
+        self.feed(event).await
+    }
+
+    async fn note_their_reason(&self, theirs: &str) {
+        let mut inner = self.inner.lock().await;
+        let is_ours = inner.reason.as_ref().is_some_and(|ours| {
+            // It may only repeat what it was told.
+            !inner.reason_is_theirs || theirs.ends_with(ours.as_str())
+        });
+        if !is_ours {
+            inner.reason = Some(format!("{} gave up: {theirs}", self.destination));
+        }
+    }
+
+    /// Says one word, and gives the answer to it.
+    pub(crate) async fn ask_destination(&self, word: &Do) -> Result<DestinationWord, PeerError> {
+        let path = |what: &str| format!("/peer/v1/migrations/{}/{what}", self.job.id());
+        let link = self.link()?;
+        let answer = match word {
+            Do::SendCommit(committed) => {
+                let commit = Commit { epoch: committed.epoch() };
+                link.post_within(&path("commit"), &commit, COMMIT_MS_MAX).await
+            }
+            Do::SendStays { epoch } => {
+                let reason = self.inner.lock().await.reason.clone();
+                let reason = reason.unwrap_or_else(|| "the VM stays at its source".to_owned());
+                let stays = Stays { epoch: *epoch, reason };
+                link.post_within(&path("stays"), &stays, WORD_MS_MAX).await
+            }
+            Do::SendRetired { epoch } => {
+                let retired = Retired { epoch: *epoch };
+                link.post_within(&path("retired"), &retired, WORD_MS_MAX).await
+            }
+            // Asked by `outgoing`, which knows what goes with it; a state that
+            // only repeats it has nothing to add.
+            _ => Ok(DestinationWord::Undecided),
+        };
+        self.note_answered(answer.is_ok()).await;
+        answer
+    }
+
+    async fn note_answered(&self, is_answered: bool) {
+        if !is_answered {
+            // Paired again it may have another certificate or address.
+            self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
+        let mut inner = self.inner.lock().await;
+        if inner.is_unanswered == is_answered {
+            inner.is_unanswered = !is_answered;
+            self.publish(&mut inner).await;
+        }
+    }
+
+    /// What the destination is answered when it asks.
+    pub(crate) async fn answer(&self) -> SourceWord {
+        let words = self.feed(On::Asked).await;
+        words.first().map_or(SourceWord::Undecided, |word| match word {
+            Do::SendCommit(committed) => SourceWord::Commit { epoch: committed.epoch() },
+            Do::SendStays { epoch } => SourceWord::Stays { epoch: *epoch },
+            Do::SendRetired { epoch } => SourceWord::Retired { epoch: *epoch },
+            _ => SourceWord::Undecided,
+        })
+    }
+
+    /// Gives up, says so, and tells the end; asks on in the background when
+    /// the destination does not confirm.
+    ///
+    /// - `is_echo`: only the connection broke; the destination may know why.
+    pub(crate) async fn give_up(self: &Arc<Self>, reason: String, is_echo: bool) {
+        let mut inner = self.inner.lock().await;
+        inner.reason.get_or_insert(reason);
+        inner.reason_is_theirs = is_echo;
+        drop(inner);
+        let words = self.feed(On::GiveUp).await;
+        self.finish(words).await;
+    }
+
+    /// Says what is left to say, and tells the end.
+    pub(crate) async fn finish(self: &Arc<Self>, words: Vec<Do>) {
+        if let Err(error) = self.say(words).await {
+            tracing::warn!(migration = %self.job.id(), %error, "the destination did not answer");
+        }
+        self.tell_end().await;
+        if self.standing().ended.is_none() {
+            self.spawn_settling();
+        }
+    }
+
+    /// Tells an operator who waits how it ended, as soon as that is certain.
+    async fn tell_end(&self) {
+        let mut inner = self.inner.lock().await;
+        let standing = self.standing();
+        if standing.ended.is_none() && standing.is_ours && inner.record.view.outcome.is_none() {
+            // The VM is here; that the destination has not confirmed it yet
+            // concerns nobody but us.
+            let reason = inner.reason.clone();
+            let view = self.job.ended_view(End::Stayed, reason, None, Vec::new());
+            inner.record.view = view;
+            let stored = self.agent.store.put(&self.job.id().to_string(), &inner.record);
+            if let Err(error) = stored {
+                tell_unknown(&inner.record, &error);
+            }
+        }
+        if inner.record.view.ended_unix_ms.is_some() {
+            self.job.tell(inner.record.view.clone());
+        }
+    }
+
+    /// Repeats what has to be heard until it is.
+    pub(super) fn spawn_settling(self: &Arc<Self>) {
+        let hand = Arc::clone(self);
+        tokio::spawn(async move {
+            while hand.standing().ended.is_none() {
+                tokio::time::sleep(ASK_EVERY).await;
+                let words = hand.feed(On::Silence).await;
+                // Told once, as a doubt; the log need not repeat it each second.
+                hand.say(words).await.ok();
+            }
+            hand.tell_end().await;
+        });
+    }
+
+    /// Tells the machine of QEMU's end, once its watch has seen it.
+    fn spawn_qemu_watch(self: &Arc<Self>) {
+        let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
+        let mut standing = self.standing.subscribe();
+        tokio::spawn(async move {
+            let has_gone = tokio::select! {
+                () = gone.cancelled() => true,
+                // Settled, or never begun.
+                _ = standing.wait_for(|now| now.ended.is_some()) => false,
+            };
+            if let Some(hand) = hand.upgrade().filter(|_| has_gone) {
+                let words = hand.feed(On::QemuGone).await;
+                hand.say(words).await.ok();
+            }
+        });
+    }
+
+    pub(super) async fn move_on(&self) {
+        let words = self.feed(On::MovesOn).await;
+        self.say(words).await.ok();
+    }
+
+    /// An operator gives the VM to this host.
+    pub(super) async fn force_owner(self: &Arc<Self>, by: String) -> Outcome<()> {
+        let mut inner = self.inner.lock().await;
+        inner.record.forced = Some(by.clone());
+        inner.reason = Some(format!("given to this host by an operator ({by})"));
+        let before = inner.machine.state();
+        let words = self.feed_locked(&mut inner, On::ForceOwner).await;
+        let after = inner.machine.state();
+        drop(inner);
+        if before == after {
+            return Err(Failure::conflict(format!(
+                "nothing was forced: a migration that is {after} needs no operator"
+            )));
+        }
+        self.finish(words).await;
+        Ok(())
+    }
+
+    /// Asks the destination how it stands.
+    pub(super) async fn look_at_peer(&self) -> Result<DestinationWord, PeerError> {
+        self.link()?.get(&format!("/peer/v1/migrations/{}", self.job.id())).await
+    }
+}
