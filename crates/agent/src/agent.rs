@@ -14,6 +14,7 @@ use limosa_protocol::id::{HostName, VmName};
 use limosa_protocol::migration::{Outcome as End, Role as Half};
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::probe::QemuFacts;
+use limosa_qemu::quirk::VERSION_MIN;
 
 use crate::config::{self, Config};
 use crate::failure::{Failure, Outcome, chain};
@@ -253,6 +254,14 @@ impl QemuHost {
         let facts = limosa_qemu::probe::probe(&binary, choice.accelerator)
             .await
             .with_context(|| format!("{} does not answer as QEMU does", binary.display()))?;
+        // VMs that run are looked after all the same; starting and moving say it too.
+        let missing = facts.missing_commands();
+        if facts.version < VERSION_MIN || !missing.is_empty() {
+            tracing::warn!(
+                version = %facts.version, ?missing,
+                "this QEMU cannot do all that is needed; {VERSION_MIN} or newer is"
+            );
+        }
         Ok(Self {
             binary,
             img,

@@ -108,7 +108,7 @@ async fn finish(
 }
 
 fn not_invited() -> Failure {
-    Failure::forbidden("no invitation is open: run `limosa host invite` here first")
+    Failure::forbidden("no invitation is open there: run `limosa host invite` on that host first")
 }
 
 fn stranger(caller: &Caller) -> Outcome<(Vec<u8>, std::net::SocketAddr)> {

@@ -29,7 +29,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::agent::Agent;
 use crate::failure::{Failure, chain};
-use crate::store::PeerRecord;
+use crate::store::{PeerRecord, StoreError};
 
 /// Longest wait for a connection and its handshake.
 const CONNECT_MS_MAX: u64 = 5_000;
@@ -61,6 +61,22 @@ impl From<PeerError> for Failure {
     }
 }
 
+/// Why there is no link to a host.
+#[derive(Debug)]
+pub(crate) enum NoLink {
+    /// The two were never paired, or are no more.
+    NotPaired,
+    /// Its record cannot be read.
+    Damaged,
+    /// No record can be read.
+    Store(Failure),
+}
+
+/// How a host is paired, for people.
+pub(crate) fn pairing_mend(name: &HostName) -> String {
+    format!("run `limosa host invite` on {name}, then `limosa host pair ADDRESS` here")
+}
+
 type Body = BoxBody<Bytes, std::io::Error>;
 
 /// A connection to one paired host, made when it is needed.
@@ -75,18 +91,28 @@ pub(crate) struct PeerLink {
 impl PeerLink {
     /// A link to a paired host.
     pub(crate) fn new(agent: &Agent, name: &HostName) -> Result<Self, Failure> {
-        let record: PeerRecord =
-            agent.store.get(name.as_str()).map_err(Failure::from)?.ok_or_else(|| {
-                Failure::not_found(format!(
-                    "no host {name} is paired with this one: run `limosa host invite` on {name}, \
-                     then `limosa host pair ADDRESS` here"
-                ))
-            })?;
-        let expected: Fingerprint = record.fingerprint.parse().map_err(|_| {
-            Failure::internal(format!(
-                "the record of host {name} is damaged: `limosa host unpair {name}`, then pair again"
-            ))
-        })?;
+        Self::open(agent, name).map_err(|error| match error {
+            NoLink::NotPaired => Failure::not_found(format!(
+                "no host {name} is paired with this one: {}",
+                pairing_mend(name)
+            )),
+            NoLink::Damaged => Failure::internal(format!(
+                "what is recorded of host {name} is damaged: `limosa host unpair {name}`, then \
+                 pair again"
+            )),
+            NoLink::Store(failure) => failure,
+        })
+    }
+
+    /// The same, with the reason told apart.
+    pub(crate) fn open(agent: &Agent, name: &HostName) -> Result<Self, NoLink> {
+        let recorded = agent.store.get(name.as_str());
+        let record: PeerRecord = match recorded {
+            Ok(record) => record.ok_or(NoLink::NotPaired)?,
+            Err(StoreError::Record { .. }) => return Err(NoLink::Damaged),
+            Err(error) => return Err(NoLink::Store(error.into())),
+        };
+        let expected: Fingerprint = record.fingerprint.parse().map_err(|_| NoLink::Damaged)?;
         let connector =
             |alpn: &[u8]| TlsConnector::from(tls::client_config(&agent.identity, expected, alpn));
         Ok(Self {

@@ -162,24 +162,33 @@ pub enum ProblemCode {
     MachineType,
     /// The destination lacks the VM's firmware
     FirmwareMissing,
-    /// QEMU of either host is too old or too new
+    /// QEMU of either host is too old, or lacks a command that Limosa needs
     QemuVersion,
     /// A file or device of the source host is attached
     HostAttached,
+    /// A file of the VM is missing at the source, cannot be read, or is too large
+    FileUnusable,
     /// A folder or file at the destination is in the way
     NotEmpty,
     /// A path at the destination cannot be used
     BadPath,
     /// The hosts are not paired
     NotPaired,
+    /// What this host recorded of the other one cannot be read
+    PairingDamaged,
     /// The peer could not be reached
     Unreachable,
-    /// The agents speak different versions
+    /// The peer answered, and refused to look
+    Refused,
+    /// The agents' versions do not understand each other
     PeerVersion,
     /// The VM is busy or in a condition that does not move
     Busy,
     /// The source and the destination are the same host
     SameHost,
+    /// A kind that only a newer agent knows; the message says it
+    #[serde(other)]
+    Other,
 }
 
 /// Bytes of one kind of work: how far, how fast, how long still.
@@ -261,7 +270,8 @@ pub struct Downtime {
 /// One summary at the end.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Summary {
-    /// From the request to the end
+    /// From the moment the VM was taken for the move, past the first check, to
+    /// the end; of a move that a restarted agent settles, from that start
     pub total_ms: u64,
     /// Time spent in each phase
     #[schema(value_type = BTreeMap<String, u64>)]

@@ -6,7 +6,7 @@
 //! |--:|---------|------|--------|
 //! | 1 | `POST /peer/v1/compare` | [`Offer`] | [`OfferAnswer`] |
 //! | 2 | `POST /peer/v1/migrations` | [`Offer`] | [`OfferAnswer`]; no problems: place is made |
-//! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}` | bytes | |
+//! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}` | bytes of kernel, initial RAM disk or UEFI's variables | |
 //! | 4 | `POST /peer/v1/migrations/{id}/receive` | [`Receive`] | [`Receiving`]; channels may connect |
 //! | 5 | `POST /peer/v1/migrations/{id}/verify` | | [`Digests`], only with full verification |
 //! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationWord`] |
@@ -31,10 +31,14 @@ pub const CHANNEL_ALPN: &[u8] = b"limosa-channel/1";
 pub const CHANNEL_HELLO_BYTES_MAX: u16 = 1024;
 /// Most data channels of one migration.
 pub const CHANNEL_COUNT_MAX: u8 = 16;
-/// Largest file that travels beside the disks (kernel, initial RAM disk), in bytes.
+/// Largest file that travels beside the disks (kernel, initial RAM disk, UEFI's
+/// variables), in bytes.
 pub const FILE_BYTES_MAX: u64 = 512 << 20;
 
 /// A VM is offered to the destination.
+///
+/// `peer_version` stays where and what it is in every version to come: it is
+/// read before the rest, which another version may have changed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
     /// Peer protocol of the source
@@ -59,7 +63,8 @@ pub struct Offer {
     pub cpu_features: Vec<String>,
     /// CPU features of the model that the source lacks, so the guest does too
     pub cpu_lacking: Vec<String>,
-    /// Facts of each disk, in the definition's order
+    /// Facts of each disk, in the definition's order; zeroes for an image that
+    /// cannot be read, which the source tells as a problem of its own
     pub disks: Vec<DiskFacts>,
     /// Files that travel beside the disks: name and size
     pub files: Vec<(String, u64)>,

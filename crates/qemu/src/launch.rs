@@ -146,6 +146,12 @@ pub enum LaunchError {
         /// How many fit
         most: usize,
     },
+    /// QEMU is too old.
+    #[error("this is QEMU {version}; {} or newer is needed", crate::quirk::VERSION_MIN)]
+    TooOld {
+        /// QEMU's version
+        version: String,
+    },
     /// The machine type is unknown.
     #[error("QEMU {version} does not know the machine type {machine}")]
     Machine {
@@ -161,6 +167,9 @@ pub enum LaunchError {
 /// # Errors
 /// [`LaunchError`], when the VM does not fit.
 pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString>, LaunchError> {
+    if facts.version < crate::quirk::VERSION_MIN {
+        return Err(LaunchError::TooOld { version: facts.version.to_string() });
+    }
     if facts.resolve_machine(&spec.machine).is_none() {
         return Err(LaunchError::Machine {
             machine: spec.machine.clone(),

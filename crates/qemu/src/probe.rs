@@ -61,12 +61,6 @@ pub enum ProbeError {
         #[source]
         source: std::io::Error,
     },
-    /// It is too old.
-    #[error("it is QEMU {version}; {} or newer is needed", crate::quirk::VERSION_MIN)]
-    TooOld {
-        /// What it is
-        version: Version,
-    },
     /// It does not speak as QEMU does.
     #[error("it does not answer over QMP")]
     Qmp(#[from] QmpError),
@@ -111,11 +105,7 @@ pub async fn probe(binary: &Path, accelerator: Accelerator) -> Result<QemuFacts,
     let asked = async { ask(Qmp::over(reader, writer, None, PROBE_MAX).await?).await };
     let facts = asked.await;
     child.kill().await.ok();
-    let facts = facts?;
-    if facts.version < crate::quirk::VERSION_MIN {
-        return Err(ProbeError::TooOld { version: facts.version });
-    }
-    Ok(facts)
+    Ok(facts?)
 }
 
 async fn ask(qmp: Qmp) -> Result<QemuFacts, QmpError> {
@@ -156,10 +146,11 @@ impl QemuFacts {
         self.machines.get(versioned).map(String::as_str)
     }
 
-    /// Whether it has a QMP command.
+    /// The QMP commands that Limosa needs and this QEMU does not have.
     #[must_use]
-    pub fn has(&self, command: &str) -> bool {
-        self.commands.contains(command)
+    pub fn missing_commands(&self) -> Vec<&'static str> {
+        let needed = crate::quirk::COMMANDS_NEEDED.into_iter();
+        needed.filter(|command| !self.commands.contains(*command)).collect()
     }
 
     /// Versioned machine types.

@@ -8,6 +8,36 @@ use crate::probe::Version;
 /// exports or `-sandbox` differ, and no maintained distribution has it.
 pub const VERSION_MIN: Version = Version { major: 7, minor: 2, micro: 0 };
 
+/// QMP commands without which Limosa can neither run nor move a VM. A QEMU that
+/// has them all is taken, however new it is; one that lacks some is named with
+/// what it lacks.
+pub const COMMANDS_NEEDED: [&str; 24] = [
+    "announce-self",
+    "block-export-add",
+    "block-export-del",
+    "block-job-cancel",
+    "blockdev-add",
+    "blockdev-del",
+    "blockdev-mirror",
+    "cont",
+    "migrate",
+    "migrate-continue",
+    "migrate-incoming",
+    "migrate-set-capabilities",
+    "migrate-set-parameters",
+    "migrate_cancel",
+    "nbd-server-start",
+    "nbd-server-stop",
+    "query-block-exports",
+    "query-block-jobs",
+    "query-migrate",
+    "query-named-block-nodes",
+    "query-status",
+    "quit",
+    "stop",
+    "system_powerdown",
+];
+
 /// What a RAM backend must be told so that its block in the stream is named by
 /// its id. Machine types up to 4.0 name it by its path in the object tree,
 /// `/objects/ram0`; the receiver of its pages would not know it.

@@ -9,9 +9,10 @@ use limosa_protocol::handover::{DestinationEvent, Stage};
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
-    Commit, DestinationWord, Digests, Offer, OfferAnswer, ReadyRequest, Receive, Receiving,
-    Retired, SourceWord, Stays,
+    Commit, DestinationWord, Digests, OfferAnswer, ReadyRequest, Receive, Receiving, Retired,
+    SourceWord, Stays,
 };
+use serde_json::Value;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
@@ -67,18 +68,26 @@ fn recorded(
 
 async fn compare_offer(
     State(agent): Shared,
-    Body(offer): Body<Offer>,
+    Extension(caller): Extension<Caller>,
+    Body(offer): Body<Value>,
 ) -> Outcome<Json<OfferAnswer>> {
-    let problems = compare::check_offer(&agent, &offer).await?;
+    let problems = match compare::read_offer(&agent, &host(caller)?, offer)? {
+        Ok(offer) => compare::check_offer(&agent, &offer).await?,
+        Err(problem) => vec![problem],
+    };
     Ok(Json(OfferAnswer { problems }))
 }
 
 async fn accept(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
-    Body(offer): Body<Offer>,
+    Body(offer): Body<Value>,
 ) -> Outcome<Json<OfferAnswer>> {
-    Incoming::accept(&agent, &host(caller)?, offer).await.map(Json)
+    let from = host(caller)?;
+    match compare::read_offer(&agent, &from, offer)? {
+        Ok(offer) => Incoming::accept(&agent, &from, offer).await.map(Json),
+        Err(problem) => Ok(Json(OfferAnswer { problems: vec![problem] })),
+    }
 }
 
 async fn take_file(

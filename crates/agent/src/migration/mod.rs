@@ -54,17 +54,25 @@ impl UnderWay {
     }
 }
 
+/// One that only waits for its peer's last word moves nothing.
+fn moving_count(under_way: &BTreeMap<MigrationId, UnderWay>) -> usize {
+    under_way.values().filter(|one| one.job().view().outcome.is_none()).count()
+}
+
 impl Migrations {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, UnderWay>> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether no further migration may begin on this host.
+    pub(crate) fn is_full(&self) -> bool {
+        moving_count(&self.lock()) >= UNDER_WAY_COUNT_MAX
+    }
+
     /// Adds a migration that begins, unless there are too many.
     pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>) -> Outcome<()> {
         let mut under_way = self.lock();
-        // One that only waits for its peer's last word moves nothing.
-        let moving = under_way.values().filter(|one| one.job().view().outcome.is_none());
-        if moving.count() >= UNDER_WAY_COUNT_MAX {
+        if moving_count(&under_way) >= UNDER_WAY_COUNT_MAX {
             return Err(Failure::conflict(format!(
                 "{UNDER_WAY_COUNT_MAX} migrations are under way on this host: wait for one to end"
             )));

@@ -4,7 +4,7 @@
 //! that were made for it, is ever removed.
 
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use limosa_protocol::id::VmName;
@@ -197,18 +197,6 @@ pub(crate) fn everything(
         all.extend(own.filter_map(|disk| disk.path.clone()).filter(|image| image.is_file()));
     }
     all
-}
-
-/// The file system in which a path lies, or would lie: its device number, and
-/// its free bytes.
-pub(crate) fn file_system(path: &Path) -> io::Result<(u64, u64)> {
-    let mut at = path;
-    while !at.exists() {
-        at = at.parent().ok_or(io::ErrorKind::NotFound)?;
-    }
-    let found = rustix::fs::statvfs(at)?;
-    let device = std::fs::metadata(at)?.dev();
-    Ok((device, found.f_bavail.saturating_mul(found.f_frsize)))
 }
 
 /// Whether a folder is missing or holds nothing.

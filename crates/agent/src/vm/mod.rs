@@ -90,18 +90,10 @@ impl Vm {
     /// Locks the VM for a change that an operator wants.
     pub(crate) async fn lock_for_change(&self) -> Outcome<MutexGuard<'_, Inner>> {
         let inner = self.inner.lock().await;
-        if let Some(hand_over) = &inner.hand_over {
-            hand_over.expect_ours()?;
+        match inner.hindrance() {
+            None => Ok(inner),
+            Some((what, mend)) => Err(Failure::conflict(format!("{what}: {mend}"))),
         }
-        if let Some((id, _)) = inner.migration {
-            return Err(Failure::conflict(format!(
-                "VM {} is being moved: wait for it with `limosa migration watch {id}`, or end it \
-                 with `limosa migration cancel {id}`",
-                self.name
-            )));
-        }
-        inner.expect_answering()?;
-        Ok(inner)
     }
 
     /// The VM as operators see it.
@@ -135,17 +127,45 @@ impl Vm {
 }
 
 impl Inner {
+    /// What keeps anybody from changing the VM now, and what to do about it.
+    pub(crate) fn hindrance(&self) -> Option<(String, String)> {
+        let name = &self.definition.name;
+        if let Some(hindrance) = self.hand_over.as_ref().and_then(HandOver::hindrance) {
+            return Some(hindrance);
+        }
+        if let Some((id, _)) = self.migration {
+            return Some((
+                format!("VM {name} is being moved"),
+                format!(
+                    "wait for it with `limosa migration watch {id}`, or end it with \
+                     `limosa migration cancel {id}`"
+                ),
+            ));
+        }
+        self.unanswering()
+    }
+
     /// A QEMU that lives and does not answer has the VM's files and guest:
     /// nothing may be done as if it were off.
+    fn unanswering(&self) -> Option<(String, String)> {
+        let run = self.record.run.as_ref().filter(|_| self.qemu.is_none())?;
+        process::is_alive(&run.process).then(|| {
+            (
+                format!(
+                    "QEMU of VM {} (process {}) runs and does not answer",
+                    self.definition.name, run.process.pid
+                ),
+                "restart limosad to try it again, or end that process and restart limosad"
+                    .to_owned(),
+            )
+        })
+    }
+
+    /// Fails when QEMU lives and does not answer.
     pub(crate) fn expect_answering(&self) -> Outcome<()> {
-        let run = self.record.run.as_ref().filter(|_| self.qemu.is_none());
-        match run.filter(|run| process::is_alive(&run.process)) {
+        match self.unanswering() {
             None => Ok(()),
-            Some(run) => Err(Failure::conflict(format!(
-                "QEMU of VM {} (process {}) runs and does not answer: restart limosad to try it \
-                 again, or end that process and restart limosad",
-                self.definition.name, run.process.pid
-            ))),
+            Some((what, mend)) => Err(Failure::conflict(format!("{what}: {mend}"))),
         }
     }
 

@@ -110,21 +110,32 @@ impl HandOver {
         }
     }
 
-    /// Why the VM may not be changed now, if it may not.
-    pub(crate) fn expect_ours(&self) -> Outcome<()> {
+    /// Why the VM may not be changed now, if it may not, and what to do about it.
+    pub(crate) fn hindrance(&self) -> Option<(String, String)> {
         let standing = self.standing();
         let vm = self.job().view().vm;
         if standing.is_ours {
-            return Ok(());
+            return None;
         }
-        Err(Failure::conflict(match standing.doubt {
-            Some(doubt) => format!("VM {vm} is in doubt: {}", self.doubt_text(doubt)),
-            None => format!(
-                "VM {vm} is being moved: wait for it with `limosa migration watch {0}`, or end it \
-                 with `limosa migration cancel {0}`",
-                self.id()
+        Some(match standing.doubt {
+            Some(doubt) => (format!("VM {vm} is in doubt"), self.doubt_text(doubt)),
+            None => (
+                format!("VM {vm} is being moved"),
+                format!(
+                    "wait for it with `limosa migration watch {0}`, or end it with `limosa \
+                     migration cancel {0}`",
+                    self.id()
+                ),
             ),
-        }))
+        })
+    }
+
+    /// The same, as a failure.
+    pub(crate) fn expect_ours(&self) -> Outcome<()> {
+        match self.hindrance() {
+            None => Ok(()),
+            Some((what, mend)) => Err(Failure::conflict(format!("{what}: {mend}"))),
+        }
     }
 
     /// Why the VM may not be started anew from this host's disks, if it may not.

@@ -22,7 +22,7 @@ use limosa_protocol::handover::{Record, Stage};
 use limosa_protocol::id::MigrationId;
 use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role, Verify};
 use limosa_protocol::peer::Offer;
-use limosa_qemu::power::{self, RunState};
+use limosa_qemu::power;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -65,7 +65,6 @@ pub(crate) async fn begin(
     vm: &Arc<Vm>,
     request: MoveRequest,
 ) -> Outcome<Migration> {
-    drop(vm.lock_for_change().await?);
     let problems = compare::compare(agent, vm, &request).await?;
     if !problems.is_empty() {
         return Err(Failure::problems(
@@ -147,15 +146,9 @@ pub(crate) async fn begin(
 /// Whether the guest's vCPUs run; a failure when the VM does not move as it is.
 async fn runs(inner: &crate::vm::Inner) -> Outcome<bool> {
     let Some(qemu) = &inner.qemu else { return Ok(false) };
-    match power::query_status(&qemu.qmp).await.or_fail("asking QEMU")? {
-        RunState::Running => Ok(true),
-        // After a move that failed late, a paused guest is in `postmigrate`.
-        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => Ok(false),
-        other => Err(Failure::conflict(format!(
-            "VM {} is {other:?} and cannot move: resume or stop it first",
-            inner.definition.name
-        ))),
-    }
+    let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
+    compare::movable(&inner.definition.name, status)
+        .map_err(|problem| Failure::problems("the VM changed meanwhile", vec![problem]))
 }
 
 impl Source {

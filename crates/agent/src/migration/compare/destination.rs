@@ -1,0 +1,290 @@
+//! The destination's part: names, switches, memory, QEMU and CPU. What becomes
+//! of files is [`super::storage`]'s.
+
+use limosa_protocol::api::Switch;
+use limosa_protocol::id::HostName;
+use limosa_protocol::migration::{Problem, ProblemCode, Role};
+use limosa_protocol::peer::Offer;
+use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
+use limosa_protocol::vm::{DiskKind, Firmware, VmDefinition};
+use serde_json::Value;
+
+use super::source::check_count;
+use super::{check_qemu, problem, storage};
+use crate::agent::Agent;
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::vm::files;
+
+/// Memory that a VM's QEMU needs besides guest RAM, in bytes.
+const QEMU_OVERHEAD_BYTES: u64 = 128 << 20;
+
+/// Reads an offer whose version this agent speaks; another one is a problem,
+/// whatever else it holds.
+pub(crate) fn read_offer(
+    agent: &Agent,
+    from: &HostName,
+    offer: Value,
+) -> Outcome<Result<Offer, Problem>> {
+    if let Some(problem) = check_version(from, &agent.name, &offer) {
+        return Ok(Err(problem));
+    }
+    serde_json::from_value(offer).map(Ok).map_err(|error| {
+        Failure::bad_request(format!(
+            "the offer is not understood, though {from} and {} speak the same version: {error}",
+            agent.name
+        ))
+    })
+}
+
+/// Which of two agents is too old for the other, from the one field of an offer
+/// that every version has.
+fn check_version(from: &HostName, here: &HostName, offer: &Value) -> Option<Problem> {
+    let spoken = offer.get("peer_version").and_then(Value::as_u64);
+    let (what, older) = match spoken {
+        Some(version) if version < PEER_VERSION_MIN.into() => (format!("version {version}"), from),
+        Some(version) if version <= PEER_VERSION.into() => return None,
+        Some(version) => (format!("version {version}"), here),
+        None => ("no version that is known".to_owned(), here),
+    };
+    let own = if PEER_VERSION_MIN == PEER_VERSION {
+        format!("version {PEER_VERSION}")
+    } else {
+        format!("versions {PEER_VERSION_MIN} to {PEER_VERSION}")
+    };
+    Some(problem(
+        ProblemCode::PeerVersion,
+        format!(
+            "these versions of Limosa do not understand each other: between hosts {from} speaks \
+             {what}, and {here} {own}"
+        ),
+        format!("upgrade Limosa on {older}"),
+    ))
+}
+
+/// The VM as it will be at the destination.
+pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> VmDefinition {
+    let mut definition = offer.definition.clone();
+    let folder = offer
+        .request
+        .storage_path
+        .clone()
+        .unwrap_or_else(|| files::usual_folder(agent, &definition.name));
+    definition.places = files::places_in(&folder);
+    for (path, name) in [
+        (&mut definition.boot.kernel, files::KERNEL_FILE),
+        (&mut definition.boot.initrd, files::INITRD_FILE),
+    ] {
+        if let Some(path) = path {
+            *path = folder.join(name);
+        }
+    }
+    for disk in &mut definition.disks {
+        let usual = || files::usual_image(&folder.join("disks"), disk.id.as_str(), disk.format);
+        disk.path = Some(offer.request.disks.get(&disk.id).cloned().unwrap_or_else(usual));
+    }
+    for nic in &mut definition.nics {
+        if let Some(renamed) = offer.request.switches.get(&nic.switch) {
+            nic.switch = renamed.clone();
+        }
+    }
+    definition
+}
+
+/// Everything at this host that stands against an offer. Touches nothing.
+pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Outcome<Vec<Problem>> {
+    offer
+        .definition
+        .check()
+        .map_err(|error| Failure::bad_request(format!("the offered definition: {error}")))?;
+    let disk_count =
+        offer.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk).count();
+    if offer.disks.len() != disk_count {
+        return Err(Failure::bad_request("the offer does not describe each of its disks"));
+    }
+    let placed = place_offer(agent, offer);
+    let mut problems = Vec::new();
+    if disk_count != placed.disks.len() {
+        problems.push(problem(
+            ProblemCode::HostAttached,
+            "a file of the source host is attached as a CD-ROM",
+            "take it out of the VM's definition",
+        ));
+    }
+    problems.extend(check_count(agent));
+    check_names(agent, &placed, &mut problems).await;
+    check_switches(agent, &placed, &mut problems)?;
+    storage::check(agent, &placed, offer, &mut problems).await?;
+    check_memory(offer, &mut problems)?;
+    check_machine(agent, offer, &mut problems);
+    check_cpu(agent, offer, &mut problems);
+    Ok(problems)
+}
+
+async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) {
+    for vm in agent.vms() {
+        let inner = vm.lock().await;
+        let (other, migration) = (inner.definition.clone(), inner.migration);
+        drop(inner);
+        if let (Some((id, Role::Destination)), true) = (migration, other.uuid == placed.uuid) {
+            problems.push(problem(
+                ProblemCode::Busy,
+                format!("VM {} is on its way to {} already", other.name, agent.name),
+                format!("wait for it with `limosa migration watch {id}`, or cancel that move"),
+            ));
+            continue;
+        }
+        if other.name == placed.name || other.uuid == placed.uuid {
+            problems.push(problem(
+                ProblemCode::NameTaken,
+                format!(
+                    "host {} already has a VM {} ({})",
+                    agent.name,
+                    other.name,
+                    other.uuid.unwrap_or_default()
+                ),
+                format!("delete VM {} on {}, or move to another host", other.name, agent.name),
+            ));
+            continue;
+        }
+        for mac in placed.nics.iter().filter_map(|nic| nic.mac) {
+            if other.nics.iter().any(|nic| nic.mac == Some(mac)) {
+                problems.push(problem(
+                    ProblemCode::MacTaken,
+                    format!("VM {} on {} has the MAC address {mac} too", other.name, agent.name),
+                    "give one of the two another address",
+                ));
+            }
+        }
+    }
+}
+
+fn check_switches(
+    agent: &Agent,
+    placed: &VmDefinition,
+    problems: &mut Vec<Problem>,
+) -> Outcome<()> {
+    let mut switches: Vec<_> = placed.nics.iter().map(|nic| &nic.switch).collect();
+    switches.sort();
+    switches.dedup();
+    for switch in switches {
+        if agent.store.get::<Switch>(switch.as_str())?.is_none() {
+            problems.push(problem(
+                ProblemCode::SwitchMissing,
+                format!("host {} has no virtual switch {switch}", agent.name),
+                format!(
+                    "make it there with `limosa switch create {switch}`, or name another one with \
+                     --switch {switch}=OTHER"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_memory(offer: &Offer, problems: &mut Vec<Problem>) -> Outcome<()> {
+    let (_, memory_free) = crate::api::memory().or_fail("reading /proc/meminfo")?;
+    let need = offer.definition.memory_bytes() + QEMU_OVERHEAD_BYTES;
+    if offer.running && need > memory_free {
+        problems.push(problem(
+            ProblemCode::NoMemory,
+            format!(
+                "the VM needs {} MiB of memory, {} MiB are free",
+                need >> 20,
+                memory_free >> 20
+            ),
+            "stop or move other VMs of the destination first",
+        ));
+    }
+    Ok(())
+}
+
+fn check_machine(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
+    let facts = &agent.qemu.facts;
+    let definition = &offer.definition;
+    problems.extend(check_qemu(&agent.name, facts.version, &facts.missing_commands()));
+    let code = &agent.config.qemu.uefi_code;
+    if definition.boot.firmware == Firmware::Uefi && !code.is_file() {
+        problems.push(problem(
+            ProblemCode::FirmwareMissing,
+            format!("{} has no UEFI firmware at {}", agent.name, code.display()),
+            "install the package ovmf there, or set qemu.uefi_code",
+        ));
+    }
+    if facts.resolve_machine(&definition.machine) != Some(definition.machine.as_str()) {
+        let (major, minor, micro) = offer.qemu_version;
+        problems.push(problem(
+            ProblemCode::MachineType,
+            format!(
+                "QEMU {} of {} does not know the machine type {}; {} has QEMU \
+                 {major}.{minor}.{micro}",
+                facts.version, agent.name, definition.machine, offer.source
+            ),
+            "upgrade QEMU at the destination, or give the VM an older machine type while it is off",
+        ));
+    }
+    if offer.running && offer.accelerator != agent.qemu.accelerator.to_string() {
+        problems.push(problem(
+            ProblemCode::Accelerator,
+            format!(
+                "the VM runs with {} and {} would run it with {} ({})",
+                offer.accelerator,
+                agent.name,
+                agent.qemu.accelerator,
+                agent.qemu.accelerator_reason
+            ),
+            "set qemu.accelerator alike on both hosts, or move the VM while it is off",
+        ));
+    }
+}
+
+fn check_cpu(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
+    let facts = &agent.qemu.facts;
+    let cpu = &offer.definition.cpu;
+    let here = facts.cpu_features(cpu);
+    let mut missing: Vec<_> =
+        offer.cpu_features.iter().filter(|feature| !here.contains(feature)).cloned().collect();
+    match facts.lacking_features(cpu) {
+        // What the source lacks too, the guest does not have.
+        Some(lacking) => missing
+            .extend(lacking.iter().filter(|feature| !offer.cpu_lacking.contains(feature)).cloned()),
+        None => missing.push(format!("the whole model, unknown to QEMU {}", facts.version)),
+    }
+    if !missing.is_empty() {
+        problems.push(problem(
+            ProblemCode::CpuFeatures,
+            format!(
+                "the CPU of {} lacks what the model {cpu} shows the guest: {}",
+                agent.name,
+                missing.join(", ")
+            ),
+            "give the VM a CPU model that both hosts have, such as qemu64 or a versioned one",
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// Goal: whatever else an offer of another version holds or lacks, it is
+    /// told which host is to be upgraded.
+    #[test]
+    fn an_offer_of_another_version_names_the_older_host() {
+        let (source, here) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let newer = json!({ "peer_version": PEER_VERSION + 1, "shape": { "unknown": [1, 2] } });
+        let told = check_version(&source, &here, &newer).unwrap();
+        assert_eq!(told.code, ProblemCode::PeerVersion);
+        assert_eq!(told.mend, "upgrade Limosa on b");
+        let older = json!({ "peer_version": PEER_VERSION_MIN - 1 });
+        assert_eq!(check_version(&source, &here, &older).unwrap().mend, "upgrade Limosa on a");
+        for unknown in [json!({}), json!([]), json!({ "peer_version": "2" })] {
+            assert_eq!(
+                check_version(&source, &here, &unknown).unwrap().mend,
+                "upgrade Limosa on b"
+            );
+        }
+        assert_eq!(check_version(&source, &here, &json!({ "peer_version": PEER_VERSION })), None);
+    }
+}

@@ -1,0 +1,305 @@
+//! The source's part: the VM's condition, its files, and what of this host is
+//! attached to it.
+
+use std::path::Path;
+
+use limosa_protocol::id::{MigrationId, VmName};
+use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
+use limosa_protocol::peer::{DiskFacts, FILE_BYTES_MAX, Offer};
+use limosa_protocol::version::PEER_VERSION;
+use limosa_protocol::vm::{Disk, DiskKind, VmDefinition};
+use limosa_qemu::image::{self, ImageFacts};
+use limosa_qemu::power::{self, RunState};
+
+use super::{check_qemu, problem};
+use crate::agent::Agent;
+use crate::failure::{Outcome, chain};
+use crate::migration::UNDER_WAY_COUNT_MAX;
+use crate::vm::{Inner, create, files};
+
+/// Everything at this host that stands against a move, apart from files.
+pub(super) async fn check(agent: &Agent, inner: &Inner, request: &MoveRequest) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    if request.to == agent.name {
+        problems.push(problem(
+            ProblemCode::SameHost,
+            format!("VM {} is on {} already", inner.definition.name, agent.name),
+            "name another host with --to",
+        ));
+    }
+    problems.extend(check_condition(inner).await);
+    problems.extend(check_count(agent));
+    let facts = &agent.qemu.facts;
+    problems.extend(check_qemu(&agent.name, facts.version, &facts.missing_commands()));
+    check_request(&inner.definition, request, &mut problems);
+    problems
+}
+
+/// Whether the VM is in a condition in which it can be moved.
+async fn check_condition(inner: &Inner) -> Option<Problem> {
+    if let Some((what, mend)) = inner.hindrance() {
+        return Some(problem(ProblemCode::Busy, what, mend));
+    }
+    if let Err(failure) = inner.expect_owned() {
+        return Some(problem(
+            ProblemCode::Busy,
+            failure.0.message,
+            "move it from the host it is at",
+        ));
+    }
+    if let Some(fault) = &inner.fault {
+        return Some(problem(ProblemCode::Busy, fault.clone(), "mend that first"));
+    }
+    let name = &inner.definition.name;
+    match power::query_status(&inner.qemu.as_ref()?.qmp).await {
+        Ok(status) => movable(name, status).err(),
+        Err(error) => Some(problem(
+            ProblemCode::Busy,
+            format!("QEMU of VM {name} does not say how it is: {}", chain(&error)),
+            format!("if it stays so, turn the VM off with `limosa vm stop --force {name}`"),
+        )),
+    }
+}
+
+/// Whether a guest runs (`true`) or is paused (`false`); a problem when it is in
+/// a condition that does not move.
+pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
+    let (what, mend) = match status {
+        RunState::Running => return Ok(true),
+        // After a move that failed late, a paused guest is in `postmigrate`.
+        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => return Ok(false),
+        RunState::IoError => (
+            "was stopped by an error of its disk",
+            format!("free or mend what its images lie on, then `limosa vm resume {vm}`"),
+        ),
+        RunState::Suspended => ("sleeps", "wake its guest, or power it off".to_owned()),
+        RunState::Inmigrate | RunState::FinishMigrate => {
+            ("is between two hosts in QEMU's eyes", "try again in a moment".to_owned())
+        }
+        RunState::Shutdown => {
+            ("has powered off and its QEMU is still there", "try again in a moment".to_owned())
+        }
+        RunState::InternalError => ("was stopped by an error within QEMU", turn_off(vm)),
+        RunState::Watchdog => ("was stopped by its watchdog", turn_off(vm)),
+        RunState::GuestPanicked => ("has crashed", turn_off(vm)),
+        RunState::Unknown => ("is in a condition that Limosa does not know", turn_off(vm)),
+    };
+    Err(problem(ProblemCode::Busy, format!("VM {vm} {what}"), mend))
+}
+
+fn turn_off(vm: &VmName) -> String {
+    format!("see its console; turn it off with `limosa vm stop --force {vm}`, then move it")
+}
+
+/// Whether this host has room for one migration more.
+pub(super) fn check_count(agent: &Agent) -> Option<Problem> {
+    agent.migrations.is_full().then(|| {
+        problem(
+            ProblemCode::Busy,
+            format!("{UNDER_WAY_COUNT_MAX} migrations are under way at {}", agent.name),
+            "wait until one of them has ended",
+        )
+    })
+}
+
+/// What was asked for and the VM does not have.
+fn check_request(definition: &VmDefinition, request: &MoveRequest, problems: &mut Vec<Problem>) {
+    let name = &definition.name;
+    for id in request.disks.keys() {
+        if !definition.disks.iter().any(|disk| disk.id == *id) {
+            problems.push(problem(
+                ProblemCode::BadPath,
+                format!("VM {name} has no disk {id}"),
+                "give --disk the id of one of its disks",
+            ));
+        }
+    }
+    for from in request.switches.keys() {
+        if !definition.nics.iter().any(|nic| nic.switch == *from) {
+            problems.push(problem(
+                ProblemCode::SwitchMissing,
+                format!("VM {name} is not plugged into a virtual switch {from}"),
+                "give --switch the name of one of its switches, then =, then the other name",
+            ));
+        }
+    }
+}
+
+/// Says all that the destination must know of a VM, and which of its files
+/// cannot move. Such a file is offered as empty, so that the destination can
+/// look at everything else.
+pub(super) async fn describe(
+    agent: &Agent,
+    inner: &Inner,
+    request: &MoveRequest,
+    migration: MigrationId,
+) -> Outcome<(Offer, Vec<Problem>)> {
+    let definition = &inner.definition;
+    let mut problems = Vec::new();
+    let mut disks = Vec::new();
+    for disk in &definition.disks {
+        let path = files::image(disk)?;
+        if disk.kind == DiskKind::Cdrom {
+            problems.push(problem(
+                ProblemCode::HostAttached,
+                format!("the CD-ROM {} shows {}, a file of this host", disk.id, path.display()),
+                format!("take {} out of the VM's definition", disk.id),
+            ));
+            continue;
+        }
+        let facts = look_at_image(agent, disk, path).await;
+        let facts = facts.map_err(|problem| problems.push(problem)).ok();
+        disks.push(DiskFacts {
+            virtual_bytes: facts.as_ref().map_or(0, |facts| facts.virtual_size),
+            allocated_bytes: facts.as_ref().map_or(0, |facts| facts.actual_size),
+        });
+    }
+    let mut small_files = Vec::new();
+    for (name, path) in files::small_files(definition)? {
+        let size = look_at_file(name, &path).map_err(|problem| problems.push(problem));
+        small_files.push((name.to_owned(), size.unwrap_or(0)));
+    }
+    let facts = &agent.qemu.facts;
+    let accelerator = inner.qemu.as_ref().map_or(agent.qemu.accelerator, |qemu| qemu.accelerator);
+    let offer = Offer {
+        peer_version: PEER_VERSION,
+        migration,
+        source: agent.name.clone(),
+        epoch: inner.record.epoch,
+        definition: definition.clone(),
+        request: request.clone(),
+        running: inner.qemu.is_some(),
+        qemu_version: (facts.version.major, facts.version.minor, facts.version.micro),
+        accelerator: accelerator.to_string(),
+        cpu_features: facts.cpu_features(&definition.cpu),
+        cpu_lacking: facts.lacking_features(&definition.cpu).unwrap_or_default().to_vec(),
+        disks,
+        files: small_files,
+    };
+    Ok((offer, problems))
+}
+
+/// Facts of a disk's image, or why it cannot move.
+async fn look_at_image(agent: &Agent, disk: &Disk, path: &Path) -> Result<ImageFacts, Problem> {
+    let shown = path.display();
+    let found = std::fs::metadata(path).map_err(|error| {
+        problem(
+            ProblemCode::FileUnusable,
+            format!("the image {shown} of disk {} cannot be used: {error}", disk.id),
+            format!("bring it back, or take {} out of the VM's definition", disk.id),
+        )
+    })?;
+    if !found.is_file() {
+        return Err(problem(
+            ProblemCode::HostAttached,
+            format!("disk {} is {shown}, which is not a file but a device of this host", disk.id),
+            "move its content into an image file, or detach it",
+        ));
+    }
+    let facts = image::image_facts(&agent.qemu.img, path, create::format_of(disk.format)).await;
+    let facts = facts.map_err(|error| {
+        problem(
+            ProblemCode::FileUnusable,
+            format!("disk {}: {}", disk.id, chain(&error)),
+            format!("see what is wrong with `qemu-img info -U {shown}`"),
+        )
+    })?;
+    match &facts.backing {
+        None => Ok(facts),
+        Some(backing) => Err(problem(
+            ProblemCode::HostAttached,
+            format!("disk {} stands on {backing}, which would not move with it", disk.id),
+            "make the image whole with `qemu-img convert`",
+        )),
+    }
+}
+
+/// Size of a file that moves beside the disks, or why it cannot move.
+fn look_at_file(name: &str, path: &Path) -> Result<u64, Problem> {
+    let unusable = |why: String| {
+        problem(
+            ProblemCode::FileUnusable,
+            format!("the VM's {name}, {}, {why}", path.display()),
+            "put a good one in its place",
+        )
+    };
+    // Opened, because it will have to be read.
+    let opened = std::fs::File::open(path).and_then(|file| file.metadata());
+    let found = opened.map_err(|error| unusable(format!("cannot be read: {error}")))?;
+    if !found.is_file() {
+        return Err(unusable("is not a file".to_owned()));
+    }
+    if found.len() > FILE_BYTES_MAX {
+        return Err(unusable(format!(
+            "has {} MiB, more than the {} that can move beside disks",
+            found.len() >> 20,
+            FILE_BYTES_MAX >> 20
+        )));
+    }
+    Ok(found.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm() -> VmName {
+        "web1".parse().unwrap()
+    }
+
+    /// Goal: a guest that an error stopped is not taken for a paused one.
+    #[test]
+    fn only_guests_that_run_or_are_paused_move() {
+        assert_eq!(movable(&vm(), RunState::Running), Ok(true));
+        for paused in [RunState::Paused, RunState::Prelaunch, RunState::Postmigrate] {
+            assert_eq!(movable(&vm(), paused), Ok(false));
+        }
+        for bad in [
+            RunState::IoError,
+            RunState::Suspended,
+            RunState::Inmigrate,
+            RunState::FinishMigrate,
+            RunState::Shutdown,
+            RunState::InternalError,
+            RunState::Watchdog,
+            RunState::GuestPanicked,
+            RunState::Unknown,
+        ] {
+            let told = movable(&vm(), bad).unwrap_err();
+            assert_eq!(told.code, ProblemCode::Busy);
+            assert!(told.message.contains("web1") && !told.mend.is_empty(), "{told:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_beside_the_disks_must_be_readable_and_small() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kernel");
+        let missing = look_at_file("kernel", &path).unwrap_err();
+        assert_eq!(missing.code, ProblemCode::FileUnusable);
+        assert!(missing.message.contains(&path.display().to_string()), "{missing:?}");
+        std::fs::write(&path, "12345").unwrap();
+        assert_eq!(look_at_file("kernel", &path), Ok(5));
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(FILE_BYTES_MAX + 1).unwrap();
+        assert!(look_at_file("kernel", &path).unwrap_err().message.contains("more than"));
+        assert!(look_at_file("kernel", folder.path()).unwrap_err().message.contains("not a file"));
+    }
+
+    /// Goal: each wrong option of a request is told, not only the first.
+    #[test]
+    fn all_wrong_options_are_told() {
+        let definition: VmDefinition = toml::from_str(
+            "name = 'web1'\nmemory_mib = 64\n[[disks]]\nid = 'root'\n[[nics]]\nswitch = 'lan'",
+        )
+        .unwrap();
+        let request: MoveRequest = serde_json::from_str(
+            r#"{"to": "b", "disks": {"root": "/x", "log": "/y"}, "switches": {"wan": "lan"}}"#,
+        )
+        .unwrap();
+        let mut problems = Vec::new();
+        check_request(&definition, &request, &mut problems);
+        let codes: Vec<_> = problems.iter().map(|problem| problem.code).collect();
+        assert_eq!(codes, [ProblemCode::BadPath, ProblemCode::SwitchMissing]);
+    }
+}
