@@ -2,7 +2,7 @@
 //! of files is [`super::storage`]'s.
 
 use limosa_protocol::api::Switch;
-use limosa_protocol::id::HostName;
+use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{Problem, ProblemCode, Role};
 use limosa_protocol::peer::Offer;
 use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
@@ -111,37 +111,34 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Outcome<Vec<Pro
         ));
     }
     problems.extend(check_count(agent));
-    check_names(agent, &placed, &mut problems).await;
     check_switches(agent, &placed, &mut problems)?;
-    storage::check(agent, &placed, offer, &mut problems).await?;
+    // What lies in its places is its own, then, and not in the way.
+    if !check_names(agent, &placed, &mut problems).await {
+        storage::check(agent, &placed, offer, &mut problems).await?;
+    }
     check_memory(offer, &mut problems)?;
     check_machine(agent, offer, &mut problems);
     check_cpu(agent, offer, &mut problems);
     Ok(problems)
 }
 
-async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) {
+/// Whether VMs of this host take the VM's name or addresses; `true` if it, or
+/// what passes for it, is here or on its way already.
+async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
+    let mut is_here = false;
     for vm in agent.vms() {
         let inner = vm.lock().await;
         let (other, migration) = (inner.definition.clone(), inner.migration);
         drop(inner);
-        if let (Some((id, Role::Destination)), true) = (migration, other.uuid == placed.uuid) {
-            problems.push(problem(
-                ProblemCode::Busy,
-                format!("VM {} is on its way to {} already", other.name, agent.name),
-                format!("wait for it with `limosa migration watch {id}`, or cancel that move"),
-            ));
+        if other.uuid == placed.uuid {
+            problems.push(same_vm(agent, &other, migration));
+            is_here = true;
             continue;
         }
-        if other.name == placed.name || other.uuid == placed.uuid {
+        if other.name == placed.name {
             problems.push(problem(
                 ProblemCode::NameTaken,
-                format!(
-                    "host {} already has a VM {} ({})",
-                    agent.name,
-                    other.name,
-                    other.uuid.unwrap_or_default()
-                ),
+                format!("host {} already has another VM {}", agent.name, other.name),
                 format!("delete VM {} on {}, or move to another host", other.name, agent.name),
             ));
             continue;
@@ -155,6 +152,31 @@ async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Pr
                 ));
             }
         }
+    }
+    is_here
+}
+
+/// A VM of the offered identity is at this host. Nobody is told to delete it:
+/// it may be the one that is to live.
+fn same_vm(agent: &Agent, other: &VmDefinition, migration: Option<(MigrationId, Role)>) -> Problem {
+    let (name, here) = (&other.name, &agent.name);
+    match migration {
+        Some((id, Role::Destination)) => problem(
+            ProblemCode::Busy,
+            format!("VM {name} is on its way to {here} already"),
+            format!("wait for it with `limosa migration watch {id}`, or cancel that move"),
+        ),
+        _ => problem(
+            ProblemCode::NameTaken,
+            format!(
+                "host {here} has a VM {name} of the same identity ({})",
+                other.uuid.unwrap_or_default()
+            ),
+            format!(
+                "see `limosa vm show {name}` and `limosa migration list` on both hosts: they may \
+                 be one VM, of which only one may ever run"
+            ),
+        ),
     }
 }
 

@@ -16,7 +16,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
 
-use limosa_protocol::migration::{Problem, ProblemCode};
+use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
 use limosa_protocol::peer::Offer;
 use limosa_protocol::vm::{DiskKind, VmDefinition};
 use rustix::fs::Access;
@@ -45,13 +45,12 @@ pub(super) async fn check(
     offer: &Offer,
     problems: &mut Vec<Problem>,
 ) -> Outcome<()> {
-    if !check_form(placed, problems) {
-        return Ok(());
-    }
+    check_form(placed, &offer.request, problems);
     check_free(placed, problems)?;
     let mut room = BTreeMap::<u64, Room>::new();
     let mut told = Vec::new();
-    for wanted in wanted(placed, offer)? {
+    let wanted = wanted(placed, offer)?;
+    for wanted in wanted.iter().filter(|wanted| is_whole(&wanted.folder)) {
         let found = match ground(&wanted.folder) {
             Ok(ground) => usable(agent, &ground).await.map(|room| (ground, room)),
             Err(why) => Err(why),
@@ -80,13 +79,16 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// Whether all paths are such that one can look at them at all.
-fn check_form(placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
-    let before = problems.len();
-    let images: Vec<&PathBuf> = placed.disks.iter().filter_map(|disk| disk.path.as_ref()).collect();
-    for path in placed.places.configuration.iter().chain(images.iter().copied()) {
-        let climbs = path.components().any(|part| part == Component::ParentDir);
-        if !path.is_absolute() || climbs || path.file_name().is_none() {
+/// Whether a path is such that one can look at it at all.
+fn is_whole(path: &Path) -> bool {
+    let climbs = path.components().any(|part| part == Component::ParentDir);
+    path.is_absolute() && !climbs && path.file_name().is_some()
+}
+
+/// Paths that were asked for and cannot be meant.
+fn check_form(placed: &VmDefinition, request: &MoveRequest, problems: &mut Vec<Problem>) {
+    for path in request.storage_path.iter().chain(request.disks.values()) {
+        if !is_whole(path) {
             problems.push(problem(
                 ProblemCode::BadPath,
                 format!("{} is not an absolute path without '..'", path.display()),
@@ -94,6 +96,7 @@ fn check_form(placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
             ));
         }
     }
+    let images: Vec<&PathBuf> = placed.disks.iter().filter_map(|disk| disk.path.as_ref()).collect();
     for (at, path) in images.iter().enumerate() {
         if images[..at].contains(path) {
             problems.push(problem(
@@ -103,21 +106,21 @@ fn check_form(placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
             ));
         }
     }
-    problems.len() == before
 }
 
 /// Whether nothing lies there yet.
 fn check_free(placed: &VmDefinition, problems: &mut Vec<Problem>) -> Outcome<()> {
     let folder = files::place(&placed.places.configuration, "configuration")?;
     // A folder that cannot be read is told with its ground.
-    if let Ok(false) = files::is_free(folder) {
+    if is_whole(folder) && matches!(files::is_free(folder), Ok(false)) {
         problems.push(problem(
             ProblemCode::NotEmpty,
             format!("the folder {} at the destination is not empty", folder.display()),
             "empty it, or name another one with --storage-path",
         ));
     }
-    for path in placed.disks.iter().filter_map(|disk| disk.path.as_ref()) {
+    let images = placed.disks.iter().filter_map(|disk| disk.path.as_ref());
+    for path in images.filter(|path| is_whole(path)) {
         // A link counts as well, even to nothing.
         if std::fs::symlink_metadata(path).is_ok() {
             problems.push(problem(
@@ -305,15 +308,19 @@ mod tests {
              [[disks]]\nid = 'b'\npath = '/x/same'\n[places]\nconfiguration = '/x/web1'",
         )
         .unwrap();
+        let request = |path: &str| -> MoveRequest {
+            serde_json::from_value(serde_json::json!({ "to": "b", "disks": { "b": path } }))
+                .unwrap()
+        };
         let mut problems = Vec::new();
-        assert!(!check_form(&placed, &mut problems));
+        check_form(&placed, &request("/x/same"), &mut problems);
         assert_eq!(problems.len(), 1, "{problems:?}");
-        for bad in ["relative", "/x/../y", "/"] {
-            placed.disks[1].path = Some(bad.into());
-            assert!(!check_form(&placed, &mut problems), "{bad}");
-        }
         placed.disks[1].path = Some("/x/other".into());
-        assert!(check_form(&placed, &mut problems));
+        for (path, count) in [("relative", 1), ("/x/../y", 1), ("/", 1), ("/x/other", 0)] {
+            let mut problems = Vec::new();
+            check_form(&placed, &request(path), &mut problems);
+            assert_eq!(problems.len(), count, "{path}: {problems:?}");
+        }
     }
 
     #[test]
