@@ -22,6 +22,7 @@ use limosa_protocol::api::Switch;
 use limosa_protocol::handover::{self, Stage};
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, Role};
+use limosa_protocol::peer::GuestAddress;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::process::ProcessId;
@@ -77,6 +78,9 @@ pub(crate) struct MigrationRecord {
     /// Destination: its QEMU. Source: the one that reads the disks of a VM that
     /// is off.
     pub(crate) run: Option<RunRecord>,
+    /// Destination: addresses the guest was seen to use at the source.
+    #[serde(default)]
+    pub(crate) addresses: Vec<GuestAddress>,
     /// The operator who gave the VM to this host, and when.
     pub(crate) forced: Option<String>,
 }

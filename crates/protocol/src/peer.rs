@@ -19,11 +19,13 @@
 //! **Invariant.** Only [`DestinationWord::Ready`] allows the source to commit,
 //! only [`Commit`] or [`SourceWord::Commit`] the destination to run.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Epoch, HostName, MigrationId};
 use crate::migration::{MoveRequest, Problem};
-use crate::vm::VmDefinition;
+use crate::vm::{Mac, NIC_COUNT_MAX, VmDefinition};
 
 /// Name of the ALPN protocol of data channels and return paths.
 pub const CHANNEL_ALPN: &[u8] = b"limosa-channel/1";
@@ -34,6 +36,11 @@ pub const CHANNEL_COUNT_MAX: u8 = 16;
 /// Largest file that travels beside the disks (kernel, initial RAM disk, UEFI's
 /// variables), in bytes.
 pub const FILE_BYTES_MAX: u64 = 512 << 20;
+
+/// Most addresses that are remembered of one card of a guest.
+pub const CARD_ADDRESS_COUNT_MAX: usize = 32;
+/// Most addresses of one guest.
+pub const GUEST_ADDRESS_COUNT_MAX: usize = NIC_COUNT_MAX * CARD_ADDRESS_COUNT_MAX;
 
 /// A VM is offered to the destination.
 ///
@@ -135,8 +142,18 @@ pub struct Digests {
 pub struct ReadyRequest {
     /// The guest is to stay paused
     pub paused: bool,
-    /// Addresses the guest was seen to use
-    pub addresses: Vec<std::net::IpAddr>,
+    /// Addresses the guest was seen to use, newest first; of more than
+    /// [`GUEST_ADDRESS_COUNT_MAX`] the rest is not looked at
+    pub addresses: Vec<GuestAddress>,
+}
+
+/// An address that a guest was seen to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestAddress {
+    /// The card that used it
+    pub mac: Mac,
+    /// The address
+    pub address: IpAddr,
 }
 
 /// The source has handed over, durably.

@@ -111,7 +111,7 @@ async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn resume(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
     let vm = agent.vm(&name)?;
-    power::resume(&vm).await?;
+    power::resume(&agent, &vm).await?;
     Ok(Json(vm.view().await))
 }
 

@@ -10,6 +10,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use limosa_protocol::peer::GuestAddress;
 use limosa_protocol::vm::Mac;
 
 use super::packet;
@@ -18,15 +19,34 @@ use super::packet;
 /// can be lost, and a switch's port may need a moment.
 const REPEAT_AFTER_MS: [u64; 4] = [50, 150, 350, 800];
 
-/// Most addresses that are announced for one NIC.
-const ADDRESS_COUNT_MAX: usize = 64;
+/// Which addresses are announced for which card: those that were seen with it.
+///
+/// - `cards`: link and address of each.
+/// - `seen`: newest first. One that was seen with two cards of one link belongs
+///   to the newer: neighbours on that link believe in one card for an address.
+pub(crate) fn by_card(cards: &[(u32, Mac)], seen: &[GuestAddress]) -> Vec<(u32, Mac, Vec<IpAddr>)> {
+    let link_of = |mac: Mac| cards.iter().find(|card| card.1 == mac).map(|card| card.0);
+    let mut all: Vec<_> = cards.iter().map(|(link, mac)| (*link, *mac, Vec::new())).collect();
+    let mut said = Vec::new();
+    for GuestAddress { mac, address } in seen {
+        let Some(link) = link_of(*mac) else { continue };
+        if said.contains(&(link, *address)) {
+            continue;
+        }
+        said.push((link, *address));
+        if let Some((.., addresses)) = all.iter_mut().find(|card| card.1 == *mac) {
+            addresses.push(*address);
+        }
+    }
+    all
+}
 
 /// Announces a NIC from a link: at once, and some times more in the background.
 ///
 /// Problems are logged only: the guest runs either way.
 pub(crate) fn announce(link: u32, mac: Mac, addresses: &[IpAddr]) {
     let mut frames = vec![rarp(mac)];
-    frames.extend(addresses.iter().take(ADDRESS_COUNT_MAX).map(|address| match address {
+    frames.extend(addresses.iter().map(|address| match address {
         IpAddr::V4(address) => gratuitous_arp(mac, *address),
         IpAddr::V6(address) => neighbour_advertisement(mac, *address),
     }));
@@ -126,6 +146,26 @@ mod tests {
     use super::*;
 
     const MAC: Mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
+
+    /// Goal: no card is announced with an address of another one.
+    #[test]
+    fn each_card_is_announced_with_its_own_addresses() {
+        let (one, two, other) = (MAC, Mac([0x52, 0x54, 0, 1, 2, 4]), Mac([2, 0, 0, 0, 0, 1]));
+        let seen = |mac, last| GuestAddress { mac, address: IpAddr::from([10, 0, 0, last]) };
+        let address = |last| IpAddr::from([10, 0, 0, last]);
+        let list = [seen(two, 2), seen(one, 1), seen(one, 2), seen(other, 9)];
+        // On one link the newest card has an address that both used.
+        assert_eq!(
+            by_card(&[(7, one), (7, two)], &list),
+            [(7, one, vec![address(1)]), (7, two, vec![address(2)])]
+        );
+        // On two links they are two addresses.
+        assert_eq!(
+            by_card(&[(7, one), (8, two)], &list),
+            [(7, one, vec![address(1), address(2)]), (8, two, vec![address(2)])]
+        );
+        assert_eq!(by_card(&[(7, one)], &[]), [(7, one, vec![])]);
+    }
 
     #[test]
     fn arp_frames_are_as_the_standards_draw_them() {

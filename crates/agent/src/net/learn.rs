@@ -7,36 +7,78 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_protocol::vm::Mac;
+use limosa_protocol::peer::{CARD_ADDRESS_COUNT_MAX, GUEST_ADDRESS_COUNT_MAX, GuestAddress};
+use limosa_protocol::vm::{Mac, Nic};
 use socket2::{SockFilter, SockRef};
 use tokio::io::unix::AsyncFd;
 
 use super::packet;
 
-/// Most addresses remembered for a guest; the one not seen for longest goes.
-const ADDRESS_COUNT_MAX: usize = 32;
-
 /// Most bytes looked at in a frame: an ICMPv6 neighbour message and its headers.
 const FRAME_BYTES_MAX: usize = 128;
 
-/// Addresses that a guest was seen to use, newest first.
+/// Addresses that a guest was seen to use, each with its card, newest first. At
+/// most [`CARD_ADDRESS_COUNT_MAX`] for each card; the one not seen for longest
+/// goes.
 #[derive(Clone, Default, Debug)]
-pub(crate) struct Addresses(Arc<Mutex<VecDeque<IpAddr>>>);
+pub(crate) struct Addresses(Arc<Mutex<VecDeque<GuestAddress>>>);
 
 impl Addresses {
-    /// The addresses, newest first.
-    pub(crate) fn list(&self) -> Vec<IpAddr> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    /// The addresses with their cards, newest first.
+    pub(crate) fn seen(&self) -> Vec<GuestAddress> {
+        self.lock().iter().copied().collect()
     }
 
-    /// Notes an address as used just now.
-    pub(crate) fn note(&self, address: IpAddr) {
-        let mut addresses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        addresses.retain(|known| *known != address);
-        addresses.push_front(address);
-        addresses.truncate(ADDRESS_COUNT_MAX);
+    /// The addresses alone, newest first, each once.
+    pub(crate) fn list(&self) -> Vec<IpAddr> {
+        let mut list = Vec::new();
+        for GuestAddress { address, .. } in self.lock().iter() {
+            if !list.contains(address) {
+                list.push(*address);
+            }
+        }
+        list
+    }
+
+    /// Notes an address as used by a card just now.
+    pub(crate) fn note(&self, mac: Mac, address: IpAddr) {
+        let mut addresses = self.lock();
+        let seen = GuestAddress { mac, address };
+        addresses.retain(|known| *known != seen);
+        addresses.push_front(seen);
+        let of_card = addresses.iter().filter(|known| known.mac == mac).count();
+        if of_card > CARD_ADDRESS_COUNT_MAX
+            && let Some(oldest) = addresses.iter().rposition(|known| known.mac == mac)
+        {
+            addresses.remove(oldest);
+        }
+    }
+
+    /// Takes what another host saw of the guest: only of its own cards, and only
+    /// what a card can use.
+    pub(crate) fn take(&self, seen: &[GuestAddress], nics: &[Nic]) {
+        let known = &seen[..seen.len().min(GUEST_ADDRESS_COUNT_MAX)];
+        for GuestAddress { mac, address } in known.iter().rev() {
+            if nics.iter().any(|nic| nic.mac == Some(*mac)) && is_of_one_station(*address) {
+                self.note(*mac, *address);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<GuestAddress>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether one station can have an address.
+fn is_of_one_station(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            !(v4.is_unspecified() || v4.is_broadcast() || v4.is_multicast() || v4.is_loopback())
+        }
+        IpAddr::V6(v6) => !(v6.is_unspecified() || v6.is_multicast() || v6.is_loopback()),
     }
 }
 
@@ -74,7 +116,7 @@ pub(crate) async fn listen(link: u32, mac: Mac, addresses: Addresses) -> std::io
         match received {
             Ok(Ok(length)) => {
                 if let Some(address) = source_address(&frame[..length.min(FRAME_BYTES_MAX)], mac) {
-                    addresses.note(address);
+                    addresses.note(mac, address);
                 }
             }
             Ok(Err(error)) => return Err(error),
@@ -88,18 +130,12 @@ fn source_address(frame: &[u8], mac: Mac) -> Option<IpAddr> {
     if frame.get(6..12)? != mac.0 {
         return None;
     }
-    match frame.get(12..14)? {
-        [0x08, 0x06] => {
-            let address = Ipv4Addr::from(<[u8; 4]>::try_from(frame.get(28..32)?).ok()?);
-            (!address.is_unspecified() && !address.is_broadcast() && !address.is_multicast())
-                .then_some(IpAddr::V4(address))
-        }
-        [0x86, 0xdd] => {
-            let address = Ipv6Addr::from(<[u8; 16]>::try_from(frame.get(22..38)?).ok()?);
-            (!address.is_unspecified() && !address.is_multicast()).then_some(IpAddr::V6(address))
-        }
-        _ => None,
-    }
+    let address = match frame.get(12..14)? {
+        [0x08, 0x06] => IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(frame.get(28..32)?).ok()?)),
+        [0x86, 0xdd] => IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(frame.get(22..38)?).ok()?)),
+        _ => return None,
+    };
+    is_of_one_station(address).then_some(address)
 }
 
 #[cfg(test)]
@@ -122,16 +158,38 @@ mod tests {
         }
     }
 
+    /// Goal: a busy card does not push out what is known of a quiet one.
     #[test]
-    fn the_list_is_bounded_and_newest_first() {
-        let addresses = Addresses::default();
+    fn the_list_is_bounded_for_each_card_and_newest_first() {
+        let (addresses, quiet) = (Addresses::default(), Mac([0x52, 0x54, 0, 1, 2, 4]));
+        let address = |last| IpAddr::from([10, 0, 0, last]);
+        addresses.note(quiet, address(80));
         for last in 0..100 {
-            addresses.note(IpAddr::from([10, 0, 0, last]));
+            addresses.note(MAC, address(last));
         }
-        addresses.note(IpAddr::from([10, 0, 0, 80]));
-        let list = addresses.list();
-        assert_eq!(list.len(), ADDRESS_COUNT_MAX);
-        assert_eq!(list[0], IpAddr::from([10, 0, 0, 80]));
-        assert_eq!(list[1], IpAddr::from([10, 0, 0, 99]));
+        addresses.note(MAC, address(80));
+        let seen = addresses.seen();
+        assert_eq!(seen.len(), CARD_ADDRESS_COUNT_MAX + 1);
+        assert_eq!(seen[0], GuestAddress { mac: MAC, address: address(80) });
+        assert_eq!(seen[1], GuestAddress { mac: MAC, address: address(99) });
+        assert_eq!(seen.last(), Some(&GuestAddress { mac: quiet, address: address(80) }));
+        assert_eq!(addresses.list().len(), CARD_ADDRESS_COUNT_MAX);
+    }
+
+    /// Goal: another host cannot have this one announce what is not the guest's.
+    #[test]
+    fn only_cards_of_the_definition_are_taken_over() {
+        let nic = Nic { switch: "lan".parse().unwrap(), mac: Some(MAC) };
+        let seen = |mac, address: &str| GuestAddress { mac, address: address.parse().unwrap() };
+        let addresses = Addresses::default();
+        let theirs = [
+            seen(MAC, "10.0.0.2"),
+            seen(Mac([2, 0, 0, 0, 0, 1]), "10.0.0.3"),
+            seen(MAC, "224.0.0.1"),
+            seen(MAC, "::"),
+            seen(MAC, "fd00::9"),
+        ];
+        addresses.take(&theirs, &[nic]);
+        assert_eq!(addresses.seen(), [theirs[0], theirs[4]]);
     }
 }

@@ -13,6 +13,7 @@
 //! ([`Inner::migration`]), nothing else may change it. A QEMU is recorded in
 //! the store before its guest runs the first instruction.
 
+pub(crate) mod announce;
 pub(crate) mod create;
 pub(crate) mod files;
 pub(crate) mod power;
@@ -33,7 +34,7 @@ use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::migration::handover::HandOver;
 use crate::net::learn::Addresses;
-use crate::store::VmRecord;
+use crate::store::{MigrationRecord, VmRecord};
 
 /// One VM of this host.
 pub(crate) struct Vm {
@@ -236,6 +237,7 @@ pub(crate) fn read_definition(folder: &Path) -> Outcome<VmDefinition> {
 
 /// Reads all recorded VMs and finds their QEMUs again.
 pub(crate) async fn restore(agent: &std::sync::Arc<Agent>) -> anyhow::Result<()> {
+    let migrations = agent.store.all::<MigrationRecord>()?;
     for (name, record) in agent.store.all::<VmRecord>()? {
         let definition = match read_definition(&record.configuration) {
             Ok(definition) => definition,
@@ -245,10 +247,25 @@ pub(crate) async fn restore(agent: &std::sync::Arc<Agent>) -> anyhow::Result<()>
             }
         };
         let vm = std::sync::Arc::new(Vm::new(definition, record));
+        recall_addresses(&vm, &migrations).await;
         agent
             .add_vm(std::sync::Arc::clone(&vm))
             .map_err(|failure| anyhow::anyhow!("in the state store: {failure}"))?;
         run::find_again(agent, &vm).await;
     }
     Ok(())
+}
+
+/// Addresses that came with the VM's last move: one that is still paused since
+/// then has had no way to show them here.
+async fn recall_addresses(vm: &Vm, migrations: &[(String, MigrationRecord)]) {
+    let inner = vm.lock().await;
+    let own = |record: &&MigrationRecord| {
+        let moved = record.definition.as_ref().filter(|_| record.view.role == Role::Destination);
+        moved.is_some_and(|moved| moved.uuid == inner.definition.uuid)
+    };
+    // Keys are in the order of time.
+    if let Some(last) = migrations.iter().map(|(_, record)| record).rfind(own) {
+        vm.addresses.take(&last.addresses, &inner.definition.nics);
+    }
 }

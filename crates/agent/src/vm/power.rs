@@ -8,7 +8,9 @@ use limosa_qemu::power::{self, RunState};
 use limosa_qemu::process;
 use limosa_qemu::qmp::Qmp;
 
+use super::announce::announce;
 use super::{Vm, run};
+use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 
 /// Most seconds that a guest is waited for.
@@ -38,11 +40,15 @@ pub(crate) async fn pause(vm: &Vm) -> Outcome<()> {
     power::stop(&inner.running()?.qmp).await.or_fail(&format!("pausing VM {}", vm.name))
 }
 
-/// Lets the vCPUs run on.
-pub(crate) async fn resume(vm: &Vm) -> Outcome<()> {
+/// Lets the vCPUs run on. The guest is announced, because it may have been moved
+/// while it was paused.
+pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Outcome<()> {
     let inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
-    power::cont(&inner.running()?.qmp).await.or_fail(&format!("resuming VM {}", vm.name))
+    let qemu = inner.running()?;
+    power::cont(&qemu.qmp).await.or_fail(&format!("resuming VM {}", vm.name))?;
+    announce(agent, vm, &inner.definition, qemu).await;
+    Ok(())
 }
 
 /// Stops a VM: asks its guest, or turns it off.

@@ -25,13 +25,14 @@ use limosa_qemu::power;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::super::incoming::{self, announce_everywhere, let_run};
+use super::super::incoming::{self, let_run};
 use super::super::job::Job;
 use super::{ASK_EVERY, Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome, chain};
+use crate::failure::{Failure, Outcome};
 use crate::peer_link::{PeerError, PeerLink};
 use crate::store::{MigrationRecord, VmRecord};
+use crate::vm::announce::announce;
 use crate::vm::{Qemu, Vm, run};
 
 /// How often a source that sends is asked whether it still means to.
@@ -110,6 +111,7 @@ impl DestinationHand {
         let (machine, actions) = Destination::restore(receipt, guest)
             .map_err(|wrong| Failure::internal(wrong.to_string()))?;
         let job = Arc::new(Job::of_view(record.view.clone()));
+        vm.addresses.take(&record.addresses, &definition.nics);
         if !machine.may_give_up() {
             job.pass_commit_point()?;
         }
@@ -337,11 +339,7 @@ impl DestinationHand {
             inner.record.view.reason = Some(format!("the guest never ran here: {failure}"));
             return On::GuestNeverRan;
         }
-        announce_everywhere(&self.agent, &self.vm, &inner.definition).await;
-        if let Err(error) = power::announce_self(&qemu.qmp).await {
-            let error = chain(&error);
-            tracing::warn!(vm = %self.vm.name, error, "QEMU did not announce itself");
-        }
+        announce(&self.agent, &self.vm, &inner.definition, &qemu).await;
         On::GuestRuns
     }
 
@@ -406,8 +404,12 @@ impl DestinationHand {
         inner.is_open = true;
         let mut of_vm = self.vm.lock().await;
         of_vm.migration = None;
-        if of_vm.qemu.is_some() {
-            // Found again after a restart.
+        if let Some(qemu) = &of_vm.qemu {
+            // Found again after a restart, which may have come before the
+            // guest was announced.
+            if !inner.record.paused {
+                announce(&self.agent, &self.vm, &inner.definition, qemu).await;
+            }
             return;
         }
         of_vm.record = self.vm_record(inner, inner.record.handover);
@@ -461,7 +463,11 @@ impl DestinationHand {
 
     /// All is here and equal, and is flushed.
     pub(crate) async fn complete(&self, paused: bool) -> DestinationWord {
-        self.inner.lock().await.record.paused = paused;
+        let mut inner = self.inner.lock().await;
+        inner.record.paused = paused;
+        // A restarted agent announces them, too.
+        inner.record.addresses = self.vm.addresses.seen();
+        drop(inner);
         self.hear(On::Complete).await
     }
 

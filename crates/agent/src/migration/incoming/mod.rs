@@ -27,7 +27,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::server::TlsStream;
 
 pub(crate) use receive::end_plane;
-pub(crate) use take_over::{announce_everywhere, let_run};
+pub(crate) use take_over::let_run;
 
 use super::compare;
 use super::handover::{self, DestinationHand, HandOver};
@@ -127,6 +127,7 @@ impl Incoming {
             definition: Some(definition.clone()),
             made: what_could_be_made(&definition),
             run: None,
+            addresses: Vec::new(),
             forced: None,
         };
         agent.add_vm(Arc::clone(&vm))?;

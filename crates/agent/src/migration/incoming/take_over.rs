@@ -5,16 +5,13 @@ use std::time::Duration;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::migration::Phase;
 use limosa_protocol::peer::{DestinationWord, Digests, ReadyRequest};
-use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::{block, power, process};
 
 use super::receive::close_plane;
 use super::{Incoming, Inner, Settled, verify};
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome, chain};
-use crate::net::announce;
-use crate::vm::{Qemu, Vm, run, write_definition};
+use crate::vm::{Qemu, run, write_definition};
 
 /// How often QEMU is asked whether it has loaded everything; an event would
 /// come as fast, and can be lost.
@@ -56,9 +53,7 @@ impl Incoming {
 
     async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Outcome<()> {
         self.settle(inner).await?;
-        for address in request.addresses.iter().rev() {
-            self.vm.addresses.note(*address);
-        }
+        self.vm.addresses.take(&request.addresses, &self.definition.nics);
         let configuration =
             crate::vm::files::place(&self.definition.places.configuration, "configuration")?;
         write_definition(&self.definition, configuration)
@@ -105,15 +100,6 @@ pub(crate) async fn let_run(qemu: &Qemu) -> Outcome<()> {
         Ok(_) => Err(Failure::internal(format!("{doing}: {}", chain(&refused)))),
         // It ended while or after it ran: the VM is off, and here.
         Err(_) => Ok(()),
-    }
-}
-
-pub(crate) async fn announce_everywhere(agent: &Agent, vm: &Vm, definition: &VmDefinition) {
-    let addresses = vm.addresses.list();
-    for nic in &definition.nics {
-        if let (Some(mac), Some(link)) = (nic.mac, run::switch_link(agent, &nic.switch).await) {
-            announce::announce(link, mac, &addresses);
-        }
     }
 }
 

@@ -105,6 +105,7 @@ pub(crate) async fn begin(
         definition: None,
         made: Vec::new(),
         run: off.then(|| run::run_record(&qemu)),
+        addresses: Vec::new(),
         forced: None,
     };
     let begun = SourceHand::begin(agent, vm, &job, record, &qemu).and_then(|hand| {

@@ -184,7 +184,7 @@ impl Source {
 
     async fn ask_ready(&self) -> Outcome<DestinationWord> {
         let request =
-            ReadyRequest { paused: !self.was_running, addresses: self.vm.addresses.list() };
+            ReadyRequest { paused: !self.was_running, addresses: self.vm.addresses.seen() };
         let path = self.path("ready");
         tokio::select! {
             word = self.link.post_within(&path, &request, STOPPED_MS_MAX) => match word? {
