@@ -35,6 +35,9 @@ const COMMIT_MS_MAX: u64 = 15_000;
 /// repeated, or asked for.
 const WORD_MS_MAX: u64 = 10_000;
 
+/// Most words that are said in a row; what is left is said at the next silence.
+const WORD_COUNT_MAX: u32 = 8;
+
 /// One unsettled migration at its source.
 pub(crate) struct SourceHand {
     agent: Arc<Agent>,
@@ -394,9 +397,13 @@ impl SourceHand {
     /// Says words and takes the answers, until nothing is left to say or the
     /// destination does not answer.
     pub(crate) async fn say(&self, mut words: Vec<Do>) -> Result<(), PeerError> {
-        while let Some(word) = words.pop() {
+        for _ in 0..WORD_COUNT_MAX {
+            let Some(word) = words.pop() else { break };
             let answer = self.ask_destination(&word).await?;
-            words.extend(self.hear(answer).await);
+            // The last word: what is answered to it was said before.
+            if !matches!(word, Do::SendRetired { .. }) {
+                words.extend(self.hear(answer).await);
+            }
         }
         Ok(())
     }
