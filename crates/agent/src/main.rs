@@ -13,6 +13,7 @@ mod agent;
 mod api;
 mod config;
 mod failure;
+mod fault;
 mod listen;
 mod migration;
 mod net;
@@ -66,6 +67,7 @@ fn main() -> anyhow::Result<()> {
     } else {
         log.with_target(false).init();
     }
+    fault::install();
     let config = Config::read(arguments.config.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

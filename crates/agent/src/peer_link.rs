@@ -29,6 +29,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::agent::Agent;
 use crate::failure::{Failure, chain};
+use crate::fault::{self, Edge, Kind};
 use crate::store::{PeerRecord, StoreError};
 
 /// Longest wait for a connection and its handshake.
@@ -186,6 +187,20 @@ impl PeerLink {
         body: Body,
         limit_ms: u64,
     ) -> Result<R, PeerError> {
+        let name = fault::message(&method, path);
+        fault::reach(Kind::Send, &name, Edge::Before).await;
+        let result = self.exchange(method, path, body, limit_ms).await;
+        fault::reach(Kind::Send, &name, Edge::After).await;
+        result
+    }
+
+    async fn exchange<R: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Body,
+        limit_ms: u64,
+    ) -> Result<R, PeerError> {
         let mut sender = self.sender.lock().await;
         let unreachable = |what: String| {
             PeerError::Unreachable(format!("{} at {}: {what}", self.name, self.address))
@@ -252,6 +267,16 @@ impl PeerLink {
 
     /// Opens a data channel or return path, past its hello.
     pub(crate) async fn open_channel(
+        &self,
+        hello: &ChannelHello,
+    ) -> Result<TlsStream<TcpStream>, PeerError> {
+        fault::reach(Kind::Send, "channel", Edge::Before).await;
+        let opened = self.connect_channel(hello).await;
+        fault::reach(Kind::Send, "channel", Edge::After).await;
+        opened
+    }
+
+    async fn connect_channel(
         &self,
         hello: &ChannelHello,
     ) -> Result<TlsStream<TcpStream>, PeerError> {

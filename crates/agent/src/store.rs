@@ -30,6 +30,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::fault::{self, Edge};
+
 /// Most ended migrations that are kept; the oldest go first.
 pub(crate) const MIGRATIONS_KEPT_MAX: usize = 200;
 
@@ -38,6 +40,10 @@ type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 /// Each kind of record has its table.
 pub(crate) trait Record: Serialize + DeserializeOwned {
     const TABLE: &'static str;
+    /// What tests call the writing of it, when they can make it fail.
+    fn fault_name(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 /// A VM that belongs to this host, or did until its migration ends.
@@ -120,6 +126,9 @@ impl Record for VmRecord {
 }
 impl Record for MigrationRecord {
     const TABLE: &'static str = "migrations";
+    fn fault_name(&self) -> Option<&'static str> {
+        Some(self.handover.stage.as_str())
+    }
 }
 impl Record for PeerRecord {
     const TABLE: &'static str = "peers";
@@ -216,14 +225,16 @@ impl Store {
     /// Does something to the disk, once nothing has failed yet.
     fn write(
         &self,
+        fault_name: Option<&'static str>,
         work: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         self.check()?;
         let written = synced(|| {
+            fault::reach_write(fault_name, Edge::Before)?;
             let write = self.database.begin_write()?;
             work(&write)?;
             write.commit()?;
-            Ok(())
+            Ok(fault::reach_write(fault_name, Edge::After)?)
         });
         if written.is_err() {
             self.has_failed.store(true, Ordering::Release);
@@ -242,7 +253,7 @@ impl Store {
             key: key.to_owned(),
             source,
         })?;
-        self.write(|write| {
+        self.write(record.fault_name(), |write| {
             write.open_table(Table::new(R::TABLE))?.insert(key, bytes.as_slice())?;
             Ok(())
         })
@@ -250,7 +261,7 @@ impl Store {
 
     /// Removes a record, if there is one; on `Ok` it is gone from the disk.
     pub(crate) fn remove<R: Record>(&self, key: &str) -> Result<(), StoreError> {
-        self.write(|write| {
+        self.write(None, |write| {
             write.open_table(Table::new(R::TABLE))?.remove(key)?;
             Ok(())
         })
@@ -288,7 +299,7 @@ impl Store {
             |source| StoreError::Record { table: MigrationRecord::TABLE, key: key.clone(), source };
         let migration_bytes = serde_json::to_vec(migration).map_err(bad)?;
         let vm_bytes = record.map(serde_json::to_vec).transpose().map_err(bad)?;
-        self.write(|write| {
+        self.write(migration.fault_name(), |write| {
             write
                 .open_table(Table::new(MigrationRecord::TABLE))?
                 .insert(key.as_str(), migration_bytes.as_slice())?;

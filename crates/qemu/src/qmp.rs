@@ -16,8 +16,9 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -106,6 +107,17 @@ struct Shared {
     events: broadcast::Sender<QmpEvent>,
     closed: watch::Sender<bool>,
     peer: Option<u32>,
+}
+
+/// Is awaited before a command (`false`) and once it was answered (`true`).
+pub type Watcher = fn(String, bool) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+
+static WATCHER: OnceLock<Watcher> = OnceLock::new();
+
+/// Lets `watcher` wait at every command of this process, for tests; only the
+/// first call counts.
+pub fn watch_commands(watcher: Watcher) {
+    WATCHER.get_or_init(|| watcher);
 }
 
 /// A command that waits for its answer; forgotten when its asker gives up.
@@ -201,6 +213,14 @@ impl Qmp {
     /// # Errors
     /// QEMU's refusal, or no answer: then it may or may not have been done.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let Some(watcher) = WATCHER.get() else { return self.exchange(command, arguments).await };
+        watcher(command.to_owned(), false).await;
+        let answer = self.exchange(command, arguments).await;
+        watcher(command.to_owned(), true).await;
+        answer
+    }
+
+    async fn exchange(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         let shared = &*self.shared;
         let id = shared.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();

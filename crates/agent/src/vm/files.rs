@@ -12,6 +12,7 @@ use limosa_protocol::vm::{Disk, DiskKind, Firmware, Places, VmDefinition};
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
+use crate::fault::{self, Edge, Kind};
 
 /// Name of the kernel in a configuration folder.
 pub(crate) const KERNEL_FILE: &str = "kernel";
@@ -135,6 +136,7 @@ pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
 ///
 /// Returns what could not be removed, with the reason.
 pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
+    fault::reach_blocking(Kind::Host, "remove", Edge::Before);
     let mut left = Vec::new();
     for path in made.iter().rev() {
         let removed = match std::fs::symlink_metadata(path) {
@@ -148,6 +150,7 @@ pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
             left.push(format!("{}: {error}", path.display()));
         }
     }
+    fault::reach_blocking(Kind::Host, "remove", Edge::After);
     left
 }
 

@@ -16,6 +16,7 @@ use limosa_qemu::{power, qmp::Qmp};
 use super::{Inner, Qemu, Vm, create, files};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::fault::{self, Edge, Kind};
 use crate::net::{Net, learn, tap_name};
 use crate::store::{RunRecord, VmRecord};
 
@@ -36,6 +37,13 @@ pub(crate) async fn launch(
     definition: &VmDefinition,
     incoming: bool,
 ) -> Outcome<Qemu> {
+    fault::reach(Kind::Host, "launch", Edge::Before).await;
+    let launched = spawn(agent, definition, incoming).await;
+    fault::reach(Kind::Host, "launch", Edge::After).await;
+    launched
+}
+
+async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outcome<Qemu> {
     let runtime = agent.runtime_folder(&definition.name);
     make_runtime_folder(agent, &runtime)?;
     let (nics, taps) = plug_nics(agent, definition).await?;

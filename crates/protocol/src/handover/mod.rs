@@ -79,6 +79,24 @@ pub enum Stage {
     Superseded,
 }
 
+impl Stage {
+    /// Its name, as records and tests have it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Offered => "offered",
+            Self::HandedOver => "handed-over",
+            Self::Preparing => "preparing",
+            Self::Ready => "ready",
+            Self::Owner => "owner",
+            Self::Declined => "declined",
+            Self::Done => "done",
+            Self::Stayed => "stayed",
+            Self::Superseded => "superseded",
+        }
+    }
+}
+
 /// What a host writes down before it goes on: all that its machine needs to go on
 /// after a restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
