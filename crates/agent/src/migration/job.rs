@@ -173,11 +173,11 @@ impl Job {
     }
 
     /// Ends the job for everybody who watches it, once.
-    pub(crate) fn tell(&self, ended: Migration) {
+    pub(crate) fn tell(&self, ended: &Migration) {
         let is_new = self.view.send_if_modified(|view| {
             let is_new = view.ended_unix_ms.is_none();
             if is_new {
-                view.clone_from(&ended);
+                view.clone_from(ended);
             }
             is_new
         });

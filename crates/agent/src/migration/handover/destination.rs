@@ -386,7 +386,7 @@ impl DestinationHand {
             }
         }
         let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
-        self.job.tell(inner.record.view.clone());
+        self.job.tell(&inner.record.view);
         let mut of_vm = self.vm.lock().await;
         of_vm.leave_hand_over(self.id());
         if ended == Ended::Superseded {

@@ -524,7 +524,7 @@ impl SourceHand {
             }
         }
         if inner.record.view.ended_unix_ms.is_some() {
-            self.job.tell(inner.record.view.clone());
+            self.job.tell(&inner.record.view);
         }
     }
 
