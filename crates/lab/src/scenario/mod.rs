@@ -7,6 +7,7 @@
 //! **Invariant.** A story never asserts how long something takes; it asserts
 //! what is there, what is gone and what a user noticed.
 
+mod doubt;
 mod faults;
 mod itself;
 mod kvm;
@@ -51,6 +52,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         kvm::STORIES,
         postgres::STORIES,
         faults::STORIES,
+        doubt::STORIES,
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,184 @@
+//! Stories of hand-overs that two hosts cannot settle at once: told everywhere,
+//! started nowhere, settled by the other host's word or by an operator.
+//!
+//! ```text
+//! a point is armed ─► move ─► a host dies there ─► the other one is in doubt
+//!                        word, when the host comes back ─┤
+//!                        operator, when it never does ───┴─► exactly one copy
+//! ```
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use limosa_protocol::api::{Power, Recovery, Vm};
+use limosa_protocol::fault::{ARMED_FILE, Action, Armed, FOLDER_VARIABLE, REACHED_FILE};
+use limosa_protocol::migration::{Migration, Outcome};
+use serde_json::{Value, json};
+
+use super::scene::Scene;
+use super::steps;
+use super::{Story, tiny};
+use crate::host::Host;
+use crate::lab::{Lab, Plan};
+
+/// Longest time for hosts to come to a point, to doubt, or to agree.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+pub(super) const STORIES: &[Story] = &[
+    Story {
+        name: "in-doubt-settles",
+        proves: "a commit that nobody answers is told as a doubt, nothing starts, and it settles \
+                 by itself when the destination is back",
+        plan: Plan::default,
+        run: settles,
+    },
+    Story {
+        name: "in-doubt-forced-at-source",
+        proves: "with the destination gone, an operator gives the VM back to its source, and the \
+                 destination gives way when it comes back",
+        plan: Plan::default,
+        run: forced_at_source,
+    },
+    Story {
+        name: "in-doubt-forced-at-destination",
+        proves: "with the source gone, an operator gives the VM to its destination, and the \
+                 source keeps its old copy without ever starting it",
+        plan: Plan::default,
+        run: forced_at_destination,
+    },
+];
+
+/// Starts a host's agent again, with that point armed.
+fn arm(lab: &mut Lab, host: &str, point: &str, action: Action) -> Result<PathBuf> {
+    let folder = lab.host(host).run_dir().join("faults");
+    std::fs::create_dir_all(&folder)?;
+    let armed = Armed { point: point.to_owned(), action, skip: 0 };
+    std::fs::write(folder.join(ARMED_FILE), armed.to_string())?;
+    lab.host_mut(host).stop_agent()?;
+    let config = steps::agent_config(lab.host(host), None, "");
+    lab.host_mut(host).start_agent(&config, &[(FOLDER_VARIABLE, "/run/limosa/faults")])?;
+    Ok(folder)
+}
+
+fn wait<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        ensure!(Instant::now() < deadline, "{what} did not happen");
+        std::thread::sleep(LOOK_PAUSE);
+    }
+}
+
+/// A move from a to b that came to that point of that host.
+fn moved_until(
+    lab: &mut Lab,
+    host: &str,
+    point: &str,
+    action: Action,
+) -> Result<(Scene, Migration)> {
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let folder = arm(lab, host, point, action)?;
+    let migration = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    wait("the armed point", || Ok(folder.join(REACHED_FILE).exists().then_some(())))?;
+    Ok((scene, migration))
+}
+
+/// Power of all that is left of a host whose agent died at its point.
+fn power_cut(lab: &mut Lab, host: &str) -> Result<()> {
+    lab.host_mut(host).kill_agent()?;
+    lab.host(host).kill_qemu();
+    wait("the end of QEMU", || Ok(lab.host(host).qemu_pids().is_empty().then_some(())))
+}
+
+fn start_agent(lab: &mut Lab, host: &str) -> Result<()> {
+    let config = steps::agent_config(lab.host(host), None, "");
+    lab.host_mut(host).start_agent(&config, &[])
+}
+
+/// Waits until a host tells its doubt, and that it does so wherever one looks.
+fn doubt_is_told(host: &Host, vm: &str, migration: &Migration) -> Result<()> {
+    let view: Vm = wait("the doubt", || {
+        let view = steps::look(host, vm)?.context("the VM is not told of")?;
+        Ok((view.power == Power::InDoubt).then_some(view))
+    })?;
+    let doubt = view.doubt.context("the VM is in doubt without a reason")?;
+    ensure!(doubt.contains("limosa vm recover"), "the doubt names no next step: {doubt}");
+    let told = steps::look_at_move(host, migration)?;
+    ensure!(told.outcome == Some(Outcome::InDoubt), "the migration is {:?}", told.outcome);
+    ensure!(told.reason.is_some(), "the migration is in doubt without a reason");
+    let shown = host.limosa(&["vm", "show", vm])?;
+    ensure!(shown.contains("in doubt"), "`vm show` does not tell: {shown}");
+    ensure!(host.agent_log().contains("in doubt"), "the log does not tell");
+    for order in ["start", "resume"] {
+        let answer = host.api::<Value>("POST", &format!("/v1/vms/{vm}/{order}"), None)?;
+        ensure!(answer.status == 409, "{order} of a VM in doubt was answered {}", answer.status);
+    }
+    Ok(())
+}
+
+fn settles(lab: &mut Lab) -> Result<()> {
+    let (scene, migration) = moved_until(lab, "b", "answer.commit.before", Action::Kill)?;
+    lab.host_mut("b").kill_agent()?;
+    doubt_is_told(lab.host("a"), &scene.vm, &migration)?;
+    // Both hosts answer again: there is nothing for an operator to decide.
+    start_agent(lab, "b")?;
+    let owner = steps::wait_for_owner(lab, &scene.vm, SETTLE_TIMEOUT)?;
+    ensure!(owner == "b", "the VM is at {owner} although it was handed over");
+    let last = wait("the end", || {
+        let last = steps::look_at_move(lab.host("a"), &migration)?;
+        Ok(last.ended_unix_ms.is_some().then_some(last))
+    })?;
+    ensure!(last.outcome == Some(Outcome::Moved), "it ended as {:?}", last.outcome);
+    let refused = lab.host("a").try_limosa(&["vm", "start", &scene.vm])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains("handed over to b"), "start said {said}");
+    scene.end(lab, "b").map(drop)
+}
+
+/// What an operator reads, and that a slip of the name forces nothing.
+fn force(host: &Host, vm: &str) -> Result<()> {
+    let known: Recovery = host.limosa_json(&["vm", "recover", vm])?;
+    ensure!(known.may_force && !known.peer.answers, "told to the operator: {known:?}");
+    let slip = host.try_limosa(&["vm", "recover", vm, "--force-owner", "--confirm", "other"])?;
+    ensure!(!slip.status.success(), "a wrong name was taken");
+    let path = format!("/v1/vms/{vm}/recover");
+    let answer = host.api("POST", &path, Some(&json!({"confirm": "other"})))?;
+    ensure!(answer.status == 400, "a wrong name was answered {}", answer.status);
+    host.limosa(&["vm", "recover", vm, "--force-owner", "--confirm", vm]).map(drop)
+}
+
+fn forced_at_source(lab: &mut Lab) -> Result<()> {
+    let (scene, migration) = moved_until(lab, "b", "answer.commit.before", Action::Kill)?;
+    power_cut(lab, "b")?;
+    doubt_is_told(lab.host("a"), &scene.vm, &migration)?;
+    force(lab.host("a"), &scene.vm)?;
+    let owner = steps::wait_for_owner(lab, &scene.vm, SETTLE_TIMEOUT)?;
+    ensure!(owner == "a", "the VM is at {owner}");
+    start_agent(lab, "b")?;
+    scene.end(lab, "a").map(drop)
+}
+
+fn forced_at_destination(lab: &mut Lab) -> Result<()> {
+    let (scene, migration) = moved_until(lab, "a", "record.handed-over.before", Action::Kill)?;
+    power_cut(lab, "a")?;
+    doubt_is_told(lab.host("b"), &scene.vm, &migration)?;
+    force(lab.host("b"), &scene.vm)?;
+    let owner = steps::wait_for_owner(lab, &scene.vm, SETTLE_TIMEOUT)?;
+    ensure!(owner == "b", "the VM is at {owner}");
+    start_agent(lab, "a")?;
+    let old = wait("the source giving way", || {
+        let view = steps::look(lab.host("a"), &scene.vm)?.context("a has lost its old copy")?;
+        Ok((view.power == Power::GivenUp).then_some(view))
+    })?;
+    let Some(owner) = old.given_up_to else { bail!("a does not say who owns the VM") };
+    ensure!(owner.as_str() == "b", "a says that {owner} owns the VM");
+    let refused = lab.host("a").try_limosa(&["vm", "start", &scene.vm])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains("belongs to b"), "start said {said}");
+    lab.host("a").limosa(&["vm", "delete", &scene.vm, "--yes"])?;
+    scene.end(lab, "b").map(drop)
+}
