@@ -369,6 +369,18 @@ pub fn is_alive(id: &ProcessId) -> bool {
         .is_some_and(|(ticks, letter)| ticks == id.start_time_ticks && !matches!(letter, 'Z' | 'X'))
 }
 
+/// All processes of a control group; none when there is no such group.
+#[must_use]
+pub fn in_cgroup(group: &Path) -> Vec<ProcessId> {
+    let listed = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    let pids = listed.lines().filter_map(|line| line.parse().ok());
+    pids.filter_map(|pid| {
+        let (start_time_ticks, _) = start_time(pid)?;
+        Some(ProcessId { pid, start_time_ticks })
+    })
+    .collect()
+}
+
 /// A pidfd of the process; `None` when it is gone.
 fn pidfd(id: &ProcessId) -> Result<Option<OwnedFd>, ProcessError> {
     let at = |source| ProcessError::Kernel { pid: id.pid, source };

@@ -184,12 +184,18 @@ fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>
     definition.disks.iter().map(spec).collect()
 }
 
+/// Where a VM's cgroup is, or would be, on this host.
+fn cgroups_of(definition: &VmDefinition) -> impl Iterator<Item = PathBuf> {
+    let name = definition.uuid.unwrap_or_default().to_string();
+    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
+    let found = roots.into_iter().filter(|root| root.join("cgroup.controllers").exists());
+    found.map(move |root| root.join(CGROUP_PARENT).join(&name)).take(1)
+}
+
 /// A cgroup of the VM's own, so that an agent under systemd can end without it
 /// and its use of the host can be told apart. Without one the VM runs as well.
 fn make_cgroup(definition: &VmDefinition) -> Option<PathBuf> {
-    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
-    let root = roots.into_iter().find(|root| root.join("cgroup.controllers").exists())?;
-    let group = root.join(CGROUP_PARENT).join(definition.uuid.unwrap_or_default().to_string());
+    let group = cgroups_of(definition).next()?;
     match std::fs::create_dir_all(&group) {
         Ok(()) => Some(group),
         Err(error) => {
@@ -309,7 +315,7 @@ async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefini
 pub(crate) async fn find_again(agent: &Arc<Agent>, vm: &Arc<Vm>) {
     let mut inner = vm.lock().await;
     let Some(run) = inner.record.run.clone() else {
-        end_unrecorded(agent, vm).await;
+        end_unrecorded(agent, &inner.definition).await;
         return;
     };
     if !process::is_alive(&run.process) {
@@ -353,14 +359,25 @@ pub(crate) async fn connect_again(
     })
 }
 
-/// Ends a QEMU that was started for the VM but not recorded: the agent died in
+/// Ends every QEMU that was started for a VM but not recorded: the agent died in
 /// between, and its guest never ran.
-async fn end_unrecorded(agent: &Agent, vm: &Vm) {
-    let socket = agent.runtime_folder(&vm.name).join(launch::QMP_SOCKET);
+pub(crate) async fn end_unrecorded(agent: &Agent, definition: &VmDefinition) {
+    let name = &definition.name;
+    // One that has not got as far as its socket is found by its cgroup.
+    for group in cgroups_of(definition) {
+        for process in process::in_cgroup(&group) {
+            tracing::warn!(vm = %name, pid = process.pid, "ending a QEMU that was not recorded");
+            if let Err(error) = process::kill(&process).await {
+                tracing::error!(vm = %name, error = chain(&error), "it does not end");
+            }
+        }
+        remove_cgroup(Some(&group));
+    }
+    let socket = agent.runtime_folder(name).join(launch::QMP_SOCKET);
     let Ok(qmp) = Qmp::connect(&socket, QEMU_ANSWER).await else { return };
-    tracing::warn!(vm = %vm.name, "ending a QEMU that was started and not recorded");
+    tracing::warn!(vm = %name, "ending a QEMU that was started and not recorded");
     if let Err(error) = power::quit(&qmp).await {
-        tracing::error!(vm = %vm.name, error = chain(&error), "it does not end");
+        tracing::error!(vm = %name, error = chain(&error), "it does not end");
     }
 }
 

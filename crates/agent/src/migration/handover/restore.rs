@@ -147,7 +147,12 @@ async fn look_at_destination(
     record: &MigrationRecord,
 ) -> (Guest, Option<Qemu>) {
     if record.off {
-        end_reader(record).await.ok();
+        if let Err(failure) = end_reader(record).await {
+            tracing::error!(vm = %vm.name, %failure, "it holds the images open");
+        }
+        if record.run.is_none() {
+            run::end_unrecorded(agent, &vm.lock().await.definition).await;
+        }
         return (Guest::Off, None);
     }
     let found = vm.lock().await.qemu.clone();
@@ -163,7 +168,11 @@ async fn look_at_destination(
                 }
             }
         }
-        (None, _) => return (Guest::Gone, None),
+        (None, Some(_)) => return (Guest::Gone, None),
+        (None, None) => {
+            run::end_unrecorded(agent, &vm.lock().await.definition).await;
+            return (Guest::Gone, None);
+        }
     };
     let Some(qemu) = qemu else { return (Guest::Gone, None) };
     // Before `owner` nothing lets it run. After it a guest that stands has not
