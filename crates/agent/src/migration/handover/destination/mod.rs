@@ -9,8 +9,9 @@
 //! The destination never calls on its own but to ask: each request of the source
 //! is answered with the word that is true after it.
 
+mod words;
+
 use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
-use std::time::Duration;
 
 use limosa_plane::DestinationPlane;
 use limosa_protocol::handover::{
@@ -19,24 +20,21 @@ use limosa_protocol::handover::{
 };
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Outcome as End;
-use limosa_protocol::peer::{DestinationWord, Offer, SourceWord};
+use limosa_protocol::peer::Offer;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::power;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::super::incoming::{self, let_run};
-use super::super::job::Job;
-use super::{ASK_EVERY, Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
+use super::{Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
 use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
-use crate::peer_link::{PeerError, PeerLink};
+use crate::migration::incoming::{self, let_run};
+use crate::migration::job::Job;
+use crate::peer_link::PeerLink;
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::announce::announce;
 use crate::vm::{Qemu, Vm, run};
-
-/// How often a source that sends is asked whether it still means to.
-const ASK_WHILE_RECEIVING_EVERY: Duration = Duration::from_secs(5);
 
 /// One unsettled migration at its destination.
 pub(crate) struct DestinationHand {
@@ -416,169 +414,5 @@ impl DestinationHand {
         if let Some(qemu) = inner.qemu.take() {
             run::watch(&self.agent, &self.vm, &mut of_vm, qemu).await;
         }
-    }
-}
-
-/// Words, and who says them.
-impl DestinationHand {
-    /// What this half answers now.
-    pub(crate) async fn word(&self) -> DestinationWord {
-        let words = self.feed(On::Asked).await;
-        self.word_of(&words).await
-    }
-
-    /// The answer to a request that led to some words.
-    async fn word_of(&self, words: &[Do]) -> DestinationWord {
-        match words.last() {
-            Some(Do::SendReady { epoch }) => DestinationWord::Ready { epoch: *epoch },
-            Some(Do::SendRunning { epoch }) => DestinationWord::Running { epoch: *epoch },
-            Some(Do::SendDeclined { epoch }) => {
-                let reason = self.inner.lock().await.record.view.reason.clone();
-                let reason = reason.unwrap_or_else(|| "it gave up".to_owned());
-                DestinationWord::Declined { epoch: *epoch, reason }
-            }
-            _ => DestinationWord::Undecided,
-        }
-    }
-
-    /// Takes the source's word, and answers it.
-    pub(crate) async fn hear(&self, word: On) -> DestinationWord {
-        let words = self.feed(word).await;
-        let answer = self.word_of(&words).await;
-        match answer {
-            DestinationWord::Undecided => self.word().await,
-            answer => answer,
-        }
-    }
-
-    /// Takes the source's word that the VM stays there, and why.
-    pub(crate) async fn hear_stays(
-        &self,
-        epoch: limosa_protocol::id::Epoch,
-        reason: &str,
-    ) -> DestinationWord {
-        self.note_reason(&format!("the source gave up: {reason}")).await;
-        self.hear(On::Stays { epoch }).await
-    }
-
-    /// All is here and equal, and is flushed.
-    pub(crate) async fn complete(&self, paused: bool) -> DestinationWord {
-        let mut inner = self.inner.lock().await;
-        inner.record.paused = paused;
-        // A restarted agent announces them, too.
-        inner.record.addresses = self.vm.addresses.seen();
-        drop(inner);
-        self.hear(On::Complete).await
-    }
-
-    /// Something failed here, or somebody cancelled here.
-    pub(crate) async fn give_up(&self, reason: &str) -> DestinationWord {
-        let mut inner = self.inner.lock().await;
-        if inner.machine.may_give_up() {
-            inner.record.view.reason.get_or_insert_with(|| reason.to_owned());
-            self.feed_locked(&mut inner, On::GiveUp).await;
-        }
-        drop(inner);
-        self.word().await
-    }
-
-    async fn note_reason(&self, reason: &str) {
-        let mut inner = self.inner.lock().await;
-        inner.record.view.reason.get_or_insert_with(|| reason.to_owned());
-    }
-
-    /// Asks the source what it has to say.
-    pub(super) async fn look_at_peer(&self) -> Result<SourceWord, PeerError> {
-        let kept = self.lock_link().take();
-        let link = match kept {
-            Some(link) => link,
-            None => PeerLink::new(&self.agent, &self.source)
-                .map_err(|failure| PeerError::Unreachable(failure.to_string()))?,
-        };
-        let answer = link.get(&format!("/peer/v1/offers/{}", self.id())).await?;
-        // One that failed is not used again: paired anew, the source may have
-        // another address.
-        *self.lock_link() = Some(link);
-        Ok(answer)
-    }
-
-    fn lock_link(&self) -> std::sync::MutexGuard<'_, Option<PeerLink>> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Asks the source, and takes its word.
-    async fn ask_source(&self) {
-        let answer = self.look_at_peer().await;
-        let mut inner = self.inner.lock().await;
-        if inner.is_unanswered == answer.is_ok() {
-            inner.is_unanswered = answer.is_err();
-            self.publish(&mut inner).await;
-        }
-        drop(inner);
-        let event = match answer {
-            Ok(SourceWord::Unheard) => On::Unheard,
-            Ok(SourceWord::Undecided) => On::Undecided,
-            Ok(SourceWord::Commit { epoch }) => On::Commit { epoch },
-            Ok(SourceWord::Stays { epoch }) => {
-                self.note_reason("the source kept the VM").await;
-                On::Stays { epoch }
-            }
-            Ok(SourceWord::Retired { epoch }) => On::Retired { epoch },
-            // Told once, as a doubt.
-            Err(_) => return,
-        };
-        self.feed(event).await;
-    }
-
-    /// Asks the source, again and again, whenever the machine wants to know.
-    pub(crate) fn spawn_settling(self: &Arc<Self>) {
-        let hand = Arc::clone(self);
-        tokio::spawn(async move {
-            while hand.standing().ended.is_none() {
-                let is_receiving = hand.standing().state == "preparing";
-                let pause = if is_receiving { ASK_WHILE_RECEIVING_EVERY } else { ASK_EVERY };
-                tokio::time::sleep(pause).await;
-                let words = hand.feed(On::Silence).await;
-                if words.contains(&Do::AskSource) {
-                    hand.ask_source().await;
-                }
-            }
-        });
-    }
-
-    /// Tells the machine of QEMU's end, once its watch has seen it.
-    fn spawn_qemu_watch(self: &Arc<Self>) {
-        let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
-        let mut standing = self.standing.subscribe();
-        tokio::spawn(async move {
-            let has_gone = tokio::select! {
-                () = gone.cancelled() => true,
-                // Settled, or never begun.
-                _ = standing.wait_for(|now| now.ended.is_some()) => false,
-            };
-            if let Some(hand) = hand.upgrade().filter(|_| has_gone) {
-                hand.feed(On::QemuGone).await;
-            }
-        });
-    }
-
-    pub(super) async fn move_on(&self) {
-        self.feed(On::MovesOn).await;
-    }
-
-    /// An operator gives the VM to this host.
-    pub(super) async fn force_owner(&self, by: String) -> Outcome<()> {
-        let mut inner = self.inner.lock().await;
-        inner.record.forced = Some(by.clone());
-        inner.record.view.reason = Some(format!("given to this host by an operator ({by})"));
-        let before = inner.machine.state();
-        self.feed_locked(&mut inner, On::ForceOwner).await;
-        let after = inner.machine.state();
-        if before == after {
-            return Err(Failure::conflict(format!(
-                "nothing was forced: a migration that is {after} needs no operator"
-            )));
-        }
-        Ok(())
     }
 }

@@ -1,0 +1,228 @@
+//! What a source says to the destination, and what it hears from it.
+
+use std::sync::{Arc, PoisonError};
+
+use limosa_protocol::handover::{SourceAction as Do, SourceEvent as On};
+use limosa_protocol::migration::Outcome as End;
+use limosa_protocol::peer::{Commit, DestinationWord, Retired, SourceWord, Stays};
+
+use super::SourceHand;
+use crate::failure::{Failure, Outcome};
+use crate::migration::handover::{ASK_EVERY, tell_unknown};
+use crate::peer_link::{PeerError, PeerLink};
+
+/// Longest wait for the destination's answer to *commit*, in milliseconds.
+/// After it the migration is in doubt and the word is repeated.
+const COMMIT_MS_MAX: u64 = 15_000;
+/// Longest wait for the answer to *stays* or *retired*, in milliseconds. It is
+/// repeated, or asked for.
+const WORD_MS_MAX: u64 = 10_000;
+
+/// Most words that are said in a row; what is left is said at the next silence.
+const WORD_COUNT_MAX: u32 = 8;
+
+impl SourceHand {
+    /// The connection to the destination, made when there is none.
+    pub(crate) fn link(&self) -> Result<Arc<PeerLink>, PeerError> {
+        let mut kept = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = kept.as_ref() {
+            return Ok(Arc::clone(link));
+        }
+        let made = PeerLink::new(&self.agent, &self.destination)
+            .map_err(|failure| PeerError::Unreachable(failure.to_string()))?;
+        Ok(Arc::clone(kept.insert(Arc::new(made))))
+    }
+
+    /// Says words and takes the answers, until nothing is left to say or the
+    /// destination does not answer.
+    pub(crate) async fn say(&self, mut words: Vec<Do>) -> Result<(), PeerError> {
+        for _ in 0..WORD_COUNT_MAX {
+            let Some(word) = words.pop() else { break };
+            let answer = self.ask_destination(&word).await?;
+            // The last word: what is answered to it was said before.
+            if !matches!(word, Do::SendRetired { .. }) {
+                words.extend(self.hear(answer).await);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the destination's word.
+    pub(crate) async fn hear(&self, word: DestinationWord) -> Vec<Do> {
+        let event = match word {
+            DestinationWord::Unheard => On::Unheard,
+            DestinationWord::Undecided => return Vec::new(),
+            DestinationWord::Ready { epoch } => On::Ready { epoch },
+            DestinationWord::Running { epoch } => On::Running { epoch },
+            DestinationWord::Declined { epoch, reason } => {
+                self.note_their_reason(&reason).await;
+                On::Declined { epoch }
+            }
+        };
+        self.feed(event).await
+    }
+
+    async fn note_their_reason(&self, theirs: &str) {
+        let mut inner = self.inner.lock().await;
+        let is_ours = inner.reason.as_ref().is_some_and(|ours| {
+            // It may only repeat what it was told.
+            !inner.reason_is_theirs || theirs.ends_with(ours.as_str())
+        });
+        if !is_ours {
+            inner.reason = Some(format!("{} gave up: {theirs}", self.destination));
+        }
+    }
+
+    /// Says one word, and gives the answer to it.
+    pub(crate) async fn ask_destination(&self, word: &Do) -> Result<DestinationWord, PeerError> {
+        let path = |what: &str| format!("/peer/v1/migrations/{}/{what}", self.job.id());
+        let link = self.link()?;
+        let answer = match word {
+            Do::SendCommit(committed) => {
+                let commit = Commit { epoch: committed.epoch() };
+                link.post_within(&path("commit"), &commit, COMMIT_MS_MAX).await
+            }
+            Do::SendStays { epoch } => {
+                let reason = self.inner.lock().await.reason.clone();
+                let reason = reason.unwrap_or_else(|| "the VM stays at its source".to_owned());
+                let stays = Stays { epoch: *epoch, reason };
+                link.post_within(&path("stays"), &stays, WORD_MS_MAX).await
+            }
+            Do::SendRetired { epoch } => {
+                let retired = Retired { epoch: *epoch };
+                link.post_within(&path("retired"), &retired, WORD_MS_MAX).await
+            }
+            // Asked by `outgoing`, which knows what goes with it; a state that
+            // only repeats it has nothing to add.
+            _ => Ok(DestinationWord::Undecided),
+        };
+        self.note_answered(answer.is_ok()).await;
+        answer
+    }
+
+    async fn note_answered(&self, is_answered: bool) {
+        if !is_answered {
+            // Paired again it may have another certificate or address.
+            self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
+        let mut inner = self.inner.lock().await;
+        if inner.is_unanswered == is_answered {
+            inner.is_unanswered = !is_answered;
+            self.publish(&mut inner).await;
+        }
+    }
+
+    /// What the destination is answered when it asks.
+    pub(crate) async fn answer(&self) -> SourceWord {
+        let words = self.feed(On::Asked).await;
+        words.first().map_or(SourceWord::Undecided, |word| match word {
+            Do::SendCommit(committed) => SourceWord::Commit { epoch: committed.epoch() },
+            Do::SendStays { epoch } => SourceWord::Stays { epoch: *epoch },
+            Do::SendRetired { epoch } => SourceWord::Retired { epoch: *epoch },
+            _ => SourceWord::Undecided,
+        })
+    }
+
+    /// Gives up, says so, and tells the end; asks on in the background when
+    /// the destination does not confirm.
+    ///
+    /// - `is_echo`: only the connection broke; the destination may know why.
+    pub(crate) async fn give_up(self: &Arc<Self>, reason: String, is_echo: bool) {
+        let mut inner = self.inner.lock().await;
+        inner.reason.get_or_insert(reason);
+        inner.reason_is_theirs = is_echo;
+        drop(inner);
+        let words = self.feed(On::GiveUp).await;
+        self.finish(words).await;
+    }
+
+    /// Says what is left to say, and tells the end.
+    pub(crate) async fn finish(self: &Arc<Self>, words: Vec<Do>) {
+        if let Err(error) = self.say(words).await {
+            tracing::warn!(migration = %self.job.id(), %error, "the destination did not answer");
+        }
+        self.tell_end().await;
+        if self.standing().ended.is_none() {
+            self.spawn_settling();
+        }
+    }
+
+    /// Tells an operator who waits how it ended, as soon as that is certain.
+    async fn tell_end(&self) {
+        let mut inner = self.inner.lock().await;
+        let standing = self.standing();
+        if standing.ended.is_none() && standing.is_ours && inner.record.view.outcome.is_none() {
+            // The VM is here; that the destination has not confirmed it yet
+            // concerns nobody but us.
+            let reason = inner.reason.clone();
+            let view = self.job.ended_view(End::Stayed, reason, None, Vec::new());
+            inner.record.view = view;
+            let stored = self.agent.store.put(&self.job.id().to_string(), &inner.record);
+            if let Err(error) = stored {
+                tell_unknown(&inner.record, &error);
+            }
+        }
+        if inner.record.view.ended_unix_ms.is_some() {
+            self.job.tell(&inner.record.view);
+        }
+    }
+
+    /// Repeats what has to be heard until it is.
+    pub(crate) fn spawn_settling(self: &Arc<Self>) {
+        let hand = Arc::clone(self);
+        tokio::spawn(async move {
+            while hand.standing().ended.is_none() {
+                tokio::time::sleep(ASK_EVERY).await;
+                let words = hand.feed(On::Silence).await;
+                // Told once, as a doubt; the log need not repeat it each second.
+                hand.say(words).await.ok();
+            }
+            hand.tell_end().await;
+        });
+    }
+
+    /// Tells the machine of QEMU's end, once its watch has seen it.
+    pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
+        let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
+        let mut standing = self.standing.subscribe();
+        tokio::spawn(async move {
+            let has_gone = tokio::select! {
+                () = gone.cancelled() => true,
+                // Settled, or never begun.
+                _ = standing.wait_for(|now| now.ended.is_some()) => false,
+            };
+            if let Some(hand) = hand.upgrade().filter(|_| has_gone) {
+                let words = hand.feed(On::QemuGone).await;
+                hand.say(words).await.ok();
+            }
+        });
+    }
+
+    pub(crate) async fn move_on(&self) {
+        let words = self.feed(On::MovesOn).await;
+        self.say(words).await.ok();
+    }
+
+    /// An operator gives the VM to this host.
+    pub(crate) async fn force_owner(self: &Arc<Self>, by: String) -> Outcome<()> {
+        let mut inner = self.inner.lock().await;
+        inner.record.forced = Some(by.clone());
+        inner.reason = Some(format!("given to this host by an operator ({by})"));
+        let before = inner.machine.state();
+        let words = self.feed_locked(&mut inner, On::ForceOwner).await;
+        let after = inner.machine.state();
+        drop(inner);
+        if before == after {
+            return Err(Failure::conflict(format!(
+                "nothing was forced: a migration that is {after} needs no operator"
+            )));
+        }
+        self.finish(words).await;
+        Ok(())
+    }
+
+    /// Asks the destination how it stands.
+    pub(crate) async fn look_at_peer(&self) -> Result<DestinationWord, PeerError> {
+        self.link()?.get(&format!("/peer/v1/migrations/{}", self.job.id())).await
+    }
+}
