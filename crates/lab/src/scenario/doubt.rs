@@ -7,24 +7,23 @@
 //!                        operator, when it never does ───┴─► exactly one copy
 //! ```
 
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use limosa_protocol::api::{Power, Recovery, Vm};
-use limosa_protocol::fault::{ARMED_FILE, Action, Armed, FOLDER_VARIABLE, REACHED_FILE};
+use limosa_protocol::fault::Action;
 use limosa_protocol::migration::{Migration, Outcome};
 use serde_json::{Value, json};
 
+use super::points::{Point, start_agent, wait};
 use super::scene::Scene;
 use super::steps;
 use super::{Story, tiny};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
-/// Longest time for hosts to come to a point, to doubt, or to agree.
+/// Longest time for hosts to agree.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
-const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
 pub(super) const STORIES: &[Story] = &[
     Story {
@@ -50,29 +49,6 @@ pub(super) const STORIES: &[Story] = &[
     },
 ];
 
-/// Starts a host's agent again, with that point armed.
-fn arm(lab: &mut Lab, host: &str, point: &str, action: Action) -> Result<PathBuf> {
-    let folder = lab.host(host).run_dir().join("faults");
-    std::fs::create_dir_all(&folder)?;
-    let armed = Armed { point: point.to_owned(), action, skip: 0 };
-    std::fs::write(folder.join(ARMED_FILE), armed.to_string())?;
-    lab.host_mut(host).stop_agent()?;
-    let config = steps::agent_config(lab.host(host), None, "");
-    lab.host_mut(host).start_agent(&config, &[(FOLDER_VARIABLE, "/run/limosa/faults")])?;
-    Ok(folder)
-}
-
-fn wait<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + SETTLE_TIMEOUT;
-    loop {
-        if let Some(found) = look()? {
-            return Ok(found);
-        }
-        ensure!(Instant::now() < deadline, "{what} did not happen");
-        std::thread::sleep(LOOK_PAUSE);
-    }
-}
-
 /// A move from a to b that came to that point of that host.
 fn moved_until(
     lab: &mut Lab,
@@ -81,9 +57,9 @@ fn moved_until(
     action: Action,
 ) -> Result<(Scene, Migration)> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
-    let folder = arm(lab, host, point, action)?;
+    let point = Point::arm(lab, host, point, action)?;
     let migration = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
-    wait("the armed point", || Ok(folder.join(REACHED_FILE).exists().then_some(())))?;
+    point.wait()?;
     Ok((scene, migration))
 }
 
@@ -92,11 +68,6 @@ fn power_cut(lab: &mut Lab, host: &str) -> Result<()> {
     lab.host_mut(host).kill_agent()?;
     lab.host(host).kill_qemu();
     wait("the end of QEMU", || Ok(lab.host(host).qemu_pids().is_empty().then_some(())))
-}
-
-fn start_agent(lab: &mut Lab, host: &str) -> Result<()> {
-    let config = steps::agent_config(lab.host(host), None, "");
-    lab.host_mut(host).start_agent(&config, &[])
 }
 
 /// Waits until a host tells its doubt, and that it does so wherever one looks.

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use limosa_protocol::api::Power;
+use limosa_protocol::fault::Action;
 use limosa_protocol::migration::{Migration, Outcome, Phase};
 use serde_json::Value;
 
+use super::points::{Point, start_agent};
 use super::scene::{self, Scene};
 use super::steps::{self, Wanted};
 use super::{Story, tiny};
@@ -38,6 +40,11 @@ pub(super) const STORIES: &[Story] = &[
     fault("cancel-mirror", STAYS, |lab| cancel(lab, Phase::Mirror)),
     fault("cancel-pre-copy", STAYS, |lab| cancel(lab, Phase::PreCopy)),
     fault("cancel-switchover", STAYS, |lab| cancel(lab, Phase::Switchover)),
+    fault(
+        "cancel-retire",
+        "a cancel after the commit point is refused, and the VM moves",
+        cancel_too_late,
+    ),
     fault("destination-agent-dies-prepare", DESTINATION, |lab| {
         agent_dies(lab, "b", Phase::Prepare)
     }),
@@ -83,6 +90,35 @@ pub(super) const STORIES: &[Story] = &[
     },
 ];
 
+/// A move that is held in one phase.
+struct Held {
+    scene: Scene,
+    migration: Migration,
+    point: Point,
+}
+
+/// Where the source's agent is held for each phase.
+fn point_in(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Prepare => "send.receive.before",
+        Phase::Mirror => "qmp.blockdev-mirror.after",
+        Phase::PreCopy => "qmp.migrate.after",
+        Phase::Switchover => "qmp.migrate-continue.before",
+        Phase::Retire => "send.retired.before",
+    }
+}
+
+/// A scene with a move under way that stands in that phase, and in no other.
+fn held(lab: &mut Lab, phase: Phase) -> Result<Held> {
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let point = Point::arm(lab, "a", point_in(phase), Action::Hold)?;
+    let begun = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    point.wait()?;
+    let migration = steps::look_at_move(lab.host("a"), &begun)?;
+    ensure!(migration.phase == phase, "the move is held in {}", migration.phase.as_str());
+    Ok(Held { scene, migration, point })
+}
+
 /// A scene with a move under way that has come to that phase.
 fn moving(lab: &mut Lab, phase: Phase) -> Result<(Scene, Migration)> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
@@ -102,40 +138,42 @@ fn stayed(lab: &Lab, migration: &Migration) -> Result<String> {
 }
 
 fn cancel(lab: &mut Lab, phase: Phase) -> Result<()> {
-    let (scene, migration) = moving(lab, phase)?;
+    let Held { scene, migration, .. } = held(lab, phase)?;
+    let path = format!("/v1/migrations/{}/cancel", migration.id);
+    lab.host("a").api::<Value>("POST", &path, None)?.read::<Migration>()?;
+    let reason = stayed(lab, &migration)?;
+    ensure!(reason.contains("cancelled by an operator"), "it stayed because {reason}");
+    let vm = scene.vm.clone();
+    let trace = scene.end(lab, "a")?.1;
+    ensure!(trace.blackout("a", "b").is_none(), "the VM was heard at b");
+    // And it can still move afterwards.
+    lab.net().set_speed(0, None)?;
+    steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
+    steps::assert_only_at(lab, &vm, "b")
+}
+
+fn cancel_too_late(lab: &mut Lab) -> Result<()> {
+    let Held { scene, migration, point } = held(lab, Phase::Retire)?;
     let path = format!("/v1/migrations/{}/cancel", migration.id);
     let answer = lab.host("a").api::<Value>("POST", &path, None)?;
+    ensure!(answer.status == 409, "a cancel after the commit was answered {}", answer.status);
+    point.release()?;
     let gathered = steps::follow(lab.host("a"), &migration, SETTLE_TIMEOUT)?;
     let last = gathered.last().context("nothing was said")?;
-    // Past the commit point a cancel comes too late; before, it must work.
-    let at = match last.outcome {
-        Some(Outcome::Stayed) => "a",
-        Some(Outcome::Moved) if phase >= Phase::Switchover => "b",
-        other => bail!("the outcome is {other:?} after a cancel ({answer:?}): {:?}", last.reason),
-    };
-    let vm = scene.vm.clone();
-    let trace = scene.end(lab, at)?.1;
-    if at == "a" {
-        ensure!(trace.blackout("a", "b").is_none(), "the VM was heard at b");
-        // And it can still move afterwards.
-        lab.net().set_speed(0, None)?;
-        steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
-        steps::assert_only_at(lab, &vm, "b")?;
-    }
-    Ok(())
+    ensure!(last.outcome == Some(Outcome::Moved), "it ended as {:?}", last.outcome);
+    scene.end(lab, "b").map(drop)
 }
 
 fn agent_dies(lab: &mut Lab, host: &str, phase: Phase) -> Result<()> {
-    let (scene, _) = moving(lab, phase)?;
+    let Held { scene, point, .. } = held(lab, phase)?;
     lab.host_mut(host).kill_agent()?;
+    point.release()?;
     // The other one must come to terms with it alone for a while.
     std::thread::sleep(Duration::from_secs(2));
-    let config = steps::agent_config(lab.host(host), None, "");
-    lab.host_mut(host).start_agent(&config, &[])?;
+    start_agent(lab, host)?;
     let owner = steps::wait_for_owner(lab, &scene.vm, SETTLE_TIMEOUT)?;
-    if phase <= Phase::PreCopy {
-        ensure!(owner == "a", "the VM is at {owner} although nothing was committed");
-    }
+    let expected = if phase == Phase::Retire { "b" } else { "a" };
+    ensure!(owner == expected, "the VM is at {owner} after a fault in {}", phase.as_str());
     scene.end(lab, &owner).map(drop)
 }
 

@@ -12,6 +12,7 @@ mod faults;
 mod itself;
 mod kvm;
 mod moves;
+pub(crate) mod points;
 mod postgres;
 pub(crate) mod scene;
 pub(crate) mod steps;
