@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::migrate::{self, MigrationStatus};
-use crate::qmp::{Qmp, QmpError, part};
+use crate::qmp::{Qmp, QmpError, QmpEvent, part};
 
 /// Most looks whether QEMU has put a migration that ended behind it.
 const FINISH_LOOK_COUNT_MAX: u32 = 500;
@@ -87,6 +87,13 @@ async fn wait_finished(qmp: &Qmp) -> Result<(), QmpError> {
         tokio::time::sleep(FINISH_LOOK_EVERY).await;
     }
     Ok(())
+}
+
+/// Reads an event that the vCPUs were stopped: when they were, in microseconds
+/// since 1970 by the host's clock.
+#[must_use]
+pub fn stop_event_us(event: &QmpEvent) -> Option<u64> {
+    (event.name == "STOP").then_some(event.at_us)
 }
 
 /// Stops the vCPUs.

@@ -8,10 +8,11 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use limosa_protocol::migration::Phase;
 use limosa_qemu::migrate::{self, MigrationStatus, SourceParameters};
+use limosa_qemu::power;
 use limosa_qemu::qmp::QmpEvent;
 use tokio::sync::broadcast;
 
@@ -31,15 +32,18 @@ impl Source {
     /// Copies RAM and ends with the guest stopped and everything on its way.
     pub(super) async fn pre_copy(&mut self) -> Outcome<Switched> {
         let mut events = self.qemu.qmp.events();
+        let began = Instant::now();
         self.start_memory().await?;
         let most_ms = self.offer.request.downtime_limit_ms.max(1);
         let mut limit_ms = DOWNTIME_FIRST_MS.min(most_ms);
         let mut limit_round = 0;
         let mut memory = Rate::new();
         let mut wire = Rate::new();
+        let mut stopped_us = None;
         loop {
-            if self.wait_for_stop(&mut events).await? {
-                return self.switch_over(events).await;
+            if self.wait_for_stop(&mut events, &mut stopped_us).await? {
+                let stopped = Instant::now() - since_stop(unix_now(), stopped_us, began.elapsed());
+                return self.switch_over(events, stopped).await;
             }
             self.check_exports()?;
             let status = migrate::status(&self.qemu.qmp).await.or_fail("asking QEMU")?;
@@ -93,12 +97,19 @@ impl Source {
     }
 
     /// Waits a moment; `true` once QEMU has stopped the guest and waits.
-    async fn wait_for_stop(&mut self, events: &mut broadcast::Receiver<QmpEvent>) -> Outcome<bool> {
+    ///
+    /// - `stopped_us`: when QEMU says that the vCPUs stopped, by the host's clock.
+    async fn wait_for_stop(
+        &mut self,
+        events: &mut broadcast::Receiver<QmpEvent>,
+        stopped_us: &mut Option<u64>,
+    ) -> Outcome<bool> {
         let until = Instant::now() + LOOK_EVERY;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             match tokio::time::timeout(left, events.recv()).await {
                 Ok(Ok(event)) => match migrate::migration_event(&event) {
+                    None => *stopped_us = power::stop_event_us(&event).or(*stopped_us),
                     Some(MigrationStatus::PreSwitchover) => return Ok(true),
                     Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => {
                         let status = migrate::status(&self.qemu.qmp).await.ok();
@@ -117,10 +128,27 @@ impl Source {
     }
 
     /// From the stopped guest to the point where only the commit is missing.
-    async fn switch_over(&mut self, events: broadcast::Receiver<QmpEvent>) -> Outcome<Switched> {
+    async fn switch_over(
+        &mut self,
+        events: broadcast::Receiver<QmpEvent>,
+        stopped: Instant,
+    ) -> Outcome<Switched> {
         self.job.enter(Phase::Switchover);
-        self.finish_memory(events).await
+        self.finish_memory(events, stopped).await
     }
+}
+
+/// Time since 1970 by the host's clock.
+fn unix_now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// How long ago the vCPUs stopped, by the host's clock; that may have been set
+/// meanwhile, so it is believed only within the time that pre-copy took. Not at
+/// all if QEMU's word on it was lost.
+fn since_stop(now: Duration, stopped_us: Option<u64>, most: Duration) -> Duration {
+    let stopped = stopped_us.map_or(now, Duration::from_micros);
+    now.saturating_sub(stopped).min(most)
 }
 
 pub(super) fn memory_failure(why: Option<&str>) -> Failure {
@@ -133,4 +161,20 @@ pub(super) fn memory_failure(why: Option<&str>) -> Failure {
 /// The text of a QMP failure.
 pub(super) fn qmp_failure(doing: &str, error: &limosa_qemu::qmp::QmpError) -> Failure {
     Failure::internal(format!("{doing}: {}", chain(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: the downtime counts from QEMU's stop, whatever became of the clock.
+    #[test]
+    fn a_stop_lies_within_pre_copy() {
+        let (now, most) = (Duration::from_secs(9000), Duration::from_secs(60));
+        let since = |stopped_us| since_stop(now, stopped_us, most);
+        assert_eq!(since(Some(8_995_000_000)), Duration::from_secs(5));
+        assert_eq!(since(Some(1)), most);
+        assert_eq!(since(Some(u64::MAX)), Duration::ZERO);
+        assert_eq!(since(None), Duration::ZERO);
+    }
 }

@@ -43,11 +43,13 @@ pub(super) struct Switched {
 
 impl Source {
     /// Ends the mirrors and sends the last pages and the device state.
+    ///
+    /// - `stopped`: when the vCPUs were stopped.
     pub(super) async fn finish_memory(
         &mut self,
         mut events: broadcast::Receiver<QmpEvent>,
+        stopped: Instant,
     ) -> Outcome<Switched> {
-        let stopped = Instant::now();
         let limit = Duration::from_millis(STOPPED_MS_MAX);
         let work = async {
             self.end_mirrors().await?;
