@@ -5,7 +5,7 @@
 
 use limosa_protocol::frame::{
     Ack, DiskHeader, FrameError, FrameHeader, FrameKind, HEADER_BYTES, PLAIN_BYTES_MAX, PageForm,
-    PageHeader, WIRE_BYTES_MAX,
+    PageHeader, RamStart, Resume, WIRE_BYTES_MAX,
 };
 
 /// Panics when the bytes break something.
@@ -23,7 +23,7 @@ pub(crate) fn check(bytes: &[u8]) {
         rest = &rest[content.len()..];
     }
     // Whatever it said of itself: the receiver is told the kind by a stranger.
-    for kind in [FrameKind::Pages, FrameKind::DiskWrite, FrameKind::RamAck] {
+    for kind in [FrameKind::Pages, FrameKind::DiskWrite, FrameKind::Ack, FrameKind::Resume] {
         payload(kind, bytes);
     }
 }
@@ -32,9 +32,20 @@ fn payload(kind: FrameKind, content: &[u8]) {
     match kind {
         FrameKind::Pages => pages(content),
         FrameKind::DiskWrite | FrameKind::DiskZero | FrameKind::DiskDiscard => disk(content),
-        FrameKind::RamAck | FrameKind::DiskAck => ack(content),
+        FrameKind::Ack => ack(content),
+        FrameKind::Resume => {
+            let again = Resume::decode(content).map(|resume| resume.encode());
+            assert!(again.is_err() || again.is_ok_and(|again| again == content));
+        }
+        FrameKind::RamStart => {
+            let again = RamStart::decode(content).map(|start| start.encode());
+            assert!(again.is_err() || again.is_ok_and(|again| again == content));
+        }
         FrameKind::Stream
         | FrameKind::StreamEnd
+        | FrameKind::Tail
+        | FrameKind::Release
+        | FrameKind::KeepAlive
         | FrameKind::RamBarrier
         | FrameKind::DiskBarrier => {}
     }
@@ -75,6 +86,7 @@ fn disk(content: &[u8]) {
 
 fn ack(content: &[u8]) {
     if let Ok(ack) = Ack::decode(content) {
+        assert!(ack.ram.at.max(ack.disk.at) <= ack.applied);
         assert_eq!(content, ack.encode());
     }
 }

@@ -6,22 +6,35 @@
 
 use std::io;
 
-use limosa_qemu::stream::{PAGE_BYTES, RamBlock, RamSection, StreamParser, StreamSink};
+use limosa_qemu::stream::{PAGE_BYTES, RamBlock, RamSection, StreamParser, StreamPart, StreamSink};
 
 /// Backends of which each input is tried with one, and with none.
 const BACKENDS: [&str; 2] = ["ram0", "pc.ram"];
 
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 struct Parts {
     backend: &'static str,
     blocks: Vec<RamBlock>,
     pages: Vec<(usize, u64, Option<u8>)>,
     inline: Vec<u8>,
+    part: StreamPart,
     ends: Vec<RamSection>,
     is_followed: bool,
 }
 
 impl Parts {
+    fn of(backend: &'static str) -> Self {
+        Self {
+            backend,
+            blocks: Vec::new(),
+            pages: Vec::new(),
+            inline: Vec::new(),
+            part: StreamPart::Head,
+            ends: Vec::new(),
+            is_followed: false,
+        }
+    }
+
     fn check(&self, backend: usize, offset_bytes: u64) {
         assert_eq!(backend, 0);
         let block = self.blocks.iter().find(|block| block.name == self.backend);
@@ -47,7 +60,9 @@ impl StreamSink for Parts {
         self.pages.push((backend, offset, None));
         Ok(())
     }
-    fn inline(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn inline(&mut self, part: StreamPart, bytes: &[u8]) -> io::Result<()> {
+        assert!(part as usize >= self.part as usize, "a part came again");
+        self.part = part;
         self.inline.extend_from_slice(bytes);
         Ok(())
     }
@@ -59,7 +74,7 @@ impl StreamSink for Parts {
 
 fn parse(bytes: &[u8], chunk_bytes: usize, backend: Option<&'static str>) -> Parts {
     let mut parser = StreamParser::new(backend.iter().map(ToString::to_string).collect());
-    let mut parts = Parts { backend: backend.unwrap_or_default(), ..Parts::default() };
+    let mut parts = Parts::of(backend.unwrap_or_default());
     let fed = bytes.chunks(chunk_bytes).try_for_each(|chunk| parser.feed(chunk, &mut parts));
     parts.is_followed = fed.is_ok() && parser.finish().is_ok();
     parts

@@ -360,6 +360,7 @@ pub(crate) fn into_blocking(
 ) -> std::io::Result<limosa_plane::ChannelIo> {
     let socket = stream.into_std()?;
     socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(limosa_plane::SILENCE_MAX))?;
     let closer = Arc::new(socket.try_clone()?);
     let io: Box<dyn limosa_plane::ReadWrite + Send> = match connection {
         rustls::Connection::Client(tls) => Box::new(rustls::StreamOwned::new(tls, socket)),

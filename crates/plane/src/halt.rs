@@ -11,7 +11,7 @@ use limosa_qemu::stream::StreamError;
 /// Why a plane failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PlaneError {
-    /// The peer or the network went away.
+    /// The peer or the network went away. Other connections may take its place.
     #[error("channel {channel}: lost the peer")]
     PeerLost {
         /// Which connection
@@ -62,6 +62,8 @@ impl PlaneError {
         // TLS has a long text for a connection that ends without its goodbye.
         let source = match source.kind() {
             io::ErrorKind::UnexpectedEof => io::Error::new(source.kind(), "it was closed"),
+            // The kernel's word for a read that timed out.
+            io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, "it is silent"),
             _ => source,
         };
         Self::PeerLost { channel: channel.to_string(), source: Arc::new(source) }
@@ -72,6 +74,11 @@ impl PlaneError {
     pub(crate) fn frame(channel: impl ToString, error: FrameError) -> Self {
         Self::protocol(channel, error)
     }
+
+    /// Whether another connection may be better.
+    pub(crate) fn is_lost(&self) -> bool {
+        matches!(self, Self::PeerLost { .. })
+    }
 }
 
 /// What a plane tells the agent.
@@ -79,8 +86,14 @@ impl PlaneError {
 pub enum PlaneEvent {
     /// All RAM is at the destination and equal, and QEMU's stream is complete.
     RamDelivered,
-    /// All disks are at the destination, equal and durable.
+    /// All disks are at the destination, equal and durable, up to a barrier.
     DisksEqual,
+    /// A connection broke or fell silent, and with it all: everything stands
+    /// still until others are brought. Told at most once for each set of
+    /// connections.
+    LinkLost(PlaneError),
+    /// The connections that were brought are in use, and both sides go on.
+    LinkBack,
     /// Nothing more will come. Told once.
     Failed(PlaneError),
 }

@@ -8,8 +8,12 @@
 //! ```
 //!
 //! Each box is a thread; bounded queues join them, so a slow stage slows the one
-//! before it and memory does not grow. A connection is used one way after its
-//! handshake, so no TLS state is shared by two threads.
+//! before it and memory does not grow. A connection belongs to one thread on each
+//! side, so no TLS state is shared by two.
+//!
+//! A connection that breaks, or is silent, takes the others with it ([`link`]):
+//! every stage stands still until new ones are brought, then goes on from what
+//! the destination has. Frames wait in [`replay`] until they are acknowledged.
 //!
 //! **Invariants.** This crate never stops or starts a guest: it reports, the
 //! agent decides. A page or block always goes by the same channel
@@ -22,12 +26,17 @@ mod difference;
 mod digest;
 mod disk;
 mod halt;
+mod link;
 mod meter;
 pub mod nbd;
+mod queue;
 mod ram;
+mod replay;
 mod route;
 mod settings;
 mod source;
+#[cfg(test)]
+mod tests;
 mod versions;
 
 pub use channel::{ChannelIo, ReadWrite};
@@ -35,7 +44,7 @@ pub use destination::{DestinationPlane, DestinationSpec, RamTarget};
 pub use digest::full_ram_digest;
 pub use disk::{DiskTarget, RawTarget};
 pub use halt::{PlaneError, PlaneEvent};
-pub use settings::PlaneSettings;
+pub use settings::{PlaneSettings, SILENCE_MAX};
 pub use source::{RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 
 /// Bytes of a guest page.

@@ -18,6 +18,7 @@ pub(crate) struct Meter {
     pub(crate) disk_packed_bytes: AtomicU64,
     pub(crate) disk_zero_bytes: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
+    pub(crate) resent_bytes: AtomicU64,
 }
 
 /// Adds to a counter. Counters are only looked at, so no order is needed.
@@ -41,6 +42,7 @@ impl Meter {
             disk_packed_bytes: read(&self.disk_packed_bytes),
             disk_zero_bytes: read(&self.disk_zero_bytes),
             wire_bytes: read(&self.wire_bytes),
+            resent_bytes: read(&self.resent_bytes),
         }
     }
 }

@@ -1,5 +1,11 @@
 //! What can be set of a plane.
 
+use std::time::Duration;
+
+/// A connection from which nothing came for this long is lost. The reads of a
+/// [`crate::ChannelIo`] fail after it.
+pub const SILENCE_MAX: Duration = Duration::from_secs(5);
+
 /// Settings of either half.
 #[derive(Debug, Clone, Copy)]
 pub struct PlaneSettings {
@@ -11,10 +17,21 @@ pub struct PlaneSettings {
     pub page_versions_bytes_max: u64,
     /// Whether payloads are compressed.
     pub compression: bool,
+    /// Most bytes that are kept to be sent again, over all channels: what is on
+    /// its way and not acknowledged.
+    pub replay_bytes_max: usize,
+    /// How often who has nothing to say says so.
+    pub keep_alive_every: Duration,
 }
 
 impl Default for PlaneSettings {
     fn default() -> Self {
-        Self { window_bytes: 4 << 20, page_versions_bytes_max: 512 << 20, compression: true }
+        Self {
+            window_bytes: 4 << 20,
+            page_versions_bytes_max: 512 << 20,
+            compression: true,
+            replay_bytes_max: 8 << 20,
+            keep_alive_every: Duration::from_secs(1),
+        }
     }
 }

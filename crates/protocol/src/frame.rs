@@ -14,12 +14,20 @@
 //! | kind | payload |
 //! |------|---------|
 //! | `Pages` | page records, each a [`PageHeader`] and its content |
-//! | `Stream` | bytes for the destination's QEMU, in order |
+//! | `RamStart` | 32 bits: number of a stream of QEMU that begins; pages follow |
+//! | `Stream` | bytes for the destination's QEMU, in order: whole sections |
+//! | `Tail` | bytes for the destination's QEMU that are held until `Release` |
 //! | `StreamEnd` | nothing: QEMU's stream is complete |
+//! | `Release` | nothing: the tail goes to QEMU; no other stream follows |
 //! | `DiskWrite` | [`DiskHeader`], then the bytes |
 //! | `DiskZero`, `DiskDiscard` | [`DiskHeader`] |
 //! | `RamBarrier`, `DiskBarrier` | nothing: all before this is to be acknowledged |
-//! | `RamAck`, `DiskAck` | [`Ack`]; on the return path only |
+//! | `Ack` | [`Ack`]; on the return path only |
+//! | `Resume` | [`Resume`]; against the stream, first on each connection of a channel |
+//! | `KeepAlive` | nothing; either way, not counted |
+//!
+//! Frames of a channel are counted from 1, on whichever connection they come;
+//! the number is not sent. `Ack`, `Resume` and `KeepAlive` have none.
 //!
 //! **Invariant.** A header is checked before any memory is taken for what it
 //! announces.
@@ -52,14 +60,22 @@ pub enum FrameKind {
     RamBarrier = 7,
     /// Flush and acknowledge all disk operations before this
     DiskBarrier = 8,
-    /// Return path: all RAM before the barrier is applied
-    RamAck = 9,
-    /// Return path: all disk operations before the barrier are durable
-    DiskAck = 10,
+    /// Return path: what the destination holds of a channel
+    Ack = 9,
+    /// First on a new connection: what the destination has already
+    Resume = 10,
+    /// Nothing to say, and still there
+    KeepAlive = 11,
+    /// A stream of QEMU begins
+    RamStart = 12,
+    /// A piece of QEMU's stream after its last round
+    Tail = 13,
+    /// The tail may go to QEMU
+    Release = 14,
 }
 
 impl FrameKind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 14] = [
         Self::Pages,
         Self::Stream,
         Self::StreamEnd,
@@ -68,8 +84,12 @@ impl FrameKind {
         Self::DiskDiscard,
         Self::RamBarrier,
         Self::DiskBarrier,
-        Self::RamAck,
-        Self::DiskAck,
+        Self::Ack,
+        Self::Resume,
+        Self::KeepAlive,
+        Self::RamStart,
+        Self::Tail,
+        Self::Release,
     ];
 
     fn decode(byte: u8) -> Result<Self, FrameError> {
@@ -275,46 +295,123 @@ impl DiskHeader {
     }
 }
 
-/// What the destination holds of one channel at a barrier.
+/// What the destination holds of one channel. It says all of it each time, so
+/// that one that was lost is made good by the next.
 ///
 /// | offset | bytes | field |
 /// |-------:|------:|-------|
 /// |      0 |     1 | `channel` |
 /// |      1 |     7 | zero |
-/// |      8 |    32 | `digest`: of RAM (16 bytes, then zeroes) or of disk operations |
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// |      8 |     8 | `applied`: number of the last frame taken over for good |
+/// |     16 |    40 | `ram`: [`Barrier`] |
+/// |     56 |    40 | `disk`: [`Barrier`] |
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Ack {
     /// Number of the channel
     pub channel: u8,
-    /// Digest of all that it brought
+    /// Frames of it that were taken over for good
+    pub applied: u64,
+    /// The last barrier of RAM
+    pub ram: Barrier,
+    /// The last barrier of the disks
+    pub disk: Barrier,
+}
+
+/// A barrier that was passed.
+///
+/// | offset | bytes | field |
+/// |-------:|------:|-------|
+/// |      0 |     8 | `at`: number of the barrier's frame, 0 for none yet |
+/// |      8 |    32 | `digest`: of RAM (16 bytes, then zeroes) or of disk operations |
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Barrier {
+    /// Number of its frame
+    pub at: u64,
+    /// Digest of all that the channel brought up to it
     pub digest: [u8; 32],
 }
 
 impl Ack {
     /// Bytes of the payload.
-    pub const BYTES: usize = 40;
+    pub const BYTES: usize = 96;
 
     /// The payload as it is on the wire.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[0] = self.channel;
-        bytes[8..].copy_from_slice(&self.digest);
+        bytes[8..16].copy_from_slice(&self.applied.to_le_bytes());
+        for (place, barrier) in [(16, self.ram), (56, self.disk)] {
+            bytes[place..place + 8].copy_from_slice(&barrier.at.to_le_bytes());
+            bytes[place + 8..place + 40].copy_from_slice(&barrier.digest);
+        }
         bytes
     }
 
     /// Reads a payload.
     ///
     /// # Errors
-    /// [`FrameError`] for anything that [`Self::encode`] cannot have made.
+    /// [`FrameError`] for anything that [`Self::encode`] cannot have made, and a
+    /// barrier that is not among the frames taken over.
     pub fn decode(payload: &[u8]) -> Result<Self, FrameError> {
         let mut reader = Reader(payload);
         let [channel, padding @ ..] = reader.array::<8>()?;
-        let digest = reader.array()?;
-        if padding != [0; 7] || !reader.0.is_empty() {
+        let applied = reader.le64()?;
+        let mut barrier = || Ok(Barrier { at: reader.le64()?, digest: reader.array()? });
+        let (ram, disk) = (barrier()?, barrier()?);
+        if padding != [0; 7] || !reader.0.is_empty() || ram.at.max(disk.at) > applied {
             return Err(FrameError::Range("ack"));
         }
-        Ok(Self { channel, digest })
+        Ok(Self { channel, applied, ram, disk })
+    }
+}
+
+/// What the destination has of a channel when a new connection begins: 8 bytes,
+/// the number of the last frame that it took over. The next one follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resume {
+    /// Frames that need not be sent again
+    pub received: u64,
+}
+
+impl Resume {
+    /// The payload as it is on the wire.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 8] {
+        self.received.to_le_bytes()
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// [`FrameError`] for another length.
+    pub fn decode(payload: &[u8]) -> Result<Self, FrameError> {
+        let received = payload.try_into().map_err(|_| FrameError::Range("resume"))?;
+        Ok(Self { received: u64::from_le_bytes(received) })
+    }
+}
+
+/// Number of a stream of QEMU that begins: 4 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamStart {
+    /// From 1; larger than all before
+    pub stream: u32,
+}
+
+impl RamStart {
+    /// The payload as it is on the wire.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 4] {
+        self.stream.to_le_bytes()
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// [`FrameError`] for another length.
+    pub fn decode(payload: &[u8]) -> Result<Self, FrameError> {
+        let stream = payload.try_into().map_err(|_| FrameError::Range("start of RAM"))?;
+        Ok(Self { stream: u32::from_le_bytes(stream) })
     }
 }
 
@@ -351,8 +448,14 @@ mod tests {
         }
         let disk = DiskHeader { disk: 3, may_unmap: true, offset_bytes: 1 << 40, length_bytes: 77 };
         assert_eq!(DiskHeader::decode(&mut &disk.encode()[..]), Ok(disk));
-        let ack = Ack { channel: 9, digest: [5; 32] };
+        let ram = Barrier { at: 7, digest: [5; 32] };
+        let ack = Ack { channel: 9, applied: 8, ram, disk: Barrier::default() };
         assert_eq!(Ack::decode(&ack.encode()), Ok(ack));
+        let early = Ack { applied: 6, ..ack };
+        assert_eq!(Ack::decode(&early.encode()), Err(FrameError::Range("ack")));
+        let (resume, start) = (Resume { received: 1 << 40 }, RamStart { stream: 3 });
+        assert_eq!(Resume::decode(&resume.encode()), Ok(resume));
+        assert_eq!(RamStart::decode(&start.encode()), Ok(start));
         let mut payload = Vec::new();
         let page = PageHeader { index: 8, block: 1, form: PageForm::Difference, content_bytes: 3 };
         page.encode_into(&mut payload);
@@ -384,6 +487,8 @@ mod tests {
             while PageHeader::decode(&mut rest).is_ok() {}
             DiskHeader::decode(&mut &bytes[..]).ok();
             Ack::decode(&bytes).ok();
+            Resume::decode(&bytes).ok();
+            RamStart::decode(&bytes).ok();
         }
     }
 }

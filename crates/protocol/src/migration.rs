@@ -230,6 +230,9 @@ pub struct Moved {
     pub disk_zero_bytes: u64,
     /// All bytes given to the channels, headers included
     pub wire_bytes: u64,
+    /// Those of them that were given again after the link was lost
+    #[serde(default)]
+    pub resent_bytes: u64,
 }
 
 /// A moment of a migration.

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use limosa_qemu::stream::{PAGE_BYTES, RamBlock, RamSection, StreamParser, StreamSink};
+use limosa_qemu::stream::{PAGE_BYTES, RamBlock, RamSection, StreamParser, StreamPart, StreamSink};
 use serde_json::{Value, json};
 
 const RAM_BYTES: usize = 64 << 20;
@@ -150,7 +150,7 @@ impl StreamSink for Destination {
         self.zero_pages += 1;
         Ok(())
     }
-    fn inline(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn inline(&mut self, _part: StreamPart, bytes: &[u8]) -> io::Result<()> {
         self.inline.write_all(bytes)
     }
     fn ram_section_end(&mut self, section: RamSection) -> io::Result<()> {

@@ -3,13 +3,17 @@
 //! ```text
 //! channel 0 ═► receiver 0 ─┬─► memfd            ┐ page by page, each receiver
 //! channel n ═► receiver n ─┴─► disks            ┘ only those of its route
-//!              receiver 0 ───► QEMU's stream (the tail after all RAM is in)
-//! acks with digests ═► return path
+//!              receiver 0 ───► QEMU's stream (the tail once it is released)
+//!              ack thread ═══► return path: what is applied, digests
 //! ```
+//!
+//! **Invariant.** A frame is applied once, whatever connections it came on: a
+//! receiver says how many it has, and the source goes on there.
 
+mod acks;
+mod apply;
 mod receiver;
-#[cfg(test)]
-mod tests;
+mod tail;
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -17,13 +21,14 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use limosa_protocol::frame::{Ack, FrameKind};
-
-use crate::channel::{ChannelIo, FrameReader, FrameWriter};
+use crate::channel::ChannelIo;
 use crate::disk::DiskTarget;
 use crate::halt::{self, Halt, PlaneError, PlaneEvent};
+use crate::link::Link;
 use crate::ram::Ram;
 use crate::settings::PlaneSettings;
+use acks::Board;
+use tail::{Tail, TailError};
 
 /// How often a wait for the other channels looks whether the plane has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -55,13 +60,14 @@ pub struct DestinationSpec {
     /// Read all RAM again when it is in, before QEMU gets device state: loading
     /// devices may change pages (KVM's virtual APIC does)
     pub read_back: bool,
-    /// Told of what happens; must not wait
+    /// Told of what happens; must not wait, nor call the plane
     pub on_event: Arc<dyn Fn(PlaneEvent) + Send + Sync>,
 }
 
 /// The plane of a destination, running.
 pub struct DestinationPlane {
     halt: Arc<Halt>,
+    link: Arc<Link>,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -71,23 +77,24 @@ struct Shared {
     channel_count: usize,
     ram: Vec<Ram>,
     disks: Vec<Mutex<Box<dyn DiskTarget + Send>>>,
-    acks: Mutex<FrameWriter>,
+    board: Board,
+    tail: Mutex<Tail>,
     progress: Mutex<Progress>,
     changed: Condvar,
     read_back: bool,
     halt: Arc<Halt>,
 }
 
-/// How many channels passed which barrier.
-#[derive(Default)]
+/// Which barriers the channels passed.
 struct Progress {
-    ram_passed: usize,
-    /// All RAM is in, and was read back if that is wanted.
-    ram_is_in: bool,
+    /// By channel: the stream whose RAM barrier was passed last
+    ram_passed: Vec<u32>,
+    /// The stream of which all RAM is in, and was read back if that is wanted
+    ram_is_in: u32,
     /// Digest of what was read back.
     ram_digest: Option<u128>,
-    disk_passed: usize,
-    stream_ended: bool,
+    /// By channel: how many disk barriers were passed
+    disk_passed: Vec<u32>,
 }
 
 impl DestinationPlane {
@@ -104,8 +111,6 @@ impl DestinationPlane {
                 PlaneError::local(format!("mapping guest RAM {}", target.name), error)
             })?);
         }
-        halt.on_halt(spec.return_path.shutdown);
-        let acks = FrameWriter::new(spec.return_path.io, "return path".to_owned(), false)?;
         if let Some(stream) = &spec.qemu_incoming {
             let closer = stream
                 .try_clone()
@@ -115,28 +120,52 @@ impl DestinationPlane {
                 closer.shutdown(std::net::Shutdown::Both).ok();
             }));
         }
+        let channel_count = spec.channels.len();
         let shared = Arc::new(Shared {
-            channel_count: spec.channels.len(),
+            channel_count,
             ram,
             disks: spec.disks.into_iter().map(Mutex::new).collect(),
-            acks: Mutex::new(acks),
-            progress: Mutex::default(),
+            board: Board::new(channel_count),
+            tail: Mutex::new(Tail::new(spec.qemu_incoming)),
+            progress: Mutex::new(Progress {
+                ram_passed: vec![0; channel_count],
+                ram_is_in: 0,
+                ram_digest: None,
+                disk_passed: vec![0; channel_count],
+            }),
             changed: Condvar::new(),
             read_back: spec.read_back,
             halt: Arc::clone(&halt),
         });
-        let mut qemu = spec.qemu_incoming;
+        let link = Link::new(&halt, spec.channels, spec.return_path);
+        let failed = |error| PlaneError::local("starting a thread", error);
         let mut threads = Vec::new();
-        for (index, channel) in spec.channels.into_iter().enumerate() {
-            halt.on_halt(channel.shutdown);
-            let frames = FrameReader::new(channel.io, index.to_string())?;
-            let receiver = receiver::Receiver::new(index, frames, Arc::clone(&shared), qemu.take());
-            threads.push(
-                halt::spawn(format!("receive-{index}"), &halt, move || receiver.run())
-                    .map_err(|error| PlaneError::local("starting a thread", error))?,
-            );
+        for index in 0..channel_count {
+            let receiver = receiver::Receiver::new(index, Arc::clone(&link), Arc::clone(&shared))?;
+            let thread = halt::spawn(format!("receive-{index}"), &halt, move || receiver.run());
+            threads.push(thread.map_err(failed)?);
         }
-        Ok(Self { halt, shared, threads })
+        let (own, told) = (Arc::clone(&link), Arc::clone(&shared));
+        let keep_alive_every = spec.settings.keep_alive_every;
+        let thread = halt::spawn("acks".to_owned(), &halt, move || {
+            told.board.run(&own, channel_count, keep_alive_every, &told.halt)
+        });
+        threads.push(thread.map_err(failed)?);
+        Ok(Self { halt, link, shared, threads })
+    }
+
+    /// Goes on over new connections, as many as before; the source is told what
+    /// is here already. The event `LinkBack` follows, or `LinkLost` if they
+    /// break before.
+    ///
+    /// # Errors
+    /// When the number of channels is another one.
+    pub fn reconnect(
+        &self,
+        channels: Vec<ChannelIo>,
+        return_path: ChannelIo,
+    ) -> Result<(), PlaneError> {
+        self.link.replace(channels, return_path)
     }
 
     /// Digest of all RAM as it was read back; `None` before that, or if it was
@@ -151,11 +180,13 @@ impl DestinationPlane {
         self.halt.fail(PlaneError::Aborted);
     }
 
-    /// Waits for all threads; then nothing of the disks is open here any more.
+    /// Ends everything, and waits for all threads; then nothing of the disks is
+    /// open here any more.
     ///
     /// # Errors
-    /// What ended the plane, unless the agent did.
+    /// What ended the plane before.
     pub fn join(self) -> Result<(), PlaneError> {
+        self.abort();
         let ended = halt::join(self.threads, &self.halt);
         // With the threads gone, nobody else has it.
         if let Some(Shared { ram, disks, .. }) = Arc::into_inner(self.shared) {
@@ -174,28 +205,25 @@ impl Shared {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ack(&self, kind: FrameKind, channel: usize, digest: [u8; 32]) -> Result<(), PlaneError> {
-        let channel = u8::try_from(channel).unwrap_or(u8::MAX);
-        let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
-        acks.send(kind, &Ack { channel, digest }.encode())?;
-        acks.flush()
+    fn lock_tail(&self) -> std::sync::MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that a channel passed the RAM barrier.
-    fn pass_ram(&self) -> Result<(), PlaneError> {
+    /// Notes that a channel passed the RAM barrier of a stream.
+    fn pass_ram(&self, channel: usize, stream: u32) -> Result<(), PlaneError> {
         let is_last = {
             let mut progress = self.lock_progress();
-            progress.ram_passed += 1;
-            progress.ram_passed == self.channel_count
+            progress.ram_passed[channel] = stream;
+            progress.ram_passed.iter().all(|passed| *passed == stream)
         };
         if is_last {
             let digest = if self.read_back { Some(self.read_ram_back()?) } else { None };
             let mut progress = self.lock_progress();
             progress.ram_digest = digest;
-            progress.ram_is_in = true;
+            progress.ram_is_in = stream;
             drop(progress);
             self.changed.notify_all();
-            self.tell_ram();
+            self.give_tail()?;
         }
         Ok(())
     }
@@ -206,37 +234,43 @@ impl Shared {
         sum.map_err(|error| PlaneError::local("reading RAM again", error))
     }
 
-    /// Notes that QEMU has all of its stream.
-    fn end_stream(&self) {
-        self.lock_progress().stream_ended = true;
-        self.tell_ram();
-    }
-
-    fn tell_ram(&self) {
-        let mut progress = self.lock_progress();
-        if progress.stream_ended && progress.ram_is_in {
-            // Told once.
-            progress.stream_ended = false;
-            drop(progress);
-            self.halt.tell(PlaneEvent::RamDelivered);
+    /// Gives QEMU the tail if it is released and all RAM is in.
+    fn give_tail(&self) -> Result<(), PlaneError> {
+        {
+            // A stream is released once all channels passed its barrier, so none
+            // of them is at another one.
+            let progress = self.lock_progress();
+            if progress.ram_passed.iter().any(|passed| *passed != progress.ram_is_in) {
+                return Ok(());
+            }
         }
+        match self.lock_tail().give() {
+            Ok(true) => self.halt.tell(PlaneEvent::RamDelivered),
+            Ok(false) => {}
+            Err(TailError::Order(what)) => return Err(PlaneError::protocol(0, what)),
+            Err(TailError::Qemu(error)) => {
+                return Err(PlaneError::local("giving QEMU its stream (see qemu.log)", error));
+            }
+        }
+        Ok(())
     }
 
-    /// Notes that a channel passed the disk barrier.
-    fn pass_disk(&self) {
+    /// Notes that a channel passed another disk barrier.
+    fn pass_disk(&self, channel: usize) {
         let mut progress = self.lock_progress();
-        progress.disk_passed += 1;
-        if progress.disk_passed == self.channel_count {
+        progress.disk_passed[channel] += 1;
+        let passed = progress.disk_passed[channel];
+        if progress.disk_passed.iter().all(|other| *other == passed) {
             drop(progress);
             self.halt.tell(PlaneEvent::DisksEqual);
         }
     }
 
-    /// Waits until every channel passed the RAM barrier; `false` when the plane
-    /// ended first.
-    fn wait_for_ram(&self) -> bool {
+    /// Waits until every channel passed the RAM barrier of a stream; `false` when
+    /// the plane ended first.
+    fn wait_for_ram(&self, stream: u32) -> bool {
         let mut progress = self.lock_progress();
-        while !progress.ram_is_in {
+        while progress.ram_is_in != stream {
             if self.halt.is_halted() {
                 return false;
             }

@@ -2,12 +2,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 
 use limosa_protocol::frame::{DiskHeader, FrameKind};
 
 use super::sender::{DiskOperation, Work};
-use super::{SourceDisk, WORK_BYTES_MAX, ended};
+use super::{Queues, SourceDisk, WORK_BYTES_MAX, ended};
 use crate::meter::{Meter, add};
 use crate::nbd::server::DiskSink;
 use crate::route::{REGION_BYTES, disk_channel};
@@ -19,14 +18,14 @@ const TOUCHED_BYTES: u64 = 64 << 10;
 /// nothing: zeroes for a part of a fresh disk that was never written.
 pub(super) struct ChannelSink {
     disk: SourceDisk,
-    queues: Vec<SyncSender<Work>>,
+    queues: Queues,
     meter: Arc<Meter>,
     /// One bit for each [`TOUCHED_BYTES`] of the disk.
     touched: Vec<u64>,
 }
 
 impl ChannelSink {
-    pub(super) fn new(disk: SourceDisk, queues: Vec<SyncSender<Work>>, meter: Arc<Meter>) -> Self {
+    pub(super) fn new(disk: SourceDisk, queues: Queues, meter: Arc<Meter>) -> Self {
         let bits = disk.size_bytes.div_ceil(TOUCHED_BYTES);
         let words = usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX);
         Self { disk, queues, meter, touched: vec![0; words] }
@@ -35,7 +34,7 @@ impl ChannelSink {
     fn send(&self, kind: FrameKind, head: DiskHeader, bytes: Vec<u8>) -> io::Result<()> {
         let channel = disk_channel(self.disk.index, head.offset_bytes, self.queues.len());
         let operation = DiskOperation { kind, head, bytes };
-        self.queues[channel].send(Work::Disk(operation)).map_err(|_| ended())
+        self.queues[channel].put(Work::Disk(operation), || false).map_err(|_| ended())
     }
 
     fn head(&self, may_unmap: bool, offset_bytes: u64, length_bytes: u64) -> DiskHeader {
@@ -124,20 +123,25 @@ fn pieces(offset: u64, length: u64, at_bytes: u64) -> impl Iterator<Item = (u64,
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::sync_channel;
+    use std::time::Duration;
 
     use super::*;
+    use crate::queue::{Queue, Taken};
 
     #[test]
     fn zeroes_of_a_fresh_disk_are_left_out() {
-        let (queue, work) = sync_channel(100);
+        let queues: Queues = vec![Queue::new(100)].into();
+        let count = || {
+            let taken = || matches!(queues[0].take(Duration::ZERO), Taken::Item(_));
+            std::iter::repeat_with(taken).take_while(|taken| *taken).count()
+        };
         let disk = SourceDisk { index: 0, size_bytes: 1 << 40, fresh: true };
-        let mut sink = ChannelSink::new(disk, vec![queue], Arc::new(Meter::default()));
+        let mut sink = ChannelSink::new(disk, Arc::clone(&queues), Arc::new(Meter::default()));
         sink.write_zeroes(0, 1 << 40, true).unwrap();
-        assert!(work.try_recv().is_err());
+        assert_eq!(count(), 0);
         sink.write((1 << 20) - 4, vec![7; 8]).unwrap();
-        assert_eq!(work.try_iter().count(), 2, "cut at the region's border");
+        assert_eq!(count(), 2, "cut at the region's border");
         sink.write_zeroes(0, 1 << 40, true).unwrap();
-        assert_eq!(work.try_iter().count(), 2, "only the two that were written");
+        assert_eq!(count(), 2, "only the two that were written");
     }
 }

@@ -3,16 +3,21 @@
 //! ```text
 //! migration socket ─► reader ─┐            ┌─► sender 0 ═► channel 0
 //! nbd exports ─► disk sinks ──┴─ by route ─┴─► sender n ═► channel n
+//!                                                 ▲ what may be forgotten
 //! event RamDelivered, DisksEqual ◄─ return path thread ◄═ acks with digests
 //! ```
+//!
+//! **Invariant.** A frame that a sender made reaches the destination once, in
+//! order, over any number of links, or the plane ends.
 
+mod delivery;
 mod disk;
+mod outlet;
 mod reader;
 mod sender;
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -21,14 +26,22 @@ use limosa_protocol::migration::Moved;
 
 use crate::channel::{ChannelIo, FrameReader};
 use crate::halt::{self, Halt, PlaneError, PlaneEvent};
+use crate::link::{Connection, Link};
 use crate::meter::Meter;
 use crate::nbd::server::DiskSink;
+use crate::queue::Queue;
+use crate::replay::Replay;
 use crate::settings::PlaneSettings;
+use delivery::{Delivery, Met};
+use outlet::Outlet;
 use sender::Work;
 
 /// Bytes of a piece of work in a queue, at most: a batch of pages or a piece of
 /// a disk write.
 pub(crate) const WORK_BYTES_MAX: usize = 256 << 10;
+
+/// What waits for each channel's sender.
+type Queues = Arc<[Queue<Work>]>;
 
 /// A block of guest RAM that goes out of band.
 #[derive(Debug, Clone)]
@@ -62,25 +75,22 @@ pub struct SourceSpec {
     pub disks: Vec<SourceDisk>,
     /// Settings
     pub settings: PlaneSettings,
-    /// Told of what happens; must not wait
+    /// Told of what happens; must not wait, nor call the plane
     pub on_event: Arc<dyn Fn(PlaneEvent) + Send + Sync>,
 }
 
 /// The plane of a source, running.
 pub struct SourcePlane {
     halt: Arc<Halt>,
+    link: Arc<Link>,
     meter: Arc<Meter>,
-    queues: Vec<SyncSender<Work>>,
+    queues: Queues,
+    delivery: Arc<Delivery>,
+    head: Arc<reader::Head>,
     ram: Vec<RamBlockSpec>,
     disks: Vec<SourceDisk>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-/// What each channel's sender counted at a barrier, waiting for the ack.
-#[derive(Default)]
-pub(crate) struct Expected {
-    ram: Vec<Option<[u8; 32]>>,
-    disk: Vec<Option<[u8; 32]>>,
+    reader: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl SourcePlane {
@@ -91,66 +101,111 @@ impl SourcePlane {
     pub fn start(spec: SourceSpec) -> Result<Self, PlaneError> {
         let halt = Halt::new(spec.on_event);
         let meter = Arc::new(Meter::default());
-        let count = spec.channels.len();
-        let expected =
-            Arc::new(Mutex::new(Expected { ram: vec![None; count], disk: vec![None; count] }));
+        let (count, settings) = (spec.channels.len(), spec.settings);
         // Half of a channel's window waits in its queue; the rest is the piece
         // that is being packed and the socket's buffer.
-        let depth = (spec.settings.window_bytes / count / WORK_BYTES_MAX / 2).max(1);
-        let mut queues = Vec::new();
+        let depth = (settings.window_bytes / count / WORK_BYTES_MAX / 2).max(1);
+        let queues: Queues = (0..count).map(|_| Queue::new(depth)).collect();
+        let closed = Arc::clone(&queues);
+        halt.on_halt(Box::new(move || closed.iter().for_each(Queue::close)));
+        let link = Link::new(&halt, spec.channels, spec.return_path);
+        let delivery = Arc::new(Delivery::new(count));
+        let replays: Arc<[Arc<Replay>]> =
+            (0..count).map(|_| Arc::new(Replay::new(settings.replay_bytes_max / count))).collect();
         let mut threads = Vec::new();
-        for (index, channel) in spec.channels.into_iter().enumerate() {
-            let (queue, work) = sync_channel(depth);
-            queues.push(queue);
-            halt.on_halt(channel.shutdown);
+        let mut spawn = |name: String, work: Box<dyn FnOnce() -> Result<(), PlaneError> + Send>| {
+            let thread = halt::spawn(name, &halt, work);
+            thread
+                .map(|thread| threads.push(thread))
+                .map_err(|error| PlaneError::local("starting a thread", error))
+        };
+        for (index, replay) in replays.iter().enumerate() {
+            let (link, replay, own) = (Arc::clone(&link), Arc::clone(replay), Arc::clone(&meter));
+            let outlet = Outlet::new(index, link, replay, own, &settings)?;
             let sender = sender::Sender::new(
                 index,
                 count,
-                channel.io,
+                outlet,
                 &spec.ram,
-                spec.settings,
+                settings,
                 Arc::clone(&meter),
-                Arc::clone(&expected),
-            )?;
-            let watch = Arc::clone(&halt);
-            threads.push(
-                halt::spawn(format!("send-{index}"), &halt, move || sender.run(&work, &watch))
-                    .map_err(|error| PlaneError::local("starting a thread", error))?,
+                Arc::clone(&delivery),
             );
+            let (watch, queues) = (Arc::clone(&halt), Arc::clone(&queues));
+            spawn(format!("send-{index}"), Box::new(move || sender.run(&queues[index], &watch)))?;
         }
-        halt.on_halt(spec.return_path.shutdown);
-        let acks = FrameReader::new(spec.return_path.io, "return path".to_owned())?;
-        let (watch, with_ram) = (Arc::clone(&halt), !spec.ram.is_empty());
-        threads.push(
-            halt::spawn("acks".to_owned(), &halt, move || {
-                take_acks(acks, &expected, count, with_ram, &watch)
-            })
-            .map_err(|error| PlaneError::local("starting a thread", error))?,
-        );
+        let acks = Acks {
+            frames: FrameReader::new("return path".to_owned())?,
+            replays,
+            delivery: Arc::clone(&delivery),
+            queues: Arc::clone(&queues),
+            halt: Arc::clone(&halt),
+        };
+        let own = Arc::clone(&link);
+        spawn("acks".to_owned(), Box::new(move || acks.run(&own)))?;
         Ok(Self {
             halt,
+            link,
             meter,
             queues,
+            delivery,
+            head: Arc::default(),
             ram: spec.ram,
             disks: spec.disks,
             threads: Mutex::new(threads),
+            reader: Mutex::default(),
         })
     }
 
-    /// Takes QEMU's migration stream from the first client of a socket.
+    /// Goes on over new connections, as many as before, from what the
+    /// destination has; the event `LinkBack` follows, or `LinkLost` if they
+    /// break before.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When the number of channels is another one.
+    pub fn reconnect(
+        &self,
+        channels: Vec<ChannelIo>,
+        return_path: ChannelIo,
+    ) -> Result<(), PlaneError> {
+        self.link.replace(channels, return_path)
+    }
+
+    /// Takes QEMU's migration stream from the first client of a socket. After
+    /// [`Self::give_up_switchover`] another one may follow, of the same QEMU.
+    ///
+    /// # Errors
+    /// The kernel's; a stream that is under way and was not given up.
     pub fn attach_migration_socket(&self, listener: UnixListener) -> io::Result<()> {
-        let reader = reader::Reader::new(
-            self.ram.clone(),
-            self.queues.clone(),
-            Arc::clone(&self.halt),
-            Arc::clone(&self.meter),
-        );
-        let thread = halt::spawn("read-ram".to_owned(), &self.halt, move || reader.run(&listener))?;
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        let stream = self
+            .delivery
+            .begin_stream()
+            .ok_or_else(|| io::Error::other("another stream of QEMU is under way"))?;
+        let reader = reader::Reader {
+            stream,
+            ram: self.ram.clone(),
+            queues: Arc::clone(&self.queues),
+            delivery: Arc::clone(&self.delivery),
+            head: Arc::clone(&self.head),
+            halt: Arc::clone(&self.halt),
+            meter: Arc::clone(&self.meter),
+        };
+        let mut own = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = own.take();
+        let work = move || reader.run(&listener, before);
+        *own = Some(halt::spawn("read-ram".to_owned(), &self.halt, work)?);
         Ok(())
+    }
+
+    /// Gives the stream of now and a disk barrier up: what is still to come of
+    /// the stream is read and dropped, so that QEMU never waits, and no event
+    /// tells of either any more. Returns `false`, and changes nothing, when the
+    /// destination's QEMU may have the whole stream already.
+    #[must_use]
+    pub fn give_up_switchover(&self) -> bool {
+        let given_up = self.delivery.give_up();
+        self.queues.iter().for_each(Queue::wake);
+        given_up
     }
 
     /// Where the operations of a disk go.
@@ -167,15 +222,14 @@ impl SourcePlane {
     }
 
     /// Has everything that the sinks took made durable and compared; the event
-    /// `DisksEqual` follows.
+    /// `DisksEqual` follows. Never waits.
     ///
     /// # Errors
     /// When the plane has ended.
     pub fn start_disk_barrier(&self) -> io::Result<()> {
-        for queue in &self.queues {
-            queue.send(Work::DiskBarrier).map_err(|_| ended())?;
-        }
-        Ok(())
+        let number = self.delivery.begin_disks();
+        let put = |queue: &Queue<Work>| queue.put_at_once(Work::DiskBarrier(number));
+        self.queues.iter().try_for_each(put).map_err(|_| ended())
     }
 
     /// What moved so far.
@@ -184,10 +238,10 @@ impl SourcePlane {
         self.meter.moved()
     }
 
-    /// Why the plane ended, if it has.
+    /// Why the plane ended, or has no link, if so.
     #[must_use]
     pub fn failure(&self) -> Option<PlaneError> {
-        self.halt.result().err()
+        self.halt.result().err().or_else(|| self.link.why_lost())
     }
 
     /// Ends everything at once.
@@ -195,13 +249,14 @@ impl SourcePlane {
         self.halt.fail(PlaneError::Aborted);
     }
 
-    /// Waits for all threads.
+    /// Ends everything, and waits for all threads.
     ///
     /// # Errors
-    /// What ended the plane, unless the agent did.
+    /// What ended the plane before.
     pub fn join(self) -> Result<(), PlaneError> {
-        drop(self.queues);
-        let threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.abort();
+        let mut threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
+        threads.extend(self.reader.into_inner().unwrap_or_else(PoisonError::into_inner));
         halt::join(threads, &self.halt)
     }
 }
@@ -210,51 +265,68 @@ pub(crate) fn ended() -> io::Error {
     io::Error::new(io::ErrorKind::BrokenPipe, "the migration has ended")
 }
 
-/// Compares what the destination acknowledges with what was sent.
-fn take_acks(
-    mut acks: FrameReader,
-    expected: &Mutex<Expected>,
-    channel_count: usize,
-    with_ram: bool,
-    halt: &Halt,
-) -> Result<(), PlaneError> {
-    let mut ram_left = if with_ram { channel_count } else { 0 };
-    let mut disk_left = channel_count;
-    while ram_left + disk_left > 0 {
-        let frame = match acks.next() {
-            Ok(Some(frame)) => frame,
-            Ok(None) if halt.is_halted() => return Ok(()),
-            Ok(None) => {
-                let end = io::Error::from(io::ErrorKind::UnexpectedEof);
-                return Err(PlaneError::lost("return path", end));
+/// Takes what the destination acknowledges.
+struct Acks {
+    frames: FrameReader,
+    replays: Arc<[Arc<Replay>]>,
+    delivery: Arc<Delivery>,
+    queues: Queues,
+    halt: Arc<Halt>,
+}
+
+impl Acks {
+    fn run(mut self, link: &Link) -> Result<(), PlaneError> {
+        let mut tried = 0;
+        while let Some(mut connection) = link.take(self.replays.len(), tried) {
+            tried = connection.number;
+            let error = self.listen(&mut connection, link);
+            if self.halt.is_halted() {
+                return Ok(());
             }
-            Err(_) if halt.is_halted() => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        let (kind, payload) = frame;
-        let ack = Ack::decode(payload).map_err(|error| PlaneError::frame("return path", error))?;
-        let channel = usize::from(ack.channel);
-        let mut expected = expected.lock().unwrap_or_else(PoisonError::into_inner);
-        let (place, left, event, what) = match kind {
-            FrameKind::RamAck => {
-                (&mut expected.ram, &mut ram_left, PlaneEvent::RamDelivered, "RAM pages")
+            if !error.is_lost() {
+                return Err(error);
             }
-            FrameKind::DiskAck => {
-                (&mut expected.disk, &mut disk_left, PlaneEvent::DisksEqual, "disk contents")
-            }
-            _ => return Err(PlaneError::protocol("return path", "a frame that is no ack")),
-        };
-        let ours = place
-            .get_mut(channel)
-            .and_then(Option::take)
-            .ok_or_else(|| PlaneError::protocol("return path", "an ack of nothing"))?;
-        if ours != ack.digest {
-            return Err(PlaneError::Different { channel: channel.to_string(), what });
+            link.lost(tried, error);
         }
-        *left -= 1;
-        if *left == 0 {
-            halt.tell(event);
+        Ok(())
+    }
+
+    /// Takes acknowledgements until the connection or the peer fails.
+    fn listen(&mut self, connection: &mut Connection, link: &Link) -> PlaneError {
+        let mut has_begun = false;
+        loop {
+            if let Err(error) = self.next(connection) {
+                return error;
+            }
+            if !std::mem::replace(&mut has_begun, true) {
+                link.caught_up(connection.number);
+            }
         }
     }
-    Ok(())
+
+    fn next(&mut self, connection: &mut Connection) -> Result<(), PlaneError> {
+        let broken = |what: &str| PlaneError::protocol("return path", what);
+        let ack = match self.frames.next(connection)? {
+            (FrameKind::KeepAlive, _) => return Ok(()),
+            (FrameKind::Ack, payload) => Ack::decode(payload),
+            _ => return Err(broken("a frame that is no ack")),
+        };
+        let ack = ack.map_err(|error| PlaneError::frame("return path", error))?;
+        let replay = self.replays.get(usize::from(ack.channel));
+        let replay = replay.ok_or_else(|| broken("an ack of no channel"))?;
+        replay
+            .acknowledge(ack.applied)
+            .map_err(|error| PlaneError::protocol(ack.channel, error))?;
+        for met in self.delivery.take(&ack)? {
+            match met {
+                Met::Ram => {
+                    // One whose queue is closed has ended.
+                    self.queues[0].put_at_once(Work::Release).ok();
+                    self.halt.tell(PlaneEvent::RamDelivered);
+                }
+                Met::Disks => self.halt.tell(PlaneEvent::DisksEqual),
+            }
+        }
+        Ok(())
+    }
 }

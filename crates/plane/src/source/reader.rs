@@ -1,15 +1,28 @@
-//! Reads QEMU's stream and deals its pages to the senders.
+//! Reads QEMU's streams, one after the other, and deals their pages to the senders.
+//!
+//! ```text
+//! stream 1   head ─► sections, pages … ─► tail            given up: the rest is read and dropped
+//! stream 2   head (compared, not sent) ─► sections, pages … ─► tail ─► end
+//! ```
+//!
+//! To the destination's QEMU this is one stream: it gets the first head, whole
+//! sections of all streams, and the tail of the last. Pages are only told apart
+//! by their content: one that the destination has already costs nothing.
+//!
+//! **Invariant.** Once a stream is given up nobody waits for its reader, and its
+//! reader waits for nobody: QEMU can always write to its end.
 
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use limosa_qemu::stream::{RamBlock, RamSection, StreamParser, StreamSink};
+use limosa_qemu::stream::{RamBlock, RamSection, StreamParser, StreamPart, StreamSink};
 
+use super::delivery::Delivery;
 use super::sender::{Batch, Work};
-use super::{RamBlockSpec, WORK_BYTES_MAX, ended};
+use super::{Queues, RamBlockSpec, WORK_BYTES_MAX, ended};
 use crate::PAGE_BYTES;
 use crate::halt::{Halt, PlaneError};
 use crate::meter::{Meter, add};
@@ -22,65 +35,97 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// Pages of a batch.
 const BATCH_PAGES_MAX: usize = WORK_BYTES_MAX / PAGE_BYTES;
 
+/// The head of the first stream that got that far.
+pub(super) type Head = Mutex<Option<Vec<u8>>>;
+
 pub(super) struct Reader {
-    ram: Vec<RamBlockSpec>,
-    queues: Vec<SyncSender<Work>>,
-    halt: Arc<Halt>,
-    meter: Arc<Meter>,
+    pub(super) stream: u32,
+    pub(super) ram: Vec<RamBlockSpec>,
+    pub(super) queues: Queues,
+    pub(super) delivery: Arc<Delivery>,
+    pub(super) head: Arc<Head>,
+    pub(super) halt: Arc<Halt>,
+    pub(super) meter: Arc<Meter>,
+}
+
+/// How a stream ended.
+enum End {
+    /// All of it was taken apart
+    Whole,
+    /// Somebody does not want it any more; it may not be at its end
+    GivenUp,
 }
 
 impl Reader {
-    pub(super) fn new(
-        ram: Vec<RamBlockSpec>,
-        queues: Vec<SyncSender<Work>>,
-        halt: Arc<Halt>,
-        meter: Arc<Meter>,
-    ) -> Self {
-        Self { ram, queues, halt, meter }
-    }
-
-    pub(super) fn run(self, listener: &UnixListener) -> Result<(), PlaneError> {
+    /// - `before`: who reads the stream before; it was given up.
+    pub(super) fn run(
+        self,
+        listener: &UnixListener,
+        before: Option<JoinHandle<()>>,
+    ) -> Result<(), PlaneError> {
         let failed = |error| PlaneError::local("QEMU's migration socket", error);
+        // Its last pages must not come after the first of this one. A panic in it
+        // is no news by now.
+        before.map(JoinHandle::join);
         let Some(mut stream) = self.accept(listener).map_err(failed)? else { return Ok(()) };
-        let names = self.ram.iter().map(|block| block.name.clone()).collect();
-        let mut parser = StreamParser::new(names);
-        let batches = (0..self.queues.len()).map(|_| Batch::default()).collect();
-        let mut dealer = Dealer { ram: self.ram, queues: self.queues, meter: self.meter, batches };
-        let mut buffer = vec![0; READ_BYTES];
-        loop {
-            let length = match stream.read(&mut buffer) {
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) if self.halt.is_halted() => return Ok(()),
-                Err(error) => return Err(failed(error)),
-            };
-            if self.halt.is_halted() {
-                return Ok(());
-            }
-            let result = if length == 0 {
-                parser.finish()
-            } else {
-                parser.feed(&buffer[..length], &mut dealer)
-            };
-            if let Err(error) = result {
-                if self.halt.is_halted() {
-                    return Ok(());
-                }
-                return Err(PlaneError::Stream(Arc::new(error)));
-            }
-            if length == 0 {
-                return match dealer.send(0, Work::StreamEnd) {
-                    Err(_) if self.halt.is_halted() => Ok(()),
-                    result => result.map_err(failed),
-                };
-            }
+        match self.follow(&mut stream) {
+            _ if self.halt.is_halted() => Ok(()),
+            Ok(End::Whole) => Ok(()),
+            Ok(End::GivenUp) => drain(&mut stream).or_else(|error| {
+                tracing::debug!(%error, "the end of a stream that was given up");
+                Ok(())
+            }),
+            Err(error) => Err(error),
         }
     }
 
-    /// Waits for QEMU; `None` when the plane ended first.
+    /// Takes QEMU's stream apart until it ends or is given up.
+    fn follow(&self, stream: &mut UnixStream) -> Result<End, PlaneError> {
+        let failed = |error| PlaneError::local("QEMU's migration socket", error);
+        let names = self.ram.iter().map(|block| block.name.clone()).collect();
+        let mut parser = StreamParser::new(names);
+        let batches = (0..self.queues.len()).map(|_| Batch::default()).collect();
+        let mut dealer = Dealer { reader: self, batches };
+        let mut buffer = vec![0; READ_BYTES];
+        let mut result = dealer.begin().map(|()| false).map_err(failed);
+        loop {
+            if self.is_given_up() {
+                return Ok(End::GivenUp);
+            }
+            if result? {
+                return Ok(End::Whole);
+            }
+            let length = match stream.read(&mut buffer) {
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    result = Ok(false);
+                    continue;
+                }
+                Err(error) => return Err(failed(error)),
+            };
+            result = if length > 0 {
+                parser.feed(&buffer[..length], &mut dealer).map(|()| false)
+            } else {
+                parser.finish().map(|()| true)
+            }
+            .map_err(|error| PlaneError::Stream(Arc::new(error)))
+            .and_then(|ended| {
+                if ended {
+                    dealer.put(0, Work::StreamEnd).map_err(failed)?;
+                }
+                Ok(ended)
+            });
+        }
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.halt.is_halted() || self.delivery.is_given_up(self.stream)
+    }
+
+    /// Waits for QEMU; `None` when the stream is not wanted any more.
     fn accept(&self, listener: &UnixListener) -> io::Result<Option<UnixStream>> {
         listener.set_nonblocking(true)?;
-        while !self.halt.is_halted() {
+        while !self.is_given_up() {
             match listener.accept() {
                 Ok((stream, _)) => {
                     stream.set_nonblocking(false)?;
@@ -101,23 +146,34 @@ impl Reader {
     }
 }
 
+/// Reads to the end: QEMU holds its lock until it has written everything.
+fn drain(stream: &mut UnixStream) -> Result<(), PlaneError> {
+    io::copy(stream, &mut io::sink())
+        .map(drop)
+        .map_err(|error| PlaneError::local("QEMU's migration socket", error))
+}
+
 /// Gathers pages by channel.
-struct Dealer {
-    ram: Vec<RamBlockSpec>,
-    queues: Vec<SyncSender<Work>>,
-    meter: Arc<Meter>,
+struct Dealer<'a> {
+    reader: &'a Reader,
     batches: Vec<Batch>,
 }
 
-impl Dealer {
-    fn send(&self, channel: usize, work: Work) -> io::Result<()> {
-        self.queues[channel].send(work).map_err(|_| ended())
+impl Dealer<'_> {
+    fn begin(&self) -> io::Result<()> {
+        (0..self.batches.len())
+            .try_for_each(|channel| self.put(channel, Work::RamStart(self.reader.stream)))
+    }
+
+    fn put(&self, channel: usize, work: Work) -> io::Result<()> {
+        let gives_up = || self.reader.is_given_up();
+        self.reader.queues[channel].put(work, gives_up).map_err(|_| ended())
     }
 
     fn batch(&mut self, backend: usize, offset_bytes: u64) -> (usize, u64) {
-        debug_assert!(backend < self.ram.len());
+        debug_assert!(backend < self.reader.ram.len());
         let page = offset_bytes / PAGE_BYTES as u64;
-        (page_channel(page, self.queues.len()), page)
+        (page_channel(page, self.batches.len()), page)
     }
 
     fn send_full(&mut self, channel: usize) -> io::Result<()> {
@@ -125,23 +181,40 @@ impl Dealer {
             return Ok(());
         }
         let batch = std::mem::take(&mut self.batches[channel]);
-        self.send(channel, Work::Pages(batch))
+        self.put(channel, Work::Pages(batch))
     }
 
     fn send_all(&mut self) -> io::Result<()> {
-        for channel in 0..self.queues.len() {
+        for channel in 0..self.batches.len() {
             let batch = std::mem::take(&mut self.batches[channel]);
             if !batch.pages.is_empty() {
-                self.send(channel, Work::Pages(batch))?;
+                self.put(channel, Work::Pages(batch))?;
             }
         }
         Ok(())
     }
+
+    /// Sends the head once. Another one would be of another machine: the
+    /// destination's QEMU could not go on with it.
+    fn head(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut head = self.reader.head.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*head {
+            None => {
+                self.put(0, Work::Stream(bytes.to_vec()))?;
+                *head = Some(bytes.to_vec());
+                Ok(())
+            }
+            Some(first) if first == bytes => Ok(()),
+            Some(_) => Err(io::Error::other(
+                "QEMU's blocks of RAM are not those of the switchover that was given up",
+            )),
+        }
+    }
 }
 
-impl StreamSink for Dealer {
+impl StreamSink for Dealer<'_> {
     fn block_list(&mut self, blocks: &[RamBlock]) -> io::Result<()> {
-        for ours in &self.ram {
+        for ours in &self.reader.ram {
             let same = |block: &&RamBlock| block.name == ours.name;
             let listed = blocks.iter().find(same).map_or(0, |block| block.used_bytes);
             if listed != ours.size_bytes {
@@ -171,9 +244,13 @@ impl StreamSink for Dealer {
         self.send_full(channel)
     }
 
-    fn inline(&mut self, bytes: &[u8]) -> io::Result<()> {
-        add(&self.meter.stream_bytes, bytes.len() as u64);
-        self.send(0, Work::Stream(bytes.to_vec()))
+    fn inline(&mut self, part: StreamPart, bytes: &[u8]) -> io::Result<()> {
+        add(&self.reader.meter.stream_bytes, bytes.len() as u64);
+        match part {
+            StreamPart::Head => self.head(bytes),
+            StreamPart::Sections => self.put(0, Work::Stream(bytes.to_vec())),
+            StreamPart::Tail => self.put(0, Work::Tail(bytes.to_vec())),
+        }
     }
 
     fn ram_section_end(&mut self, section: RamSection) -> io::Result<()> {
@@ -181,8 +258,8 @@ impl StreamSink for Dealer {
         // sections.
         self.send_all()?;
         if section == RamSection::End {
-            for channel in 0..self.queues.len() {
-                self.send(channel, Work::RamBarrier)?;
+            for channel in 0..self.batches.len() {
+                self.put(channel, Work::RamBarrier)?;
             }
         }
         Ok(())

@@ -1,23 +1,24 @@
 //! Packs what one channel carries, and sends it.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use limosa_protocol::frame::{DiskHeader, FrameKind, PageForm, PageHeader};
+use limosa_protocol::frame::{Barrier, DiskHeader, FrameKind, PageForm, PageHeader, RamStart};
 
-use super::{Expected, RamBlockSpec};
+use super::RamBlockSpec;
+use super::delivery::Delivery;
+use super::outlet::Outlet;
 use crate::PAGE_BYTES;
-use crate::channel::{FrameWriter, ReadWrite};
 use crate::difference;
 use crate::digest::{DiskChain, PageDigests, page_digest};
 use crate::halt::{Halt, PlaneError};
 use crate::meter::{Meter, add};
+use crate::queue::{Queue, Taken};
 use crate::route::{page_slot, slot_count};
 use crate::settings::PlaneSettings;
 use crate::versions::Versions;
 
-/// How often an idle sender looks whether the plane has ended.
+/// How often an idle sender looks at its link.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Pages on their way to a sender.
@@ -37,23 +38,30 @@ pub(crate) struct DiskOperation {
 
 /// What a sender is given.
 pub(crate) enum Work {
+    /// A stream of QEMU begins
+    RamStart(u32),
     Pages(Batch),
     Disk(DiskOperation),
     Stream(Vec<u8>),
+    Tail(Vec<u8>),
     StreamEnd,
+    Release,
     RamBarrier,
-    DiskBarrier,
+    /// Its number
+    DiskBarrier(u32),
 }
 
 pub(super) struct Sender {
     index: usize,
     channel_count: usize,
-    frames: FrameWriter,
+    outlet: Outlet,
     digests: PageDigests,
     versions: Versions,
     chain: DiskChain,
     meter: Arc<Meter>,
-    expected: Arc<Mutex<Expected>>,
+    delivery: Arc<Delivery>,
+    /// The stream of which pages come
+    stream: u32,
     payload: Vec<u8>,
 }
 
@@ -61,65 +69,78 @@ impl Sender {
     pub(super) fn new(
         index: usize,
         channel_count: usize,
-        io: Box<dyn ReadWrite + Send>,
+        outlet: Outlet,
         ram: &[RamBlockSpec],
         settings: PlaneSettings,
         meter: Arc<Meter>,
-        expected: Arc<Mutex<Expected>>,
-    ) -> Result<Self, PlaneError> {
+        delivery: Arc<Delivery>,
+    ) -> Self {
         let slots = ram.iter().map(|block| slot_count(block.size_bytes, channel_count));
-        Ok(Self {
+        Self {
             index,
             channel_count,
-            frames: FrameWriter::new(io, index.to_string(), settings.compression)?,
+            outlet,
             digests: PageDigests::new(slots),
             versions: Versions::new(settings.page_versions_bytes_max / channel_count as u64),
             chain: DiskChain::default(),
             meter,
-            expected,
+            delivery,
+            stream: 0,
             payload: Vec::new(),
-        })
+        }
     }
 
-    pub(super) fn run(mut self, queue: &Receiver<Work>, halt: &Halt) -> Result<(), PlaneError> {
+    pub(super) fn run(mut self, queue: &Queue<Work>, halt: &Halt) -> Result<(), PlaneError> {
+        let result = self.outlet.connect().and_then(|()| self.send_all(queue));
+        if halt.is_halted() { Ok(()) } else { result }
+    }
+
+    fn send_all(&mut self, queue: &Queue<Work>) -> Result<(), PlaneError> {
         loop {
-            let work = match queue.recv_timeout(LOOK_EVERY) {
-                Ok(work) => work,
-                Err(RecvTimeoutError::Timeout) if !halt.is_halted() => continue,
-                Err(_) => return Ok(()),
-            };
-            if let Err(error) = self.take(work) {
-                return if halt.is_halted() { Ok(()) } else { Err(error) };
+            match queue.take(LOOK_EVERY) {
+                Taken::Item(work) => self.take(work)?,
+                Taken::Nothing => self.outlet.idle()?,
+                Taken::Closed => return Ok(()),
             }
         }
     }
 
     fn take(&mut self, work: Work) -> Result<(), PlaneError> {
         match work {
+            Work::RamStart(stream) => {
+                self.stream = stream;
+                self.send(FrameKind::RamStart, &RamStart { stream }.encode()).map(drop)
+            }
             Work::Pages(batch) => self.pages(&batch),
             Work::Disk(operation) => self.disk(&operation),
             Work::Stream(bytes) => self.send(FrameKind::Stream, &bytes).map(drop),
+            Work::Tail(bytes) => self.send(FrameKind::Tail, &bytes).map(drop),
             Work::StreamEnd => {
-                self.send(FrameKind::StreamEnd, &[])?;
-                self.frames.flush()
+                self.delivery.expect_end(self.stream, self.outlet.next_number());
+                self.send_now(FrameKind::StreamEnd)
             }
+            Work::Release => self.send_now(FrameKind::Release),
             Work::RamBarrier => {
-                let sum = self.digests.sum();
-                self.lock_expected().ram[self.index] = Some(sum);
-                self.send(FrameKind::RamBarrier, &[])?;
-                self.frames.flush()
+                let barrier = self.barrier(self.digests.sum());
+                self.delivery.expect_ram(self.index, self.stream, barrier);
+                self.send_now(FrameKind::RamBarrier)
             }
-            Work::DiskBarrier => {
-                let digest = self.chain.digest();
-                self.lock_expected().disk[self.index] = Some(digest);
-                self.send(FrameKind::DiskBarrier, &[])?;
-                self.frames.flush()
+            Work::DiskBarrier(number) => {
+                let barrier = self.barrier(self.chain.digest());
+                self.delivery.expect_disks(self.index, number, barrier);
+                self.send_now(FrameKind::DiskBarrier)
             }
         }
     }
 
-    fn lock_expected(&self) -> std::sync::MutexGuard<'_, Expected> {
-        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The barrier that the next frame is.
+    fn barrier(&self, digest: [u8; 32]) -> Barrier {
+        Barrier { at: self.outlet.next_number(), digest }
+    }
+
+    fn send_now(&mut self, kind: FrameKind) -> Result<(), PlaneError> {
+        self.send(kind, &[])?;
+        self.outlet.flush()
     }
 
     fn pages(&mut self, batch: &Batch) -> Result<(), PlaneError> {
@@ -213,9 +234,7 @@ impl Sender {
 
     /// Sends a frame; returns the bytes of its payload on the wire.
     fn send(&mut self, kind: FrameKind, payload: &[u8]) -> Result<u64, PlaneError> {
-        let sent = self.frames.send(kind, payload)?;
-        add(&self.meter.wire_bytes, sent.wire_bytes);
-        Ok(sent.packed_bytes)
+        self.outlet.send(kind, payload)
     }
 }
 

@@ -13,8 +13,8 @@
 //! is that of `migration/savevm.c` and `migration/ram.c` of QEMU 7.2 to 10.x.
 //!
 //! **Invariants.** Bytes are hostile: whatever comes, [`StreamParser::feed`]
-//! answers `Ok` or `Err`, keeps at most [`PENDING_BYTES_MAX`] of them and the
-//! block list, and never hands out a page outside its block. How the bytes are
+//! answers `Ok` or `Err`, keeps at most [`PENDING_BYTES_MAX`] of them, the head
+//! and a piece of a section, and never hands out a page outside its block. How the bytes are
 //! cut makes no difference. QEMU's CONTINUE flag means "the block of the page
 //! sent before"; where pages were taken out it would mean another one, so every
 //! page passed on carries its block's name.
@@ -38,6 +38,10 @@ pub const PAGE_BYTES: usize = 4096;
 /// page with its block's name.
 pub const PENDING_BYTES_MAX: usize = 8 << 10;
 const _: () = assert!(PENDING_BYTES_MAX >= 8 + 256 + PAGE_BYTES);
+/// Most bytes before the first round: a block list and what stands before it.
+pub const HEAD_BYTES_MAX: usize = 128 << 10;
+/// Inline bytes from which on a section is cut, or a piece of the tail handed out.
+pub(crate) const INLINE_BYTES_MAX: usize = 64 << 10;
 
 /// A RAM block as QEMU lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,11 +63,26 @@ pub enum RamSection {
     End,
 }
 
+/// Which part of a stream inline bytes belong to.
+///
+/// A destination's QEMU that got [`Self::Head`] once, any number of
+/// [`Self::Sections`], also of several streams of one source, and one whole
+/// [`Self::Tail`], has read one valid stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamPart {
+    /// Header, configuration and block list: handed out once, whole
+    Head,
+    /// Whole sections of a round; a long one is cut into several
+    Sections,
+    /// From the last section of RAM to the end, in pieces
+    Tail,
+}
+
 /// Where the parts of a stream go.
 ///
 /// Pages come in their order among each other, inline bytes too. Between the
-/// two the order holds at each [`StreamSink::ram_section_end`]: what belongs to
-/// the section was handed out before.
+/// two only this holds: at a [`StreamSink::ram_section_end`] the section's pages
+/// were handed out.
 pub trait StreamSink {
     /// All RAM blocks, once, before the inline bytes that list them.
     ///
@@ -91,9 +110,9 @@ pub trait StreamSink {
     ///
     /// # Errors
     /// The sink's; parsing stops.
-    fn inline(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// A RAM section ended (its footer is inline and still to come). After
-    /// [`RamSection::End`] all that follows is inline.
+    fn inline(&mut self, part: StreamPart, bytes: &[u8]) -> io::Result<()>;
+    /// A RAM section ended. After [`RamSection::End`] all that follows is
+    /// inline, of the [`StreamPart::Tail`].
     ///
     /// # Errors
     /// The sink's; parsing stops.
@@ -143,8 +162,12 @@ pub struct StreamParser {
     backend_of: Vec<Option<usize>>,
     /// The block of the page before, for CONTINUE.
     last_block: Option<usize>,
+    /// Which part the inline bytes are of.
+    part: StreamPart,
     /// Inline bytes not handed out yet.
     inline: Vec<u8>,
+    /// Whether sections end with a footer.
+    has_footers: bool,
 }
 
 impl StreamParser {
@@ -161,7 +184,9 @@ impl StreamParser {
             blocks: Vec::new(),
             backend_of: Vec::new(),
             last_block: None,
+            part: StreamPart::Head,
             inline: Vec::new(),
+            has_footers: false,
         }
     }
 
@@ -219,7 +244,8 @@ impl StreamParser {
                 Step::More => return Err(self.malformed("an element without an end")),
             }
         }
-        self.flush(sink)
+        // The other parts are handed out in whole sections only.
+        if self.part == StreamPart::Tail { self.flush(sink) } else { Ok(()) }
     }
 
     /// Tops up the element that began before, so that only this one is copied.
@@ -258,11 +284,11 @@ impl StreamParser {
         let done = match self.place {
             Place::Ram(section) => self.ram(section, &mut cursor, sink)?,
             Place::Header => self.header(&mut cursor)?,
-            Place::Opening | Place::Sections => self.section(&mut cursor)?,
+            Place::Opening | Place::Sections => self.section(&mut cursor, sink)?,
             Place::BlockList { rest_bytes } => self.block(rest_bytes, &mut cursor, sink)?,
             Place::Tail => {
                 self.flush(sink)?;
-                sink.inline(bytes).map_err(StreamError::Sink)?;
+                sink.inline(StreamPart::Tail, bytes).map_err(StreamError::Sink)?;
                 return Ok(Step::Took(bytes.len()));
             }
             Place::Broken => return Ok(Step::More),
@@ -273,15 +299,21 @@ impl StreamParser {
         })
     }
 
-    /// Hands out the inline bytes. The block list waits until it is whole, so
-    /// that nobody passes on one that is refused at its end; its limits keep it
-    /// small.
+    /// Hands out the inline bytes.
     fn flush(&mut self, sink: &mut impl StreamSink) -> Result<(), StreamError> {
-        if self.inline.is_empty() || matches!(self.place, Place::BlockList { .. }) {
+        if self.inline.is_empty() {
             return Ok(());
         }
-        sink.inline(&self.inline).map_err(StreamError::Sink)?;
+        sink.inline(self.part, &self.inline).map_err(StreamError::Sink)?;
         self.inline.clear();
+        Ok(())
+    }
+
+    /// Refuses a beginning that does not come to its end.
+    fn check_head(&self) -> Result<(), StreamError> {
+        if self.part == StreamPart::Head && self.inline.len() > HEAD_BYTES_MAX {
+            return Err(self.malformed("a beginning that does not end"));
+        }
         Ok(())
     }
 

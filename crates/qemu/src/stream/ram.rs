@@ -14,14 +14,16 @@
 //! | EOS            | nothing; the section ends                             |
 
 use super::cursor::Cursor;
-use super::{PAGE_BYTES, Place, RamBlock, RamSection, StreamError, StreamParser, StreamSink};
+use super::section::{SECTION_FOOTER, SECTION_PART};
+use super::{
+    INLINE_BYTES_MAX, PAGE_BYTES, Place, RamBlock, RamSection, StreamError, StreamParser,
+    StreamPart, StreamSink,
+};
 
 /// Most RAM blocks of one VM. A q35 with a dozen devices has about 20.
 const BLOCK_COUNT_MAX: usize = 256;
 /// Longest RAM block: 64 TiB, beyond any host of today.
 const BLOCK_BYTES_MAX: u64 = 1 << 46;
-/// Most bytes of inline stream handed out at once.
-const INLINE_BYTES_MAX: usize = 64 << 10;
 
 pub(super) const FLAG_ZERO: u64 = 0x02;
 pub(super) const FLAG_MEM_SIZE: u64 = 0x04;
@@ -47,6 +49,9 @@ impl StreamParser {
     ) -> Result<Option<()>, StreamError> {
         let Some(word) = cursor.be64() else { return Ok(None) };
         let (address, flags) = (word & !FLAGS, word & FLAGS);
+        if self.inline.len() >= INLINE_BYTES_MAX && flags != FLAG_EOS {
+            self.cut_section(sink)?;
+        }
         match flags & !FLAG_CONTINUE {
             FLAG_PAGE | FLAG_ZERO => self.ram_page(address, flags, cursor, sink),
             FLAG_MEM_SIZE if section == RamSection::Setup => {
@@ -79,7 +84,6 @@ impl StreamParser {
             return Err(self.malformed("RAM without a block list"));
         }
         self.inline.extend_from_slice(cursor.seen());
-        self.flush(sink)?;
         sink.ram_section_end(section).map_err(StreamError::Sink)?;
         self.place = match section {
             RamSection::End => Place::Tail,
@@ -125,7 +129,7 @@ impl StreamParser {
                 sink.zero_page(backend, address).map_err(StreamError::Sink)?;
             }
             (None, _) => {
-                self.page_inline(block, address | (flags & !FLAG_CONTINUE), content, sink)?
+                self.page_inline(block, address | (flags & !FLAG_CONTINUE), content);
             }
         }
         Ok(Some(()))
@@ -133,21 +137,32 @@ impl StreamParser {
 
     /// Passes a page on with its block's name, whatever stood there: the page
     /// that QEMU's CONTINUE means may have gone out of band.
-    fn page_inline(
-        &mut self,
-        block: usize,
-        word: u64,
-        content: &[u8],
-        sink: &mut impl StreamSink,
-    ) -> Result<(), StreamError> {
+    fn page_inline(&mut self, block: usize, word: u64, content: &[u8]) {
         let name = self.blocks[block].name.as_bytes();
         self.inline.extend_from_slice(&word.to_be_bytes());
         self.inline.push(u8::try_from(name.len()).expect("the name came with a byte of length"));
         self.inline.extend_from_slice(name);
         self.inline.extend_from_slice(content);
-        if self.inline.len() >= INLINE_BYTES_MAX {
-            self.flush(sink)?;
+    }
+
+    /// Makes two sections of one, so that what is handed out is whole and small.
+    fn cut_section(&mut self, sink: &mut impl StreamSink) -> Result<(), StreamError> {
+        let Some(id) = self.ram_id.filter(|_| self.part == StreamPart::Sections) else {
+            // The tail goes in any pieces; the head must come to its end.
+            return if self.part == StreamPart::Tail {
+                self.flush(sink)
+            } else {
+                self.check_head()
+            };
+        };
+        self.inline.extend_from_slice(&FLAG_EOS.to_be_bytes());
+        if self.has_footers {
+            self.inline.push(SECTION_FOOTER);
+            self.inline.extend_from_slice(&id.to_be_bytes());
         }
+        self.flush(sink)?;
+        self.inline.push(SECTION_PART);
+        self.inline.extend_from_slice(&id.to_be_bytes());
         Ok(())
     }
 

@@ -14,20 +14,20 @@
 //! | command       | `08`, u16 command, u16 length, content                    |
 
 use super::cursor::Cursor;
-use super::{Place, RamSection, StreamError, StreamParser};
+use super::{Place, RamSection, StreamError, StreamParser, StreamPart, StreamSink};
 
 const MAGIC: u32 = 0x5145_564d;
 const VERSION: u32 = 3;
 
 const SECTION_EOF: u8 = 0;
 const SECTION_START: u8 = 1;
-const SECTION_PART: u8 = 2;
+pub(super) const SECTION_PART: u8 = 2;
 const SECTION_END: u8 = 3;
 const SECTION_FULL: u8 = 4;
 const SECTION_SUBSECTION: u8 = 5;
 const SECTION_CONFIGURATION: u8 = 7;
 const SECTION_COMMAND: u8 = 8;
-const SECTION_FOOTER: u8 = 0x7e;
+pub(super) const SECTION_FOOTER: u8 = 0x7e;
 
 const COMMAND_OPEN_RETURN_PATH: u16 = 1;
 const COMMAND_PING: u16 = 2;
@@ -79,32 +79,46 @@ impl StreamParser {
         Ok(Some(()))
     }
 
-    pub(super) fn section(&mut self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
+    pub(super) fn section(
+        &mut self,
+        cursor: &mut Cursor<'_>,
+        sink: &mut impl StreamSink,
+    ) -> Result<Option<()>, StreamError> {
         let Some(kind) = cursor.byte() else { return Ok(None) };
         let is_opening = self.place == Place::Opening;
         let whole = match kind {
-            SECTION_CONFIGURATION if is_opening => self.configuration(cursor)?,
-            SECTION_SUBSECTION if is_opening => self.subsection(cursor)?,
+            SECTION_CONFIGURATION if is_opening => self.configuration(cursor)?.map(|()| None),
+            SECTION_SUBSECTION if is_opening => self.subsection(cursor)?.map(|()| None),
             SECTION_COMMAND => self.command(cursor)?,
-            SECTION_START | SECTION_FULL => self.section_start(kind, cursor)?,
-            SECTION_PART | SECTION_END => self.section_part(kind, cursor)?,
+            SECTION_START | SECTION_FULL => self.section_start(kind, cursor)?.map(|()| None),
+            SECTION_PART | SECTION_END => self.section_part(kind, cursor)?.map(Some),
             SECTION_FOOTER => match cursor.be32() {
-                Some(id) if Some(id) == self.ram_id => Some(()),
+                Some(id) if Some(id) == self.ram_id => Some(None),
                 Some(id) => return Err(self.malformed(format!("a footer of section {id}"))),
                 None => None,
             },
             SECTION_EOF => return Err(self.malformed("QEMU gave up before the end of RAM")),
             other => return Err(self.malformed(format!("a section of kind {other:#x} here"))),
         };
-        if whole.is_some() {
-            self.inline.extend_from_slice(cursor.seen());
-            if !matches!(kind, SECTION_CONFIGURATION | SECTION_SUBSECTION)
-                && self.place == Place::Opening
-            {
-                self.place = Place::Sections;
-            }
+        let Some(begins) = whole else { return Ok(None) };
+        if let Some(part) = begins {
+            // Without footers, the section before is known to be whole only now.
+            self.flush(sink)?;
+            self.part = part;
         }
-        Ok(whole)
+        self.inline.extend_from_slice(cursor.seen());
+        self.check_head()?;
+        if kind == SECTION_FOOTER {
+            self.has_footers = true;
+            self.flush(sink)?;
+        }
+        if !matches!(kind, SECTION_CONFIGURATION | SECTION_SUBSECTION) && is_opening {
+            self.place = match self.place {
+                Place::Opening => Place::Sections,
+                place => place,
+            };
+        }
+        Ok(Some(()))
     }
 
     fn configuration(&self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
@@ -154,8 +168,9 @@ impl StreamParser {
     }
 
     /// Post-copy and COLO are refused by their first command: pages that the
-    /// destination's QEMU did not receive itself would count as missing.
-    fn command(&self, cursor: &mut Cursor<'_>) -> Result<Option<()>, StreamError> {
+    /// destination's QEMU did not receive itself would count as missing. Says
+    /// which part begins with the command, if one does.
+    fn command(&self, cursor: &mut Cursor<'_>) -> Result<Option<Option<StreamPart>>, StreamError> {
         let (Some(command), Some(length)) = (cursor.be16(), cursor.be16()) else {
             return Ok(None);
         };
@@ -176,7 +191,13 @@ impl StreamParser {
         if length != content_bytes {
             return Err(self.malformed(format!("{length} bytes of content for command {command}")));
         }
-        Ok(cursor.bytes(length.into()).map(drop))
+        let begins = match self.part {
+            StreamPart::Head if self.blocks.is_empty() => None,
+            // It is said once: a second switchover is not to be heard of twice.
+            _ if command == COMMAND_SWITCHOVER_START => Some(StreamPart::Tail),
+            _ => Some(StreamPart::Sections),
+        };
+        Ok(cursor.bytes(length.into()).map(|_| begins))
     }
 
     fn section_start(
@@ -211,13 +232,17 @@ impl StreamParser {
         &mut self,
         kind: u8,
         cursor: &mut Cursor<'_>,
-    ) -> Result<Option<()>, StreamError> {
+    ) -> Result<Option<StreamPart>, StreamError> {
         let Some(id) = cursor.be32() else { return Ok(None) };
         if Some(id) != self.ram_id {
             return Err(self.malformed(format!("a part of section {id}, which is not RAM")));
         }
-        let section = if kind == SECTION_END { RamSection::End } else { RamSection::Part };
+        let (section, part) = if kind == SECTION_END || self.part == StreamPart::Tail {
+            (if kind == SECTION_END { RamSection::End } else { RamSection::Part }, StreamPart::Tail)
+        } else {
+            (RamSection::Part, StreamPart::Sections)
+        };
         self.place = Place::Ram(section);
-        Ok(Some(()))
+        Ok(Some(part))
     }
 }

@@ -21,8 +21,10 @@ struct Parts {
     /// Backend, offset, and what the page is filled with; `None` is a zero page.
     pages: Vec<(usize, u64, Option<u8>)>,
     inline: Vec<u8>,
-    /// Each end with the number of pages and inline bytes before it.
-    ends: Vec<(RamSection, usize, usize)>,
+    /// Where each part of the inline bytes ends.
+    part_ends: [usize; 3],
+    /// Each end with the number of pages before it.
+    ends: Vec<(RamSection, usize)>,
 }
 
 impl StreamSink for Parts {
@@ -39,13 +41,18 @@ impl StreamSink for Parts {
         self.pages.push((backend, offset, None));
         Ok(())
     }
-    fn inline(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn inline(&mut self, part: StreamPart, bytes: &[u8]) -> io::Result<()> {
         assert!(!bytes.is_empty());
+        if part != StreamPart::Tail {
+            assert_eq!(bytes[bytes.len() - 5], 0x7e, "it ends with a footer");
+            assert!(bytes.len() < HEAD_BYTES_MAX);
+        }
         self.inline.extend_from_slice(bytes);
+        self.part_ends[part as usize] = self.inline.len();
         Ok(())
     }
     fn ram_section_end(&mut self, section: RamSection) -> io::Result<()> {
-        self.ends.push((section, self.pages.len(), self.inline.len()));
+        self.ends.push((section, self.pages.len()));
         Ok(())
     }
 }
@@ -63,6 +70,8 @@ struct Maker {
     stream: Vec<u8>,
     parts: Parts,
     last_block: Option<usize>,
+    /// Where the inline bytes of the section of now begin, if it may be cut.
+    section_at: Option<usize>,
 }
 
 impl Maker {
@@ -106,11 +115,15 @@ impl Maker {
             self.parts.blocks.push(RamBlock { name: name.to_owned(), used_bytes });
         }
         self.end(RamSection::Setup);
+        self.parts.part_ends[0] = self.parts.inline.len();
     }
 
     fn section(&mut self, section: RamSection, elements: &[Element]) {
+        let may_be_cut = section == RamSection::Part;
+        self.section_at = may_be_cut.then_some(self.parts.inline.len());
         self.inline(&[if section == RamSection::End { 3 } else { 2 }, 0, 0, 0, RAM_ID]);
         for element in elements {
+            self.cut();
             match *element {
                 Element::Page { block, page, fill } => self.page(block, page, fill),
                 Element::Flush => self.inline(&FLAG_MULTIFD_FLUSH.to_be_bytes()),
@@ -121,8 +134,22 @@ impl Maker {
 
     fn end(&mut self, section: RamSection) {
         self.inline(&FLAG_EOS.to_be_bytes());
-        self.parts.ends.push((section, self.parts.pages.len(), self.parts.inline.len()));
+        self.parts.ends.push((section, self.parts.pages.len()));
         self.inline(&[0x7e, 0, 0, 0, RAM_ID]);
+        if section == RamSection::Part {
+            self.parts.part_ends[1] = self.parts.inline.len();
+        }
+    }
+
+    /// A section that became long is two of them to the destination.
+    fn cut(&mut self) {
+        let inline = &mut self.parts.inline;
+        if self.section_at.is_some_and(|at| inline.len() - at >= INLINE_BYTES_MAX) {
+            inline.extend_from_slice(&FLAG_EOS.to_be_bytes());
+            inline.extend_from_slice(&[0x7e, 0, 0, 0, RAM_ID]);
+            self.section_at = Some(inline.len());
+            inline.extend_from_slice(&[2, 0, 0, 0, RAM_ID]);
+        }
     }
 
     /// As QEMU does it: the name only when the block is another one.
@@ -164,6 +191,7 @@ fn made(with_subsections: bool, parts: &[Vec<Element>], last: &[Element], tail: 
     }
     maker.section(RamSection::End, last);
     maker.inline(tail);
+    maker.parts.part_ends[2] = maker.parts.inline.len();
     maker
 }
 
@@ -349,7 +377,7 @@ fn a_sink_that_fails_ends_it() {
         fn zero_page(&mut self, _: usize, _: u64) -> io::Result<()> {
             Ok(())
         }
-        fn inline(&mut self, _: &[u8]) -> io::Result<()> {
+        fn inline(&mut self, _: StreamPart, _: &[u8]) -> io::Result<()> {
             Ok(())
         }
         fn ram_section_end(&mut self, _: RamSection) -> io::Result<()> {

@@ -170,7 +170,7 @@ impl Incoming {
             settings: plane_settings(&self.agent),
             read_back: self.offer.request.verify == Verify::Full,
             on_event: Arc::new(move |event| {
-                if let PlaneEvent::Failed(error) = &event {
+                if let PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error) = &event {
                     let reason = format!("receiving: {}", chain(error));
                     let watcher = Arc::clone(&watcher);
                     runtime.spawn(async move { watcher.fail(reason).await });

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
+use limosa_plane::PlaneEvent;
 use limosa_plane::nbd::server::{self, Export};
 use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::Transfer;
@@ -129,7 +130,7 @@ impl Source {
     pub(super) fn check_exports(&mut self) -> Outcome<()> {
         if let Some(events) = &mut self.events {
             while let Ok(event) = events.try_recv() {
-                if let limosa_plane::PlaneEvent::Failed(error) = event {
+                if let PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error) = event {
                     return Err(super::plane_failure(&error));
                 }
             }

@@ -197,7 +197,9 @@ impl Source {
         let events =
             self.events.as_mut().ok_or_else(|| Failure::internal("the data plane is not up"))?;
         match events.recv().await {
-            Some(PlaneEvent::Failed(error)) => Err(plane_failure(&error)),
+            Some(PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error)) => {
+                Err(plane_failure(&error))
+            }
             Some(event) => Ok(event),
             None => Err(Failure::internal("the data plane ended")),
         }

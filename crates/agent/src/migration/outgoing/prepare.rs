@@ -99,5 +99,6 @@ pub(crate) fn plane_settings(agent: &Agent) -> PlaneSettings {
         window_bytes: usize::try_from(migration.window_kib).unwrap_or(usize::MAX >> 10) << 10,
         page_versions_bytes_max: u64::from(migration.page_versions_mib) << 20,
         compression: migration.compression,
+        ..PlaneSettings::default()
     }
 }

@@ -1,0 +1,253 @@
+//! Applies the frames of one channel.
+//!
+//! **Invariant.** A frame is applied whole or the plane ends: what counts as
+//! taken over is never half done.
+
+use std::sync::{Arc, PoisonError};
+
+use limosa_protocol::frame::{Barrier, DiskHeader, FrameKind, PageForm, PageHeader, RamStart};
+
+use super::Shared;
+use super::tail::TailError;
+use crate::PAGE_BYTES;
+use crate::difference;
+use crate::digest::{DiskChain, PageDigests, page_digest};
+use crate::halt::PlaneError;
+use crate::route::{disk_channel, page_channel, page_slot, slot_count};
+
+/// Disk bytes after which they are flushed, so that the last flush, which is
+/// blackout, is short.
+const FLUSH_EVERY_BYTES: u64 = 64 << 20;
+
+/// What is done with frames.
+pub(super) struct Apply {
+    index: usize,
+    shared: Arc<Shared>,
+    digests: PageDigests,
+    chain: DiskChain,
+    /// The stream of QEMU of which pages come, from 1
+    stream: u32,
+    ram_passed: bool,
+    unflushed_bytes: u64,
+}
+
+impl Apply {
+    pub(super) fn new(index: usize, shared: Arc<Shared>) -> Self {
+        let slots = shared
+            .ram
+            .iter()
+            .map(|ram| slot_count(ram.page_count() * PAGE_BYTES as u64, shared.channel_count));
+        Self {
+            index,
+            digests: PageDigests::new(slots),
+            shared,
+            chain: DiskChain::default(),
+            stream: 0,
+            ram_passed: true,
+            unflushed_bytes: 0,
+        }
+    }
+
+    /// Applies a frame.
+    ///
+    /// - `number`: of the frame, from 1.
+    pub(super) fn frame(
+        &mut self,
+        kind: FrameKind,
+        payload: &[u8],
+        number: u64,
+    ) -> Result<(), PlaneError> {
+        match kind {
+            FrameKind::RamStart => self.ram_start(payload),
+            FrameKind::Pages => self.pages(payload),
+            FrameKind::Stream | FrameKind::Tail | FrameKind::StreamEnd | FrameKind::Release => {
+                self.stream(kind, payload)
+            }
+            FrameKind::DiskWrite | FrameKind::DiskZero | FrameKind::DiskDiscard => {
+                self.disk(kind, payload)
+            }
+            FrameKind::RamBarrier => self.ram_barrier(number),
+            FrameKind::DiskBarrier => self.disk_barrier(number),
+            FrameKind::Ack | FrameKind::Resume | FrameKind::KeepAlive => {
+                Err(self.bad("a frame of the return path on a channel"))
+            }
+        }
+    }
+
+    /// What follows from a frame once it is acknowledged.
+    pub(super) fn after(&mut self, kind: FrameKind) -> Result<(), PlaneError> {
+        match kind {
+            FrameKind::RamBarrier => self.shared.pass_ram(self.index, self.stream),
+            FrameKind::DiskBarrier => {
+                self.shared.pass_disk(self.index);
+                Ok(())
+            }
+            FrameKind::Release => self.shared.give_tail(),
+            _ => Ok(()),
+        }
+    }
+
+    fn bad(&self, what: &str) -> PlaneError {
+        PlaneError::protocol(self.index, what)
+    }
+
+    fn pages(&mut self, mut payload: &[u8]) -> Result<(), PlaneError> {
+        if self.ram_passed {
+            return Err(self.bad("pages after the end of RAM"));
+        }
+        while !payload.is_empty() {
+            let (head, content) = PageHeader::decode(&mut payload)
+                .map_err(|error| PlaneError::frame(self.index, error))?;
+            self.page(head, content)?;
+        }
+        Ok(())
+    }
+
+    fn page(&mut self, head: PageHeader, content: &[u8]) -> Result<(), PlaneError> {
+        let (block, page) = (usize::from(head.block), u64::from(head.index));
+        let count = self.shared.channel_count;
+        let ram = self.shared.ram.get(block).ok_or_else(|| self.bad("a page of no block"))?;
+        // Each page has one channel: two threads never have the same page.
+        if page >= ram.page_count() || page_channel(page, count) != self.index {
+            return Err(self.bad("a page out of its place"));
+        }
+        let slot = page_slot(page, count);
+        let digest = match head.form {
+            PageForm::Zero if content.is_empty() => {
+                // One that was never written is a hole already, and stays one.
+                if self.digests.get(block, slot) != 0 {
+                    ram.clear_page(page)
+                        .map_err(|error| PlaneError::local("clearing a page", error))?;
+                }
+                0
+            }
+            PageForm::Full => {
+                let content: &[u8; PAGE_BYTES] =
+                    content.try_into().map_err(|_| self.bad("a page that is not whole"))?;
+                ram.with_page(page, |place| {
+                    place.copy_from_slice(content);
+                    page_digest(head.block, page, place)
+                })
+            }
+            PageForm::Difference => ram
+                .with_page(page, |place| {
+                    difference::apply(place, content).map(|()| page_digest(head.block, page, place))
+                })
+                .map_err(|error| PlaneError::protocol(self.index, error))?,
+            PageForm::Zero => return Err(self.bad("a page of zeroes with a content")),
+        };
+        self.digests.set(block, slot, digest);
+        Ok(())
+    }
+
+    fn ram_start(&mut self, payload: &[u8]) -> Result<(), PlaneError> {
+        let RamStart { stream } =
+            RamStart::decode(payload).map_err(|error| PlaneError::frame(self.index, error))?;
+        if stream <= self.stream || self.shared.ram.is_empty() {
+            return Err(self.bad("a start of RAM where none belongs"));
+        }
+        self.stream = stream;
+        self.ram_passed = false;
+        if self.index == 0 {
+            self.shared.lock_tail().begin().map_err(|error| self.tail_failed(error))?;
+        }
+        Ok(())
+    }
+
+    /// Takes what is for QEMU; all of it comes on one channel.
+    fn stream(&mut self, kind: FrameKind, bytes: &[u8]) -> Result<(), PlaneError> {
+        if self.index != 0 || self.stream == 0 {
+            return Err(self.bad("a stream where none belongs"));
+        }
+        let shared = Arc::clone(&self.shared);
+        let mut tail = shared.lock_tail();
+        let taken = match kind {
+            FrameKind::Stream => tail.stream(bytes),
+            FrameKind::Tail if tail.is_long_with(bytes) => {
+                drop(tail);
+                return self.long_tail(bytes);
+            }
+            FrameKind::Tail => tail.hold(bytes),
+            FrameKind::StreamEnd if self.ram_passed => tail.end(),
+            FrameKind::Release => tail.release(),
+            _ => return Err(self.bad("the stream ended before RAM")),
+        };
+        taken.map_err(|error| self.tail_failed(error))
+    }
+
+    /// Gives QEMU a tail that is too long to be held. After the end of RAM comes
+    /// device state, and loading a device looks at RAM: all of it must be in.
+    fn long_tail(&self, bytes: &[u8]) -> Result<(), PlaneError> {
+        if self.ram_passed && !self.shared.wait_for_ram(self.stream) {
+            return Ok(());
+        }
+        let passed = self.shared.lock_tail().pass_on(bytes);
+        passed.map_err(|error| self.tail_failed(error))
+    }
+
+    fn tail_failed(&self, error: TailError) -> PlaneError {
+        match error {
+            TailError::Order(what) => self.bad(what),
+            TailError::Qemu(source) => {
+                PlaneError::local("giving QEMU its stream (see qemu.log)", source)
+            }
+        }
+    }
+
+    fn ram_barrier(&mut self, number: u64) -> Result<(), PlaneError> {
+        if std::mem::replace(&mut self.ram_passed, true) {
+            return Err(self.bad("a second end of RAM"));
+        }
+        let barrier = Barrier { at: number, digest: self.digests.sum() };
+        self.shared.board.passed_ram(self.index, barrier);
+        Ok(())
+    }
+
+    fn disk(&mut self, kind: FrameKind, payload: &[u8]) -> Result<(), PlaneError> {
+        let mut bytes = payload;
+        let head =
+            DiskHeader::decode(&mut bytes).map_err(|error| PlaneError::frame(self.index, error))?;
+        let target = self
+            .shared
+            .disks
+            .get(usize::from(head.disk))
+            .ok_or_else(|| self.bad("an operation on no disk"))?;
+        let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = head.offset_bytes + head.length_bytes;
+        let length_fits = match kind {
+            FrameKind::DiskWrite => bytes.len() as u64 == head.length_bytes,
+            _ => bytes.is_empty(),
+        };
+        let ours =
+            disk_channel(head.disk, head.offset_bytes, self.shared.channel_count) == self.index;
+        if end > target.size_bytes() || !length_fits || !ours {
+            return Err(self.bad("a disk operation out of its place"));
+        }
+        let (offset, length) = (head.offset_bytes, head.length_bytes);
+        let applied = match kind {
+            FrameKind::DiskWrite => target.write(offset, bytes),
+            FrameKind::DiskZero => target.write_zeroes(offset, length, head.may_unmap),
+            _ => target.write_zeroes(offset, length, true),
+        };
+        let failed = |error| PlaneError::local(format!("writing disk {} here", head.disk), error);
+        applied.map_err(failed)?;
+        self.unflushed_bytes += bytes.len() as u64;
+        if self.unflushed_bytes >= FLUSH_EVERY_BYTES {
+            self.unflushed_bytes = 0;
+            target.flush().map_err(failed)?;
+        }
+        drop(target);
+        self.chain.add(kind as u8, payload);
+        Ok(())
+    }
+
+    fn disk_barrier(&mut self, number: u64) -> Result<(), PlaneError> {
+        for target in &self.shared.disks {
+            let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
+            target.flush().map_err(|error| PlaneError::local("flushing a disk here", error))?;
+        }
+        let barrier = Barrier { at: number, digest: self.chain.digest() };
+        self.shared.board.passed_disks(self.index, barrier);
+        Ok(())
+    }
+}

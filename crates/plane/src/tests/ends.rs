@@ -1,0 +1,117 @@
+//! What goes in comes out; every end is a clean one.
+
+use super::*;
+
+/// Goal: memory and disk end equal, by the cheapest kind of each page.
+#[test]
+fn memory_and_disk_arrive() {
+    let both = Both::new();
+    let mut stream = Stream::new();
+    stream.section(2, &versions(0..RAM_PAGES, 1));
+    stream.section(2, &versions(0..100, 2));
+    stream.section(2, &versions(0..50, 2));
+    stream.section(3, &[(7, None), (8, None), (8, Some(content(8, 9)))]);
+    stream.0.extend_from_slice(b"device state");
+    let mut sink = both.source.disk_sink(0).unwrap();
+    sink.write_zeroes(0, DISK_BYTES, true).unwrap();
+    sink.write(1000, vec![5; 3 << 20]).unwrap();
+    sink.write(2000, vec![6; 100]).unwrap();
+    sink.discard(1 << 20, 64 << 10).unwrap();
+    stream.write(both.attach(1)).join().unwrap();
+    both.source.start_disk_barrier().unwrap();
+    assert_eq!(both.expect(&mut no_fates(), vec!["RamDelivered", "DisksEqual"]), 0);
+    both.expect_there("RamDelivered");
+    both.assert_pages(|page| match page {
+        7 => vec![0; PAGE_BYTES],
+        8 => content(8, 9),
+        _ => content(page, if page < 100 { 2 } else { 1 }),
+    });
+    assert!(both.destination.ram_digest().is_some_and(|digest| digest != 0));
+    let mut disk = vec![1; usize::try_from(DISK_BYTES).unwrap()];
+    both.disk.read_exact_at(&mut disk, 0).unwrap();
+    assert_eq!(disk[..1000], [0; 1000]);
+    assert_eq!((disk[1000], disk[2000], disk[2100], disk[1 << 20]), (5, 6, 5, 0));
+    let moved = both.source.moved();
+    assert_eq!((moved.unchanged_pages, moved.zero_pages, moved.resent_bytes), (50, 2, 0));
+    assert!(moved.difference_pages >= 80, "{moved:?}");
+    assert!(both.end().ends_with(b"device state"));
+}
+
+/// Goal: an abort wakes every thread; the other side is told that the link is lost.
+#[test]
+fn an_abort_ends_both() {
+    let both = Both::new();
+    let mut qemu = both.attach(1);
+    qemu.write_all(&Stream::new().0).unwrap();
+    both.source.abort();
+    both.expect_there("LinkLost");
+    both.end();
+}
+
+/// Goal: an abort is at once, also while the link is away and all queues are full.
+#[test]
+fn an_abort_while_the_link_is_away_ends_all() {
+    let both = Both::with(&Fate::cut_after(100_000));
+    let mut stream = Stream::new();
+    for version in 0..4 {
+        stream.section(2, &versions(0..RAM_PAGES, version));
+    }
+    let mut qemu = both.attach(1);
+    let writing = std::thread::spawn(move || qemu.write_all(&stream.0));
+    let mut sink = both.source.disk_sink(0).unwrap();
+    let mirroring = std::thread::spawn(move || {
+        (0..).map(|index| sink.write((index % 8) << 20, vec![1; 1 << 20])).find(Result::is_err)
+    });
+    both.expect_there("LinkLost");
+    both.end();
+    assert!(writing.join().unwrap().is_err() && mirroring.join().unwrap().is_some());
+}
+
+/// Goal: a stream that cannot be followed is a clean end on both sides.
+#[test]
+fn a_strange_stream_ends_both() {
+    let both = Both::new();
+    let mut qemu = both.attach(1);
+    qemu.write_all(b"not a migration stream at all").unwrap();
+    assert!(both.failure().contains("Stream"));
+    assert!(both.source.join().is_err());
+    both.destination_events.recv_timeout(WAIT).unwrap();
+    both.destination.join().unwrap();
+}
+
+/// Goal: counts that cannot be end the migration, and nothing is sent again.
+#[test]
+fn a_peer_that_miscounts_ends_the_source() {
+    use limosa_protocol::frame::{Ack, FrameHeader, FrameKind, HEADER_BYTES, Resume};
+    let frame = |kind, payload: &[u8]| {
+        let bytes = u32::try_from(payload.len()).unwrap();
+        let header = FrameHeader { kind, packed: false, wire_bytes: bytes, plain_bytes: bytes };
+        [&header.encode()[..], payload].concat()
+    };
+    let resume = |received| frame(FrameKind::Resume, &Resume { received }.encode());
+    let ack =
+        |applied| frame(FrameKind::Ack, &Ack { channel: 1, applied, ..Ack::default() }.encode());
+    // What is said on channel 1 and on the return path, of the second link.
+    let cases = [
+        ("more than was sent", resume(1000), Vec::new()),
+        ("less than was acknowledged", resume(0), Vec::new()),
+        ("no count at all", frame(FrameKind::KeepAlive, &[]), Vec::new()),
+        ("an ack of what was not sent", resume(1), ack(1000)),
+        ("no ack", Vec::new(), resume(0)),
+        ("no frame", vec![7; HEADER_BYTES], Vec::new()),
+    ];
+    for (what, on_channel, on_return_path) in cases {
+        let both = Both::with(&Fate::default());
+        both.source.disk_sink(0).unwrap().write(1 << 20, vec![1; 4096]).unwrap();
+        both.source.start_disk_barrier().unwrap();
+        both.expect(&mut no_fates(), vec!["DisksEqual"]);
+        let [(ours, ack_in), (mut theirs, mut ack_out)] = connections(&Fate::default());
+        both.source.reconnect(ours, ack_in).unwrap();
+        theirs[1].io.write_all(&on_channel).unwrap();
+        ack_out.io.write_all(&on_return_path).unwrap();
+        let failure = both.failure();
+        assert!(failure.contains("Protocol"), "{what}: {failure}");
+        assert!(both.source.join().is_err());
+        both.destination.join().unwrap();
+    }
+}
