@@ -15,6 +15,9 @@ use serde::Deserialize;
 /// Where the configuration is looked for when no other place is given.
 pub(crate) const PATH_DEFAULT: &str = "/etc/limosa/limosad.toml";
 
+/// Longest that a lost link may be waited for, in seconds.
+const LINK_WAIT_S_MAX: u32 = 3600;
+
 /// The whole file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -72,6 +75,8 @@ pub(crate) struct MigrationConfig {
     pub(crate) window_kib: u32,
     /// Whether pages and blocks are compressed.
     pub(crate) compression: bool,
+    /// How long a migration waits for a lost link, in seconds.
+    pub(crate) link_wait_s: u32,
 }
 
 impl Default for Config {
@@ -103,7 +108,13 @@ impl Default for QemuConfig {
 
 impl Default for MigrationConfig {
     fn default() -> Self {
-        Self { channels: 2, page_versions_mib: 512, window_kib: 4096, compression: true }
+        Self {
+            channels: 2,
+            page_versions_mib: 512,
+            window_kib: 4096,
+            compression: true,
+            link_wait_s: 60,
+        }
     }
 }
 
@@ -143,6 +154,12 @@ impl Config {
         }
         if !(256..=1 << 20).contains(&migration.window_kib) {
             bail!("migration.window_kib is {}: it must be 256 to 1048576", migration.window_kib);
+        }
+        if !(1..=LINK_WAIT_S_MAX).contains(&migration.link_wait_s) {
+            bail!(
+                "migration.link_wait_s is {}: it must be 1 to {LINK_WAIT_S_MAX}",
+                migration.link_wait_s
+            );
         }
         Ok(())
     }

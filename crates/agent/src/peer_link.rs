@@ -45,6 +45,9 @@ const CHANNEL_SEND_BYTES: usize = 512 << 10;
 /// Why a peer gave no result.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum PeerError {
+    /// It was asked nothing: something on this host is wrong.
+    #[error("{0}")]
+    Here(String),
     /// It may or may not have done what was asked.
     #[error("{0}")]
     Unreachable(String),
@@ -56,6 +59,7 @@ pub(crate) enum PeerError {
 impl From<PeerError> for Failure {
     fn from(error: PeerError) -> Self {
         match error {
+            PeerError::Here(message) => Self::internal(message),
             PeerError::Unreachable(message) => Self::peer(message),
             PeerError::Refused(failure) => Self(failure),
         }
@@ -147,26 +151,35 @@ impl PeerLink {
         limit_ms: u64,
     ) -> Result<R, PeerError> {
         let bytes = serde_json::to_vec(body)
-            .map_err(|error| PeerError::Unreachable(format!("cannot write {path}: {error}")))?;
+            .map_err(|error| PeerError::Here(format!("cannot write {path}: {error}")))?;
         let body = Full::new(Bytes::from(bytes)).map_err(|never| match never {}).boxed();
         self.request(Method::POST, path, body, limit_ms).await
     }
 
     /// Asks without a body.
     pub(crate) async fn get<R: DeserializeOwned>(&self, path: &str) -> Result<R, PeerError> {
+        self.get_within(path, ANSWER_MS_MAX).await
+    }
+
+    /// Asks without a body and waits for the answer, at most `limit_ms`.
+    pub(crate) async fn get_within<R: DeserializeOwned>(
+        &self,
+        path: &str,
+        limit_ms: u64,
+    ) -> Result<R, PeerError> {
         let body = Full::new(Bytes::new()).map_err(|never| match never {}).boxed();
-        self.request(Method::GET, path, body, ANSWER_MS_MAX).await
+        self.request(Method::GET, path, body, limit_ms).await
     }
 
     /// Sends a file.
     pub(crate) async fn put_file(&self, path: &str, file: &Path) -> Result<(), PeerError> {
         let local = |error: std::io::Error| {
-            PeerError::Unreachable(format!("cannot read {}: {error}", file.display()))
+            PeerError::Here(format!("cannot read {}: {error}", file.display()))
         };
         let opened = tokio::fs::File::open(file).await.map_err(local)?;
         let length = opened.metadata().await.map_err(local)?.len();
         if length > peer::FILE_BYTES_MAX {
-            return Err(PeerError::Unreachable(format!(
+            return Err(PeerError::Here(format!(
                 "{} has {length} bytes, more than the {} that can move beside disks",
                 file.display(),
                 peer::FILE_BYTES_MAX
@@ -283,17 +296,17 @@ impl PeerLink {
         let unreachable = |what: String| {
             PeerError::Unreachable(format!("a data channel to {}: {what}", self.name))
         };
+        let text = serde_json::to_vec(hello).map_err(|error| PeerError::Here(error.to_string()))?;
+        let length = u16::try_from(text.len())
+            .ok()
+            .filter(|length| *length <= CHANNEL_HELLO_BYTES_MAX)
+            .ok_or_else(|| PeerError::Here("a channel's hello is too long".to_owned()))?;
         let mut stream = self.connect(&self.channel).await?;
         let buffered =
             socket2::SockRef::from(stream.get_ref().0).set_send_buffer_size(CHANNEL_SEND_BYTES);
         if let Err(error) = buffered {
             tracing::warn!(%error, "the send buffer of a channel keeps its size");
         }
-        let text = serde_json::to_vec(hello).map_err(|error| unreachable(error.to_string()))?;
-        let length = u16::try_from(text.len())
-            .ok()
-            .filter(|length| *length <= CHANNEL_HELLO_BYTES_MAX)
-            .ok_or_else(|| unreachable("its hello is too long".to_owned()))?;
         let exchange = async {
             stream.write_all(&length.to_be_bytes()).await?;
             stream.write_all(&text).await?;

@@ -211,7 +211,11 @@ fn headline(view: &Migration) -> String {
         view.phase.as_str(),
         show::seconds(elapsed)
     );
-    if view.progress.wire_bytes_per_second > 0 {
+    if let Some(loss) = &view.progress.link_loss {
+        let until = Duration::from_millis(loss.until_unix_ms);
+        let left = show::seconds(until.saturating_sub(now).as_secs());
+        text.push_str(&format!(", the link is lost: waiting for it, {left} more"));
+    } else if view.progress.wire_bytes_per_second > 0 {
         let rate = show::rate(view.progress.wire_bytes_per_second);
         text.push_str(&format!(", {rate} on the wire"));
     }

@@ -98,9 +98,27 @@ fn details(summary: &Summary, add: &mut impl FnMut(&str, &str)) {
     if moved.wire_bytes > 0 {
         add("wire", &format!("{} in all", bytes(moved.wire_bytes)));
     }
+    if let Some(text) = link(summary) {
+        add("link", &text);
+    }
     for proof in &summary.proofs {
         add("proof", proof);
     }
+}
+
+/// What became of a link that was not always there.
+fn link(summary: &Summary) -> Option<String> {
+    let times = |count: u32| if count == 1 { "once".to_owned() } else { format!("{count} times") };
+    let mut parts = Vec::new();
+    if summary.link_loss_count > 0 {
+        let again = bytes(summary.moved.resent_bytes);
+        parts.push(format!("lost {}, {again} sent again", times(summary.link_loss_count)));
+    }
+    if summary.given_up_switchover_count > 0 {
+        let count = times(summary.given_up_switchover_count);
+        parts.push(format!("the guest ran on {count} because its switchover took too long"));
+    }
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 fn memory(moved: &Moved, rounds: u64, add: &mut impl FnMut(&str, &str)) {

@@ -168,11 +168,6 @@ impl Link {
         }
     }
 
-    /// Why there is no link, if there is none.
-    pub(crate) fn why_lost(&self) -> Option<PlaneError> {
-        self.lock().why_lost.clone()
-    }
-
     fn lock(&self) -> MutexGuard<'_, Set> {
         self.set.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -251,6 +251,27 @@ pub struct Progress {
     pub wire_bytes_per_second: u64,
     /// What moved so far
     pub moved: Moved,
+    /// While there is no link to the other host
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_loss: Option<LinkLoss>,
+    /// How often the link was lost so far
+    #[serde(default)]
+    pub link_loss_count: u32,
+    /// How often the guest was stopped for its switchover, and let run on at the
+    /// source because not everything arrived in time
+    #[serde(default)]
+    pub given_up_switchover_count: u32,
+}
+
+/// The link between the hosts is lost, and the migration waits for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LinkLoss {
+    /// What broke
+    pub reason: String,
+    /// When, in milliseconds since 1970
+    pub since_unix_ms: u64,
+    /// When it is given up, in milliseconds since 1970
+    pub until_unix_ms: u64,
 }
 
 /// The parts of a switchover, in milliseconds by the source agent's clock.
@@ -286,6 +307,12 @@ pub struct Summary {
     pub downtime: Option<Downtime>,
     /// Pre-copy rounds
     pub rounds: u64,
+    /// How often the link was lost and came back
+    #[serde(default)]
+    pub link_loss_count: u32,
+    /// See [`Progress::given_up_switchover_count`]
+    #[serde(default)]
+    pub given_up_switchover_count: u32,
     /// What was compared before the commit point
     pub proofs: Vec<String>,
 }

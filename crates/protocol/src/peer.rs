@@ -114,6 +114,9 @@ pub struct ChannelHello {
     pub migration: MigrationId,
     /// The token of [`Receiving`]
     pub token: String,
+    /// Which set of connections it belongs to, from 1; a later one takes the
+    /// place of those before
+    pub set: u32,
     /// What this connection is for
     pub role: ChannelRole,
 }

@@ -66,6 +66,27 @@ pub async fn add_nbd_node(
     qmp.execute("blockdev-add", options).await.map(drop)
 }
 
+/// What a mirror copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sync {
+    /// All that is there, and what is written meanwhile
+    Full,
+    /// Only what is written from now on
+    None,
+}
+
+/// Makes all nodes usable again that the end of a migration made inactive; a
+/// QEMU without a command for it mirrors inactive nodes.
+///
+/// # Errors
+/// As every command.
+pub async fn activate_all(qmp: &Qmp) -> Result<(), QmpError> {
+    match qmp.execute("blockdev-set-active", json!({ "active": true })).await {
+        Err(QmpError::Command { class, .. }) if class == "CommandNotFound" => Ok(()),
+        answer => answer.map(drop),
+    }
+}
+
 /// Starts to mirror a node to another.
 ///
 /// # Errors
@@ -75,13 +96,17 @@ pub async fn start_mirror(
     job: &str,
     from: &str,
     to: &str,
+    sync: Sync,
     granularity_bytes: u32,
 ) -> Result<(), QmpError> {
     let options = json!({
         "job-id": job,
         "device": from,
         "target": to,
-        "sync": "full",
+        "sync": match sync {
+            Sync::Full => "full",
+            Sync::None => "none",
+        },
         "granularity": granularity_bytes,
         // A job that fails goes away; the guest does not notice.
         "on-source-error": "report",

@@ -90,7 +90,8 @@ fn not_linked(to: &HostName, error: NoLink) -> Outcome<Problem> {
 /// The destination did not look at the offer.
 fn no_answer(to: &HostName, error: &PeerError) -> Problem {
     let failure = match error {
-        PeerError::Unreachable(_) => {
+        // What was wrong here says so itself.
+        PeerError::Unreachable(_) | PeerError::Here(_) => {
             return problem(
                 ProblemCode::Unreachable,
                 format!("host {to} gave no answer: {error}"),

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_protocol::migration::{
-    Downtime, Migration, Outcome as End, Phase, Progress, Role, Summary,
+    Downtime, LinkLoss, Migration, Outcome as End, Phase, Progress, Role, Summary,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -98,6 +98,24 @@ impl Job {
         self.view.send_modify(|view| change(&mut view.progress));
     }
 
+    /// Tells that there is no link, and until when it is waited for.
+    pub(crate) fn tell_link_lost(&self, reason: String, wait: std::time::Duration) {
+        let now = now_unix_ms();
+        self.progress(|progress| {
+            if progress.link_loss.is_none() {
+                progress.link_loss_count += 1;
+            }
+            let since_unix_ms = progress.link_loss.as_ref().map_or(now, |loss| loss.since_unix_ms);
+            let until_unix_ms = since_unix_ms + millis(wait);
+            progress.link_loss = Some(LinkLoss { reason, since_unix_ms, until_unix_ms });
+        });
+    }
+
+    /// Tells that the link is there again.
+    pub(crate) fn tell_link_back(&self) {
+        self.progress(|progress| progress.link_loss = None);
+    }
+
     /// Asks the job to end before its commit point.
     pub(crate) fn cancel(&self) -> Outcome<()> {
         let clock = self.clock();
@@ -164,8 +182,11 @@ impl Job {
             moved: view.progress.moved,
             downtime,
             rounds: view.progress.round,
+            link_loss_count: view.progress.link_loss_count,
+            given_up_switchover_count: view.progress.given_up_switchover_count,
             proofs,
         });
+        view.progress.link_loss = None;
         view.outcome = Some(outcome);
         view.reason = reason;
         view.ended_unix_ms = Some(now_unix_ms());

@@ -15,14 +15,13 @@ use super::steps::{self, Wanted};
 use super::{Story, tiny};
 use crate::host::Storage;
 use crate::lab::{Lab, Plan};
-use crate::net::Cut;
 
 /// Slow enough for every phase with bytes in it to be met.
 const SLOW_LINK_MBIT: u32 = 200;
 /// Longest time for both hosts to agree after a fault.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
+pub(super) const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-fn slow() -> Plan {
+pub(super) fn slow() -> Plan {
     Plan { links_mbit: vec![Some(SLOW_LINK_MBIT)], ..Plan::default() }
 }
 
@@ -71,14 +70,6 @@ pub(super) const STORIES: &[Story] = &[
         "the source's QEMU dies: the VM is off at the source, and nowhere else",
         source_qemu_dies,
     ),
-    fault("link-cut", "the cable is pulled: the VM goes on at the source", |lab| {
-        link_breaks(lab, Cut::Cable)
-    }),
-    fault(
-        "link-silent",
-        "the link drops everything silently: the VM goes on at the source",
-        |lab| link_breaks(lab, Cut::Silent),
-    ),
     Story {
         name: "destination-full",
         proves: "the destination's disk becomes full meanwhile: the VM goes on at the source",
@@ -91,14 +82,14 @@ pub(super) const STORIES: &[Story] = &[
 ];
 
 /// A move that is held in one phase.
-struct Held {
-    scene: Scene,
-    migration: Migration,
-    point: Point,
+pub(super) struct Held {
+    pub(super) scene: Scene,
+    pub(super) migration: Migration,
+    pub(super) point: Point,
 }
 
 /// Where the source's agent is held for each phase.
-fn point_in(phase: Phase) -> &'static str {
+pub(super) fn point_in(phase: Phase) -> &'static str {
     match phase {
         Phase::Prepare => "send.receive.before",
         Phase::Mirror => "qmp.blockdev-mirror.after",
@@ -109,7 +100,7 @@ fn point_in(phase: Phase) -> &'static str {
 }
 
 /// A scene with a move under way that stands in that phase, and in no other.
-fn held(lab: &mut Lab, phase: Phase) -> Result<Held> {
+pub(super) fn held(lab: &mut Lab, phase: Phase) -> Result<Held> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
     let point = Point::arm(lab, "a", point_in(phase), Action::Hold)?;
     let begun = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
@@ -120,7 +111,7 @@ fn held(lab: &mut Lab, phase: Phase) -> Result<Held> {
 }
 
 /// A scene with a move under way that has come to that phase.
-fn moving(lab: &mut Lab, phase: Phase) -> Result<(Scene, Migration)> {
+pub(super) fn moving(lab: &mut Lab, phase: Phase) -> Result<(Scene, Migration)> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
     let begun = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
     let migration = steps::wait_for_phase(lab.host("a"), &begun, phase)?;
@@ -128,7 +119,7 @@ fn moving(lab: &mut Lab, phase: Phase) -> Result<(Scene, Migration)> {
 }
 
 /// Waits for the outcome and fails unless the VM stayed; says why it stayed.
-fn stayed(lab: &Lab, migration: &Migration) -> Result<String> {
+pub(super) fn stayed(lab: &Lab, migration: &Migration) -> Result<String> {
     let gathered = steps::follow(lab.host("a"), migration, SETTLE_TIMEOUT)?;
     let last = gathered.last().context("nothing was said")?;
     if last.outcome != Some(Outcome::Stayed) {
@@ -195,18 +186,6 @@ fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
     steps::power(lab.host("a"), &scene.vm, "start").context("starting it again")?;
     crate::client::status::wait(lab.client(), crate::net::guest_v4(0), scene::BOOT_TIMEOUT)?;
     scene::guest_is_well(lab).context("after the restart").map(drop)
-}
-
-fn link_breaks(lab: &mut Lab, how: Cut) -> Result<()> {
-    let (scene, migration) = moving(lab, Phase::Mirror)?;
-    lab.net().cut(0, "b", how)?;
-    stayed(lab, &migration)?;
-    lab.net().restore(0, "b")?;
-    let vm = scene.vm.clone();
-    scene.end(lab, "a")?;
-    lab.net().set_speed(0, None)?;
-    steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
-    steps::assert_only_at(lab, &vm, "b")
 }
 
 fn destination_full(lab: &mut Lab) -> Result<()> {

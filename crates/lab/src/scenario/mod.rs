@@ -11,6 +11,7 @@ mod doubt;
 mod faults;
 mod itself;
 mod kvm;
+mod links;
 mod moves;
 pub(crate) mod points;
 mod postgres;
@@ -53,6 +54,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         kvm::STORIES,
         postgres::STORIES,
         faults::STORIES,
+        links::STORIES,
         doubt::STORIES,
     ]
     .into_iter()

@@ -23,6 +23,8 @@ const LOOK_PAUSE: Duration = Duration::from_millis(25);
 /// Switch on which all VMs of the lab are.
 pub(crate) const SWITCH: &str = "lan";
 /// Unprivileged user of Debian as whom QEMU runs in the lab.
+/// How long agents wait for a lost link, in seconds: stories do not wait a minute.
+const LINK_WAIT_S: u32 = 12;
 const QEMU_USER: &str = "nobody";
 
 /// A virtual machine that a story wants.
@@ -88,10 +90,14 @@ fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// Configuration of a host's agent; `further` is TOML for its end.
+/// Configuration of a host's agent; `further` is TOML for its section `qemu`.
 pub(crate) fn agent_config(host: &Host, qemu: Option<&str>, further: &str) -> String {
     let binary = qemu.map_or(String::new(), |path| format!("binary = \"{path}\"\n"));
-    format!("name = \"{}\"\n\n[qemu]\nuser = \"{QEMU_USER}\"\n{binary}{further}", host.name())
+    format!(
+        "name = \"{}\"\n\n[qemu]\nuser = \"{QEMU_USER}\"\n{binary}{further}\n[migration]\n\
+         link_wait_s = {LINK_WAIT_S}\n",
+        host.name()
+    )
 }
 
 /// Starts all agents, makes the switches, and pairs each host with the first one.

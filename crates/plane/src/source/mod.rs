@@ -238,10 +238,10 @@ impl SourcePlane {
         self.meter.moved()
     }
 
-    /// Why the plane ended, or has no link, if so.
+    /// Why the plane ended, if it did.
     #[must_use]
     pub fn failure(&self) -> Option<PlaneError> {
-        self.halt.result().err().or_else(|| self.link.why_lost())
+        self.halt.result().err()
     }
 
     /// Ends everything at once.
@@ -253,10 +253,11 @@ impl SourcePlane {
     ///
     /// # Errors
     /// What ended the plane before.
-    pub fn join(self) -> Result<(), PlaneError> {
+    pub fn join(&self) -> Result<(), PlaneError> {
         self.abort();
-        let mut threads = self.threads.into_inner().unwrap_or_else(PoisonError::into_inner);
-        threads.extend(self.reader.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let threads = &mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = std::mem::take(threads);
+        threads.extend(self.reader.lock().unwrap_or_else(PoisonError::into_inner).take());
         halt::join(threads, &self.halt)
     }
 }

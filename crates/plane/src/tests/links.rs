@@ -154,7 +154,7 @@ fn silence_is_noticed_on_both_sides() {
         let event = both.source_events.recv_timeout(WAIT).unwrap();
         assert!(matches!(event, PlaneEvent::LinkLost(_)), "{event:?}");
         both.expect_there("LinkLost");
-        assert!(both.source.failure().is_some());
+        assert!(both.source.failure().is_none(), "it may come back");
         let (qemu, mirror) = busy(&both, &mut Numbers(1));
         both.reconnect(&Fate::default());
         mirror.join().unwrap();

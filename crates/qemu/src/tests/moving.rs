@@ -69,7 +69,9 @@ impl Pair {
         block::start_nbd_server(to, &socket).await.expect("an NBD server");
         block::export(to, EXPORT, &node, "root", true).await.expect("an export");
         block::add_nbd_node(from, JOB, &socket, "root").await.expect("a node");
-        block::start_mirror(from, JOB, &node, JOB, GRANULARITY_BYTES).await.expect("a job");
+        block::start_mirror(from, JOB, &node, JOB, block::Sync::Full, GRANULARITY_BYTES)
+            .await
+            .expect("a job");
     }
 
     async fn stop_export(&self) {

@@ -9,6 +9,7 @@
 //! it is made, so that declining removes it also after a crash. What is received
 //! goes to a QEMU that stands; only [`super::handover`] lets it run.
 
+mod channels;
 mod receive;
 mod take_over;
 pub(crate) mod verify;
@@ -16,25 +17,24 @@ pub(crate) mod verify;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use limosa_plane::{ChannelIo, PlaneEvent};
+use limosa_plane::PlaneEvent;
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
-use limosa_protocol::peer::{ChannelHello, Offer, OfferAnswer};
+use limosa_protocol::peer::{Offer, OfferAnswer};
 use limosa_protocol::vm::VmDefinition;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::{Mutex, mpsc};
-use tokio_rustls::server::TlsStream;
 
+pub(crate) use channels::{Set, accept_channel};
 pub(crate) use receive::end_plane;
 pub(crate) use take_over::let_run;
+
+use channels::Connections;
 
 use super::compare;
 use super::handover::{self, DestinationHand, HandOver};
 use super::job::Job;
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
-use crate::peer_link::into_blocking;
+use crate::failure::{Failure, Outcome};
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, files, run};
 
@@ -46,6 +46,7 @@ pub(crate) struct Incoming {
     definition: VmDefinition,
     vm: Arc<Vm>,
     hand: Arc<DestinationHand>,
+    connections: Connections,
     inner: Mutex<Inner>,
 }
 
@@ -53,7 +54,8 @@ pub(crate) struct Incoming {
 #[derive(Default)]
 struct Inner {
     qemu: Option<Qemu>,
-    receiving: Option<Receiving>,
+    /// What the plane is made of, until it is.
+    parts: Option<receive::Parts>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
     /// Everything is here; with RAM that was read again, its digest.
     settled: Option<Settled>,
@@ -63,14 +65,6 @@ struct Inner {
 #[derive(Clone, Copy)]
 struct Settled {
     ram_digest: Option<u128>,
-}
-
-/// What is prepared for channels that have not all come yet.
-struct Receiving {
-    token: String,
-    channels: Vec<Option<ChannelIo>>,
-    return_path: Option<ChannelIo>,
-    parts: Option<receive::Parts>,
 }
 
 impl Incoming {
@@ -91,13 +85,20 @@ impl Incoming {
                 offer.source
             )));
         }
-        // A number that is known already would replace what it stands for.
+        let _placing = agent.placing.lock().await;
         let id = offer.migration;
+        // The answer may have been lost, and the source asks again.
+        if let Some(incoming) = agent.migrations.incoming(id, from)
+            && incoming.offer == offer
+            && incoming.hand.expect_preparing().is_ok()
+        {
+            return Ok(OfferAnswer { problems: Vec::new() });
+        }
+        // A number that is known already would replace what it stands for.
         let known: Option<MigrationRecord> = agent.store.get(&id.to_string())?;
         if known.is_some() {
             return Err(Failure::conflict(format!("migration {id} was offered before")));
         }
-        let _placing = agent.placing.lock().await;
         let problems = compare::check_offer(agent, &offer).await?;
         if !problems.is_empty() {
             return Ok(OfferAnswer { problems });
@@ -150,6 +151,7 @@ impl Incoming {
             definition,
             vm,
             hand: Arc::clone(&hand),
+            connections: Connections::default(),
             inner: Mutex::default(),
         });
         let added = agent
@@ -209,7 +211,14 @@ impl Incoming {
             files::place(&self.definition.places.configuration, "configuration")?.to_owned();
         let path = folder.join(name);
         let noted = path.clone();
-        self.hand.note(|record| record.made.push(noted)).await?;
+        // A transfer that broke off is made again.
+        self.hand
+            .note(|record| {
+                if !record.made.contains(&noted) {
+                    record.made.push(noted);
+                }
+            })
+            .await?;
         receive::write_file(&path, body, *size_bytes).await
     }
 
@@ -275,54 +284,4 @@ fn not_there_yet(paths: &[PathBuf]) -> Vec<PathBuf> {
     }
     // A parent sorts before what is in it.
     missing.into_iter().collect()
-}
-
-/// Takes a data connection of a paired host, past its hello.
-pub(crate) async fn accept_channel(
-    agent: &Arc<Agent>,
-    from: &HostName,
-    mut stream: TlsStream<TcpStream>,
-) -> anyhow::Result<()> {
-    use limosa_protocol::peer::CHANNEL_HELLO_BYTES_MAX;
-    let read = async {
-        let length = stream.read_u16().await?;
-        anyhow::ensure!(length <= CHANNEL_HELLO_BYTES_MAX, "a hello of {length} bytes");
-        let mut text = vec![0; length.into()];
-        stream.read_exact(&mut text).await?;
-        Ok(serde_json::from_slice::<ChannelHello>(&text)?)
-    };
-    let hello = tokio::time::timeout(std::time::Duration::from_secs(10), read).await??;
-    let incoming = agent
-        .migrations
-        .incoming(hello.migration, from)
-        .ok_or_else(|| anyhow::anyhow!("a channel for a migration that is not under way"))?;
-    incoming.add_channel(hello, stream).await.map_err(|failure| anyhow::anyhow!("{failure}"))
-}
-
-impl Incoming {
-    async fn add_channel(
-        self: &Arc<Self>,
-        hello: ChannelHello,
-        mut stream: TlsStream<TcpStream>,
-    ) -> Outcome<()> {
-        let mut inner = self.inner.lock().await;
-        self.hand.expect_preparing()?;
-        let receiving = inner
-            .receiving
-            .as_mut()
-            .ok_or_else(|| Failure::conflict("no channels are waited for"))?;
-        // Both are hexadecimal digests of a secret: equality of hashes leaks nothing.
-        if blake3::hash(hello.token.as_bytes()) != blake3::hash(receiving.token.as_bytes()) {
-            return Err(Failure::forbidden("a channel with a wrong token"));
-        }
-        let place = receiving.place(hello.role)?;
-        stream.write_u8(1).await.or_fail("accepting a channel")?;
-        stream.flush().await.or_fail("accepting a channel")?;
-        let (socket, tls) = stream.into_inner();
-        *place = Some(into_blocking(socket, tls.into()).or_fail("accepting a channel")?);
-        if receiving.is_complete() {
-            self.start_plane(&mut inner)?;
-        }
-        Ok(())
-    }
 }

@@ -4,59 +4,33 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use http_body_util::BodyExt;
 use limosa_plane::nbd::client::NbdClient;
-use limosa_plane::{
-    ChannelIo, DestinationPlane, DestinationSpec, DiskTarget, PlaneEvent, RamTarget,
-};
+use limosa_plane::{DestinationPlane, DestinationSpec, DiskTarget, PlaneEvent, RamTarget};
 use limosa_protocol::migration::{Phase, Verify};
-use limosa_protocol::peer::{self, ChannelRole, Receive};
+use limosa_protocol::peer::{self, Receive};
 use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
 use limosa_qemu::{block, migrate, process};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::super::outgoing::plane_settings;
-use super::{Incoming, Inner, Receiving};
+use super::channels::Set;
+use super::{Incoming, Inner};
 use crate::agent::random_token;
 use crate::failure::{Failure, OrFail, Outcome, chain};
 use crate::vm::run;
 
 /// Most plane events that wait to be looked at.
 const EVENT_COUNT_MAX: usize = 64;
-/// Longest wait for all channels once the source was told to open them.
-const CHANNELS_MS_MAX: u64 = 30_000;
 
 /// What the plane needs besides its channels.
 pub(super) struct Parts {
     ram: Vec<RamTarget>,
     disks: Vec<Box<dyn DiskTarget + Send>>,
     qemu_incoming: Option<std::os::unix::net::UnixStream>,
-}
-
-impl Receiving {
-    /// Where a connection of a role goes.
-    pub(super) fn place(&mut self, role: ChannelRole) -> Outcome<&mut Option<ChannelIo>> {
-        let place = match role {
-            ChannelRole::Channel(index) => self
-                .channels
-                .get_mut(usize::from(index))
-                .ok_or_else(|| Failure::bad_request(format!("no channel {index} is expected")))?,
-            ChannelRole::ReturnPath => &mut self.return_path,
-        };
-        if place.is_some() {
-            return Err(Failure::conflict("that channel is connected already"));
-        }
-        Ok(place)
-    }
-
-    /// Whether all connections are there.
-    pub(super) fn is_complete(&self) -> bool {
-        self.return_path.is_some() && self.channels.iter().all(Option::is_some)
-    }
 }
 
 impl Incoming {
@@ -71,8 +45,12 @@ impl Incoming {
         }
         let mut inner = self.inner.lock().await;
         self.hand.expect_preparing()?;
-        if inner.receiving.is_some() || inner.qemu.is_some() {
-            return Err(Failure::conflict("this migration receives already"));
+        if let Some((token, channel_count)) = self.connections.expected() {
+            if channel_count != request.channel_count {
+                return Err(Failure::conflict("this migration receives already"));
+            }
+            // The answer was lost, and the source asks again.
+            return Ok(peer::Receiving { token });
         }
         match self.start_qemu(&mut inner, request.channel_count).await {
             Ok(token) => {
@@ -133,52 +111,48 @@ impl Incoming {
             });
         }
         let token = random_token()?;
-        inner.receiving = Some(Receiving {
-            token: token.clone(),
-            channels: (0..channel_count).map(|_| None).collect(),
-            return_path: None,
-            parts: Some(Parts { ram, disks, qemu_incoming }),
-        });
+        inner.parts = Some(Parts { ram, disks, qemu_incoming });
+        self.connections.expect(token.clone(), channel_count);
         Ok(token)
     }
 
-    /// Declines if the channels do not come.
-    fn spawn_channel_watch(self: &Arc<Self>) {
-        let incoming = Arc::clone(self);
-        tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_millis(CHANNELS_MS_MAX)).await;
-            if incoming.inner.lock().await.receiving.is_some() {
-                incoming.fail("the source opened no channels".to_owned()).await;
-            }
-        });
-    }
-
     /// All channels are there: bytes may come.
-    pub(super) fn start_plane(self: &Arc<Self>, inner: &mut Inner) -> Outcome<()> {
-        let missing = || Failure::internal("channels without anything to receive");
-        let mut receiving = inner.receiving.take().ok_or_else(missing)?;
-        let parts = receiving.parts.take().ok_or_else(missing)?;
+    pub(super) async fn start_plane(self: &Arc<Self>, set: Set) -> Outcome<()> {
+        let mut inner = self.inner.lock().await;
+        let Some(parts) = inner.parts.take() else {
+            // Two sets came at the same time, or all has arrived.
+            return match self.hand.reconnect(set) {
+                None => Ok(()),
+                Some(_) => Err(Failure::conflict("nothing is received any more")),
+            };
+        };
         let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
         let watcher = Arc::clone(self);
         let runtime = tokio::runtime::Handle::current();
+        let (lost, losses) = watch::channel(None);
         let spec = DestinationSpec {
-            channels: receiving.channels.into_iter().flatten().collect(),
-            return_path: receiving.return_path.ok_or_else(missing)?,
+            channels: set.channels,
+            return_path: set.return_path,
             ram: parts.ram,
             disks: parts.disks,
             qemu_incoming: parts.qemu_incoming,
             settings: plane_settings(&self.agent),
             read_back: self.offer.request.verify == Verify::Full,
-            on_event: Arc::new(move |event| {
-                if let PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error) = &event {
-                    let reason = format!("receiving: {}", chain(error));
-                    let watcher = Arc::clone(&watcher);
-                    runtime.spawn(async move { watcher.fail(reason).await });
+            on_event: Arc::new(move |event| match event {
+                PlaneEvent::LinkLost(error) => drop(lost.send_replace(Some(error))),
+                PlaneEvent::LinkBack => drop(lost.send_replace(None)),
+                event => {
+                    if let PlaneEvent::Failed(error) = &event {
+                        let reason = format!("receiving: {}", chain(error));
+                        let watcher = Arc::clone(&watcher);
+                        runtime.spawn(async move { watcher.fail(reason).await });
+                    }
+                    sender.try_send(event).ok();
                 }
-                sender.try_send(event).ok();
             }),
         };
         self.hand.hold_plane(DestinationPlane::start(spec).or_fail("starting the data plane")?);
+        self.spawn_link_watch(losses);
         inner.events = Some(events);
         self.enter(Phase::Mirror);
         Ok(())
@@ -216,6 +190,12 @@ pub(super) async fn write_file(
     let doing = format!("receiving {}", path.display());
     if size_bytes > peer::FILE_BYTES_MAX {
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
+    }
+    match tokio::fs::remove_file(path).await {
+        // Of a transfer that broke off.
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).or_fail(&doing),
     }
     let mut file = tokio::fs::File::create_new(path).await.or_fail(&doing)?;
     // QEMU's user reads it, whatever the agent's umask is.

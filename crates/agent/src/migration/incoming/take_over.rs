@@ -114,8 +114,8 @@ async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
         match events.recv().await {
             Some(PlaneEvent::RamDelivered) => ram = true,
             Some(PlaneEvent::DisksEqual) => disks = true,
-            Some(PlaneEvent::LinkBack) => {}
-            Some(PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error)) => {
+            Some(PlaneEvent::LinkLost(_) | PlaneEvent::LinkBack) => {}
+            Some(PlaneEvent::Failed(error)) => {
                 return Err(Failure::internal(format!("receiving: {}", chain(&error))));
             }
             None => return Err(Failure::internal("the data plane ended")),

@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use limosa_plane::PlaneError;
 use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::power::{self, RunState};
@@ -23,7 +22,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Gives up: ends the plane, lets the guest go on, and says so.
 pub(super) async fn abort(mut source: Source, why: &Failure) {
     // When the plane broke, what QEMU says of it is only an echo.
-    let plane = source.plane.as_ref().and_then(limosa_plane::SourcePlane::failure);
+    let plane = source.plane.as_ref().and_then(|plane| plane.failure());
     let is_cancelled = source.job.is_cancelled();
     // Threads first: QEMU gives up at once when its sockets are closed.
     source.close_plane();
@@ -31,7 +30,8 @@ pub(super) async fn abort(mut source: Source, why: &Failure) {
         Some(error) if !is_cancelled => plane_failure(error).to_string(),
         _ => why.to_string(),
     };
-    let is_echo = matches!(plane, Some(PlaneError::PeerLost { .. })) && !is_cancelled;
+    // The destination may know why.
+    let is_echo = !source.link_state.borrow().is_up() && !is_cancelled;
     source.hand.give_up(reason, is_echo).await;
 }
 
@@ -59,7 +59,8 @@ pub(crate) async fn let_run_again(qemu: &Qemu) -> Outcome<()> {
     Ok(())
 }
 
-async fn end_migration(qemu: &Qemu) -> Outcome<()> {
+/// Cancels a migration that is under way, and waits until it is.
+pub(super) async fn end_migration(qemu: &Qemu) -> Outcome<()> {
     let qmp = &qemu.qmp;
     for look in 0..LOOK_COUNT_MAX {
         let status = migrate::status(qmp).await.or_fail("asking QEMU")?.status;
@@ -76,7 +77,8 @@ async fn end_migration(qemu: &Qemu) -> Outcome<()> {
     Err(Failure::internal("QEMU does not end its migration"))
 }
 
-async fn end_mirrors(qemu: &Qemu) -> Outcome<()> {
+/// Ends mirrors at once, whatever they were doing, and removes their targets.
+pub(super) async fn end_mirrors(qemu: &Qemu) -> Outcome<()> {
     let qmp = &qemu.qmp;
     for _ in 0..LOOK_COUNT_MAX {
         let jobs = block::jobs(qmp).await.or_fail("asking QEMU for its mirrors")?;

@@ -18,19 +18,41 @@ use tokio::sync::broadcast;
 
 use super::Source;
 use super::mirror::{Rate, transfer};
-use super::switchover::Switched;
+use super::switchover::{STOPPED_MAX, Stopped, Switched};
 use crate::failure::{Failure, OrFail, Outcome, chain};
 
 /// How often progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Downtime that is aimed for first, in milliseconds.
 const DOWNTIME_FIRST_MS: u32 = 20;
+/// How often a guest is stopped for its switchover, at most.
+const SWITCHOVER_COUNT_MAX: u32 = 8;
 /// Rounds that are given to each downtime limit before it is raised.
 const ROUNDS_PER_LIMIT: u64 = 2;
 
 impl Source {
-    /// Copies RAM and ends with the guest stopped and everything on its way.
+    /// Copies RAM and ends with the guest stopped and everything at the
+    /// destination. A guest that would stand too long runs on, and all of it
+    /// begins again: what the destination has by then is not sent another time.
     pub(super) async fn pre_copy(&mut self) -> Outcome<Switched> {
+        for _ in 0..SWITCHOVER_COUNT_MAX {
+            self.job.enter(Phase::PreCopy);
+            let stopped = self.copy_rounds().await?;
+            self.job.enter(Phase::Switchover);
+            if let Some(switched) = self.finish_memory(stopped).await? {
+                return Ok(switched);
+            }
+            self.wait_for_link().await;
+        }
+        Err(Failure::peer(format!(
+            "{SWITCHOVER_COUNT_MAX} times the guest was stopped and not everything arrived within \
+             its downtime limit and {} s: give it a faster link or a higher downtime limit",
+            STOPPED_MAX.as_secs()
+        )))
+    }
+
+    /// Copies RAM in rounds until QEMU stops the guest.
+    async fn copy_rounds(&mut self) -> Outcome<Stopped> {
         let mut events = self.qemu.qmp.events();
         let began = Instant::now();
         self.start_memory().await?;
@@ -42,8 +64,8 @@ impl Source {
         let mut stopped_us = None;
         loop {
             if self.wait_for_stop(&mut events, &mut stopped_us).await? {
-                let stopped = Instant::now() - since_stop(unix_now(), stopped_us, began.elapsed());
-                return self.switch_over(events, stopped).await;
+                let at = Instant::now() - since_stop(unix_now(), stopped_us, began.elapsed());
+                return Ok(Stopped { at, events });
             }
             self.check_exports()?;
             let status = migrate::status(&self.qemu.qmp).await.or_fail("asking QEMU")?;
@@ -82,8 +104,7 @@ impl Source {
         std::fs::remove_file(&socket).ok();
         let listener = UnixListener::bind(&socket).or_fail(doing)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).or_fail(doing)?;
-        let plane =
-            self.plane.as_ref().ok_or_else(|| Failure::internal("the data plane is not up"))?;
+        let plane = self.plane()?;
         plane.attach_migration_socket(listener).or_fail(doing)?;
         let most_ms = self.offer.request.downtime_limit_ms.max(1);
         let qmp = &self.qemu.qmp;
@@ -125,16 +146,6 @@ impl Source {
                 Err(_elapsed) => return Ok(false),
             }
         }
-    }
-
-    /// From the stopped guest to the point where only the commit is missing.
-    async fn switch_over(
-        &mut self,
-        events: broadcast::Receiver<QmpEvent>,
-        stopped: Instant,
-    ) -> Outcome<Switched> {
-        self.job.enter(Phase::Switchover);
-        self.finish_memory(events, stopped).await
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use limosa_plane::PlaneEvent;
@@ -10,14 +11,16 @@ use limosa_plane::nbd::server::{self, Export};
 use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::Transfer;
 use limosa_protocol::vm::DiskKind;
-use limosa_qemu::block;
+use limosa_qemu::block::{self, Sync};
 use limosa_qemu::launch::disk_node;
 
-use super::Source;
+use super::{Source, abort};
 use crate::failure::{Failure, OrFail, Outcome};
 
 /// How often progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// The same while the guest stands.
+const STOPPED_LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Blocks that a mirror handles at a time, in bytes.
 const GRANULARITY_BYTES: u32 = 64 << 10;
 
@@ -66,6 +69,17 @@ pub(super) fn transfer(done_bytes: u64, total_bytes: u64, rate: &mut Rate) -> Tr
 }
 
 impl Source {
+    /// Waits until a stopped guest's disks are equal on both sides.
+    pub(super) async fn wait_mirrored(&self) -> Outcome<()> {
+        loop {
+            let jobs = block::jobs(&self.qemu.qmp).await.or_fail("asking QEMU for its mirrors")?;
+            if jobs.iter().all(|job| job.offset >= job.len) {
+                return Ok(());
+            }
+            tokio::time::sleep(STOPPED_LOOK_EVERY).await;
+        }
+    }
+
     pub(super) async fn mirror(&mut self) -> Outcome<()> {
         let disks: Vec<DiskId> = self.disk_ids();
         for (index, id) in disks.iter().enumerate() {
@@ -106,31 +120,51 @@ impl Source {
 
     async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Outcome<()> {
         let doing = format!("mirroring disk {id}");
-        let name = mirror_name(id);
-        let socket = self.agent.runtime_folder(&self.vm.name).join(format!("m{index}.sock"));
+        let socket = self.mirror_socket(usize::from(index));
         std::fs::remove_file(&socket).ok();
         let listener = UnixListener::bind(&socket).or_fail(&doing)?;
         // The folder lets nobody in but QEMU's user and root.
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666))
             .or_fail(&doing)?;
         let facts = &self.offer.disks[usize::from(index)];
-        let plane =
-            self.plane.as_ref().ok_or_else(|| Failure::internal("the data plane is not up"))?;
+        let plane = self.plane()?;
         let sink = plane.disk_sink(index).or_fail(&doing)?;
         let export = Export { name: id.to_string(), size_bytes: facts.virtual_bytes };
         self.exports.push(server::serve(listener, export, sink).or_fail(&doing)?);
+        self.mirror_into(id, &socket, Sync::Full).await
+    }
+
+    /// Starts QEMU's job, into an export that is served.
+    async fn mirror_into(&self, id: &DiskId, socket: &Path, sync: Sync) -> Outcome<()> {
+        let (doing, name) = (format!("mirroring disk {id}"), mirror_name(id));
         let qmp = &self.qemu.qmp;
-        block::add_nbd_node(qmp, &name, &socket, id.as_str()).await.or_fail(&doing)?;
-        block::start_mirror(qmp, &name, &disk_node(id.as_str()), &name, GRANULARITY_BYTES)
+        block::add_nbd_node(qmp, &name, socket, id.as_str()).await.or_fail(&doing)?;
+        block::start_mirror(qmp, &name, &disk_node(id.as_str()), &name, sync, GRANULARITY_BYTES)
             .await
             .or_fail(&doing)
+    }
+
+    /// Mirrors again what is not mirrored any more, before the guest runs on. A
+    /// disk that was equal gets only what is written from now on.
+    pub(super) async fn mirror_again(&mut self) -> Outcome<()> {
+        block::activate_all(&self.qemu.qmp).await.or_fail("taking the disks back")?;
+        abort::end_mirrors(&self.qemu).await?;
+        for (index, id) in self.disk_ids().iter().enumerate() {
+            let sync = if self.mirrored.remove(id) { Sync::None } else { Sync::Full };
+            self.mirror_into(id, &self.mirror_socket(index), sync).await?;
+        }
+        Ok(())
+    }
+
+    fn mirror_socket(&self, index: usize) -> PathBuf {
+        self.agent.runtime_folder(&self.vm.name).join(format!("m{index}.sock"))
     }
 
     /// Fails when the data plane or an export failed.
     pub(super) fn check_exports(&mut self) -> Outcome<()> {
         if let Some(events) = &mut self.events {
             while let Ok(event) = events.try_recv() {
-                if let PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error) = event {
+                if let PlaneEvent::Failed(error) = event {
                     return Err(super::plane_failure(&error));
                 }
             }

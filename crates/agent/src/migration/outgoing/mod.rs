@@ -9,24 +9,27 @@
 //! found ([`abort`]). From *ready?* on only [`super::handover`] decides.
 
 mod abort;
+mod link;
 mod memory;
 mod mirror;
 mod prepare;
 mod retire;
 mod switchover;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use limosa_plane::{PlaneEvent, SourcePlane};
 use limosa_protocol::handover::{Record, Stage};
-use limosa_protocol::id::MigrationId;
+use limosa_protocol::id::{DiskId, MigrationId};
 use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role, Verify};
 use limosa_protocol::peer::Offer;
 use limosa_qemu::power;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 pub(crate) use abort::{let_run_again, undo_in_qemu};
+pub(crate) use link::link_wait;
 pub(crate) use prepare::plane_settings;
 pub(crate) use retire::{free_source, left_behind};
 
@@ -38,6 +41,7 @@ use crate::failure::{Failure, OrFail, Outcome};
 use crate::peer_link::PeerLink;
 use crate::store::MigrationRecord;
 use crate::vm::{Qemu, Vm, run};
+use link::{LinkKeeper, LinkState};
 
 /// Most plane events that wait to be looked at; the plane makes a handful.
 const EVENT_COUNT_MAX: usize = 64;
@@ -54,7 +58,11 @@ pub(crate) struct Source {
     qemu: Qemu,
     /// Whether the guest's vCPUs ran when the migration began.
     was_running: bool,
-    plane: Option<SourcePlane>,
+    plane: Option<Arc<SourcePlane>>,
+    link_state: watch::Sender<LinkState>,
+    link_keeper: Option<LinkKeeper>,
+    /// Disks whose mirror has ended well, with both sides equal.
+    mirrored: BTreeSet<DiskId>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
     exports: Vec<limosa_plane::nbd::server::ServerHandle>,
 }
@@ -137,6 +145,9 @@ pub(crate) async fn begin(
         qemu,
         was_running,
         plane: None,
+        link_state: watch::Sender::new(LinkState::Up),
+        link_keeper: None,
+        mirrored: BTreeSet::new(),
         events: None,
         exports: Vec::new(),
     };
@@ -163,6 +174,7 @@ impl Source {
     /// Goes through the phases until everything is at the destination.
     async fn drive(&mut self) -> Outcome<switchover::Switched> {
         let job = Arc::clone(&self.job);
+        let link_ended = Self::link_ended(self.link_state.subscribe());
         let work = async {
             self.prepare().await?;
             self.job.enter(Phase::Mirror);
@@ -180,6 +192,7 @@ impl Source {
         // An operator's cancel drops the work where it is; `abort` undoes it.
         tokio::select! {
             result = work => result,
+            failure = link_ended => Err(failure),
             () = job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
         }
     }
@@ -192,14 +205,16 @@ impl Source {
         self.offer.request.verify == Verify::Full
     }
 
+    fn plane(&self) -> Outcome<&SourcePlane> {
+        self.plane.as_deref().ok_or_else(|| Failure::internal("the data plane is not up"))
+    }
+
     /// The next event of the plane that is not a failure.
     async fn plane_event(&mut self) -> Outcome<PlaneEvent> {
         let events =
             self.events.as_mut().ok_or_else(|| Failure::internal("the data plane is not up"))?;
         match events.recv().await {
-            Some(PlaneEvent::Failed(error) | PlaneEvent::LinkLost(error)) => {
-                Err(plane_failure(&error))
-            }
+            Some(PlaneEvent::Failed(error)) => Err(plane_failure(&error)),
             Some(event) => Ok(event),
             None => Err(Failure::internal("the data plane ended")),
         }
@@ -207,6 +222,7 @@ impl Source {
 
     /// Ends the plane's threads and the exports.
     fn close_plane(&mut self) {
+        self.link_keeper = None;
         for export in self.exports.drain(..) {
             export.stop();
         }

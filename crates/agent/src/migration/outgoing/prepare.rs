@@ -2,44 +2,91 @@
 
 use std::sync::Arc;
 
-use limosa_plane::{PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
-use limosa_protocol::peer::{ChannelHello, ChannelRole, OfferAnswer, Receive, Receiving};
+use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
+use limosa_protocol::peer::{OfferAnswer, Receive, Receiving};
 use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::RAM_BACKEND_ID;
 use tokio::sync::mpsc;
 
+use super::link::{self, Connector, link_wait};
 use super::{EVENT_COUNT_MAX, Source};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
-use crate::peer_link::into_blocking;
+use crate::peer_link::PeerLink;
 
 /// Longest wait until the destination's QEMU is up, in milliseconds.
 const RECEIVE_MS_MAX: u64 = 60_000;
 
 impl Source {
     pub(super) async fn prepare(&mut self) -> Outcome<()> {
-        let answer: OfferAnswer = self.link.post("/peer/v1/migrations", &self.offer).await?;
-        if !answer.problems.is_empty() {
-            return Err(Failure::problems(
-                format!("{} found reasons against the move", self.link.name()),
-                answer.problems,
-            ));
-        }
+        self.offer().await?;
         for (name, path) in crate::vm::files::small_files(&self.offer.definition)? {
-            self.link.put_file(&self.path(&format!("files/{name}")), &path).await?;
+            let to = self.path(&format!("files/{name}"));
+            let mut patience = self.patience();
+            while let Err(error) = self.link.put_file(&to, &path).await {
+                patience.again(error).await?;
+            }
         }
         let channel_count = self.agent.config.migration.channels;
-        let receiving: Receiving = self
-            .link
-            .post_within(&self.path("receive"), &Receive { channel_count }, RECEIVE_MS_MAX)
-            .await?;
-        let mut channels = Vec::new();
-        for index in 0..channel_count {
-            channels.push(self.open(&receiving, ChannelRole::Channel(index)).await?);
+        let token = self.receive(channel_count).await?;
+        let mut connector = Connector {
+            link: Arc::new(PeerLink::new(&self.agent, self.link.name())?),
+            migration: self.job.id(),
+            token,
+            channel_count,
+            set: 0,
+        };
+        let mut patience = self.patience();
+        let (channels, return_path) = loop {
+            match connector.open().await {
+                Ok(opened) => break opened,
+                Err(error) => patience.again(error).await?,
+            }
+        };
+        drop(patience);
+        self.start_plane(connector, channels, return_path)
+    }
+
+    /// Offers the VM. A destination that took the offer takes it again.
+    async fn offer(&self) -> Outcome<()> {
+        let mut patience = self.patience();
+        let answer: OfferAnswer = loop {
+            match self.link.post("/peer/v1/migrations", &self.offer).await {
+                Ok(answer) => break answer,
+                Err(error) => patience.again(error).await?,
+            }
+        };
+        if answer.problems.is_empty() {
+            return Ok(());
         }
-        let return_path = self.open(&receiving, ChannelRole::ReturnPath).await?;
+        Err(Failure::problems(
+            format!("{} found reasons against the move", self.link.name()),
+            answer.problems,
+        ))
+    }
+
+    /// Has the destination get ready for channels; gives their token.
+    async fn receive(&self, channel_count: u8) -> Outcome<String> {
+        let (path, receive) = (self.path("receive"), Receive { channel_count });
+        let mut patience = self.patience();
+        loop {
+            match self.link.post_within::<_, Receiving>(&path, &receive, RECEIVE_MS_MAX).await {
+                Ok(receiving) => return Ok(receiving.token),
+                Err(error) => patience.again(error).await?,
+            }
+        }
+    }
+
+    fn start_plane(
+        &mut self,
+        connector: Connector,
+        channels: Vec<ChannelIo>,
+        return_path: ChannelIo,
+    ) -> Outcome<()> {
         let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
         self.events = Some(events);
+        let wait = link_wait(&self.agent);
+        let (state, job) = (self.link_state.clone(), Arc::clone(&self.job));
         let spec = SourceSpec {
             channels,
             return_path,
@@ -47,24 +94,16 @@ impl Source {
             disks: self.disks(),
             settings: plane_settings(&self.agent),
             on_event: Arc::new(move |event| {
+                let Some(event) = link::take_event(&state, &job, wait, event) else { return };
                 if sender.try_send(event).is_err() {
                     tracing::debug!("a plane event came after the migration's end");
                 }
             }),
         };
-        self.plane = Some(SourcePlane::start(spec).or_fail("starting the data plane")?);
+        let plane = Arc::new(SourcePlane::start(spec).or_fail("starting the data plane")?);
+        self.link_keeper = Some(link::keep(connector, &plane, self.link_state.clone(), wait));
+        self.plane = Some(plane);
         Ok(())
-    }
-
-    async fn open(
-        &self,
-        receiving: &Receiving,
-        role: ChannelRole,
-    ) -> Outcome<limosa_plane::ChannelIo> {
-        let hello = ChannelHello { migration: self.job.id(), token: receiving.token.clone(), role };
-        let stream = self.link.open_channel(&hello).await?;
-        let (socket, tls) = stream.into_inner();
-        into_blocking(socket, tls.into()).or_fail("opening a data channel")
     }
 
     fn ram(&self) -> Vec<RamBlockSpec> {

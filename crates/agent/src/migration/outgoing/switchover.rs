@@ -10,6 +10,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::TryStreamExt;
+use futures_util::stream::FuturesUnordered;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::handover::{SourceAction, SourceEvent as On};
 use limosa_protocol::migration::{Downtime, Phase};
@@ -21,17 +23,37 @@ use tokio::sync::broadcast;
 
 use super::super::handover::Handed;
 use super::super::incoming::verify;
+use super::link::link_wait;
 use super::memory::{memory_failure, qmp_failure};
 use super::mirror::mirror_name;
 use super::{Source, abort};
 use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::migration::job::millis;
+use crate::peer_link::PeerError;
 
-/// Longest a guest is held stopped before the commit point, in milliseconds;
-/// past that the migration is aborted and the guest goes on.
-const STOPPED_MS_MAX: u64 = 60_000;
+/// Longest a guest that ran is held stopped before the commit point, beyond its
+/// downtime limit; past that it runs on at the source. With the link lost it does
+/// so at the limit.
+pub(super) const STOPPED_MAX: Duration = Duration::from_secs(5);
+/// Least time that the destination has to load and record what it holds.
+const READY_MIN: Duration = Duration::from_secs(2);
+/// Longest wait for QEMU to end a stream that nobody wants any more.
+const QEMU_ENDS_MAX: Duration = Duration::from_secs(10);
+/// How often QEMU is asked whether it has.
+const ENDED_LOOK_EVERY: Duration = Duration::from_millis(10);
+/// Pause before *ready?* is asked again over a lost link.
+const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Longest time for reading everything again on both hosts, in milliseconds; the
 /// guest stands meanwhile, as its operator wished.
 const VERIFY_MS_MAX: u64 = 30 * 60_000;
+
+/// QEMU has stopped the guest and waits for the word to go on.
+pub(super) struct Stopped {
+    /// When the vCPUs stopped
+    pub(super) at: Instant,
+    /// What QEMU said since
+    pub(super) events: broadcast::Receiver<QmpEvent>,
+}
 
 /// Where the time of a switchover went so far.
 pub(super) struct Switched {
@@ -42,32 +64,81 @@ pub(super) struct Switched {
 }
 
 impl Source {
-    /// Ends the mirrors and sends the last pages and the device state.
-    ///
-    /// - `stopped`: when the vCPUs were stopped.
-    pub(super) async fn finish_memory(
-        &mut self,
-        mut events: broadcast::Receiver<QmpEvent>,
-        stopped: Instant,
-    ) -> Outcome<Switched> {
-        let limit = Duration::from_millis(STOPPED_MS_MAX);
-        let work = async {
-            self.end_mirrors().await?;
-            let mirrors_ended = Instant::now();
-            self.start_disk_barrier()?;
-            migrate::continue_from_pre_switchover(&self.qemu.qmp)
-                .await
-                .map_err(|error| qmp_failure("going on after the guest stopped", &error))?;
-            wait_completed(&self.qemu.qmp, &mut events).await?;
+    /// Ends the mirrors and sends the last pages and the device state; `None`
+    /// when that took too long, and the guest runs on.
+    pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Outcome<Option<Switched>> {
+        let Stopped { at, mut events } = stopped;
+        let too_long = self.hold(at);
+        let mirrored = async {
+            // A mirror that has something left could not end without the link.
+            self.wait_mirrored().await?;
+            self.end_mirrors().await
+        };
+        let mirrored = tokio::select! {
+            () = too_long => None,
+            mirrored = mirrored => Some(mirrored?),
+        };
+        if mirrored.is_none() {
+            return self.run_on(false).await;
+        }
+        let mirrors_ended = Instant::now();
+        self.start_disk_barrier()?;
+        migrate::continue_from_pre_switchover(&self.qemu.qmp)
+            .await
+            .map_err(|error| qmp_failure("going on after the guest stopped", &error))?;
+        let too_long = self.hold(at);
+        let qmp = self.qemu.qmp.clone();
+        let delivered = async {
+            wait_completed(&qmp, &mut events).await?;
             let pages_sent = Instant::now();
             self.wait_delivered(true).await?;
-            Ok(Switched { stopped: self.was_running.then_some(stopped), mirrors_ended, pages_sent })
+            Ok::<_, Failure>(pages_sent)
         };
-        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-            Err(Failure::peer(format!(
-                "the guest stood still for {STOPPED_MS_MAX} ms and not everything had arrived"
-            )))
-        })
+        let pages_sent = tokio::select! {
+            () = too_long => None,
+            sent = delivered => Some(sent?),
+        };
+        let Some(pages_sent) = pages_sent else { return self.run_on(true).await };
+        let stopped = self.was_running.then_some(at);
+        Ok(Some(Switched { stopped, mirrors_ended, pages_sent }))
+    }
+
+    /// Ends when a guest that stopped at that moment may stand no longer.
+    fn hold(&self, stopped: Instant) -> impl Future<Output = ()> + use<> {
+        let limit = stopped + Duration::from_millis(self.offer.request.downtime_limit_ms.into());
+        let (was_running, mut link) = (self.was_running, self.link_state.subscribe());
+        async move {
+            if !was_running {
+                // It stood before, and may go on standing.
+                return std::future::pending().await;
+            }
+            tokio::time::sleep_until(limit.into()).await;
+            let lost = link.wait_for(|state| !state.is_up());
+            tokio::time::timeout_at((limit + STOPPED_MAX).into(), lost).await.ok();
+        }
+    }
+
+    /// Gives a switchover up and lets the guest run on, its disks mirrored.
+    ///
+    /// - `continued`: QEMU was told to go on, so it ends its stream.
+    async fn run_on<T>(&mut self, continued: bool) -> Outcome<Option<T>> {
+        if !self.plane()?.give_up_switchover() {
+            return Err(Failure::peer(
+                "the link was lost just when everything had arrived; move the VM again",
+            ));
+        }
+        tracing::warn!(migration = %self.job.id(), "the switchover is given up; the guest runs on");
+        self.job.progress(|progress| progress.given_up_switchover_count += 1);
+        // What they say is of the switchover that was given up.
+        self.check_exports()?;
+        if continued {
+            // Cancelled now, QEMU would let the guest run with its disks not mirrored.
+            wait_ended(&self.qemu.qmp).await?;
+        }
+        self.mirror_again().await?;
+        abort::end_migration(&self.qemu).await?;
+        abort::let_run_again(&self.qemu).await?;
+        Ok(None)
     }
 
     /// For a VM that is off: there is nothing but its disks.
@@ -79,23 +150,27 @@ impl Source {
         Ok(Switched { stopped: None, mirrors_ended: now, pages_sent: now })
     }
 
+    /// Ends all mirrors, each with both sides equal.
     async fn end_mirrors(&mut self) -> Outcome<()> {
         let qmp = &self.qemu.qmp;
         let ids = self.disk_ids();
-        let ends = ids.iter().map(|id| async move {
-            let name = mirror_name(id);
-            block::complete_mirror_without_pivot(qmp, &name)
-                .await
-                .or_fail(&format!("ending the mirror of disk {id}"))
-        });
-        futures_util::future::try_join_all(ends).await?;
+        let mut ends: FuturesUnordered<_> = ids
+            .iter()
+            .map(|id| async move {
+                block::complete_mirror_without_pivot(qmp, &mirror_name(id))
+                    .await
+                    .or_fail(&format!("ending the mirror of disk {id}"))
+                    .map(|()| id)
+            })
+            .collect();
+        while let Some(id) = ends.try_next().await? {
+            self.mirrored.insert(id.clone());
+        }
         Ok(())
     }
 
     fn start_disk_barrier(&self) -> Outcome<()> {
-        let plane =
-            self.plane.as_ref().ok_or_else(|| Failure::internal("the data plane is not up"))?;
-        plane.start_disk_barrier().or_fail("flushing the destination's disks")
+        self.plane()?.start_disk_barrier().or_fail("flushing the destination's disks")
     }
 
     /// Waits until the destination has everything and its digests are ours.
@@ -120,11 +195,17 @@ impl Source {
         }
         let (path, definition) = (self.path("verify"), &self.offer.definition);
         let qemu = self.offer.running.then_some(&self.qemu);
-        let (ours, theirs) = tokio::join!(
-            verify::digests(&self.agent, definition, qemu),
-            self.link.post_within::<_, Digests>(&path, &(), VERIFY_MS_MAX)
-        );
-        let (ours, theirs) = (ours?, theirs?);
+        let theirs = async {
+            let mut patience = self.patience();
+            loop {
+                match self.link.post_within::<_, Digests>(&path, &(), VERIFY_MS_MAX).await {
+                    Ok(digests) => return Ok::<_, Failure>(digests),
+                    Err(error) => patience.again(error).await?,
+                }
+            }
+        };
+        let ours = verify::digests(&self.agent, definition, qemu);
+        let (ours, theirs) = tokio::try_join!(ours, theirs)?;
         match verify::first_difference(definition, &ours, &theirs) {
             None => Ok(()),
             Some(what) => Err(Failure::internal(format!(
@@ -138,7 +219,7 @@ impl Source {
     pub(super) async fn hand_over(mut self, switched: Switched) {
         let hand = Arc::clone(&self.hand);
         hand.feed(On::Delivered).await;
-        let ready = match self.ask_ready().await {
+        let ready = match self.ask_ready(&switched).await {
             Ok(ready) => ready,
             Err(failure) => return abort::abort(self, &failure).await,
         };
@@ -184,18 +265,44 @@ impl Source {
         hand.finish(words).await;
     }
 
-    async fn ask_ready(&self) -> Outcome<DestinationWord> {
-        let request =
-            ReadyRequest { paused: !self.was_running, addresses: self.vm.addresses.seen() };
-        let path = self.path("ready");
-        tokio::select! {
-            word = self.link.post_within(&path, &request, STOPPED_MS_MAX) => match word? {
-                DestinationWord::Undecided | DestinationWord::Unheard => Err(Failure::peer(
-                    format!("{} does not receive this migration any more", self.link.name()),
-                )),
-                word => Ok(word),
-            },
-            () = self.job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
+    /// Asks *ready?*, again while the link is lost and the guest may stand.
+    async fn ask_ready(&self, switched: &Switched) -> Outcome<DestinationWord> {
+        let limit = Duration::from_millis(self.offer.request.downtime_limit_ms.into());
+        let wait = match switched.stopped {
+            Some(stopped) if !self.verifies_fully() => {
+                (limit + STOPPED_MAX).saturating_sub(stopped.elapsed()).max(READY_MIN)
+            }
+            Some(_) => limit + STOPPED_MAX,
+            None => link_wait(&self.agent).max(STOPPED_MAX),
+        };
+        let asking = async {
+            let (path, limit_ms) = (self.path("ready"), millis(wait));
+            let request =
+                ReadyRequest { paused: !self.was_running, addresses: self.vm.addresses.seen() };
+            loop {
+                match self.link.post_within(&path, &request, limit_ms).await {
+                    Err(PeerError::Unreachable(_)) => tokio::time::sleep(ASK_EVERY).await,
+                    answer => return answer,
+                }
+            }
+        };
+        let word = tokio::select! {
+            word = tokio::time::timeout(wait, asking) => word,
+            () = self.job.cancelled() => return Err(Failure::conflict("cancelled by an operator")),
+        };
+        let word = word.map_err(|_elapsed| {
+            Failure::peer(format!(
+                "{} had everything and did not say so within {} ms; move the VM again",
+                self.link.name(),
+                millis(wait)
+            ))
+        })?;
+        match word? {
+            DestinationWord::Undecided | DestinationWord::Unheard => Err(Failure::peer(format!(
+                "{} does not receive this migration any more",
+                self.link.name()
+            ))),
+            word => Ok(word),
         }
     }
 
@@ -212,6 +319,24 @@ impl Source {
         }
         proofs
     }
+}
+
+/// Waits until QEMU has ended a stream that is given up, with the guest stopped.
+async fn wait_ended(qmp: &limosa_qemu::qmp::Qmp) -> Outcome<()> {
+    let ended = async {
+        loop {
+            let status = migrate::status(qmp).await.or_fail("asking QEMU")?;
+            match status.status {
+                MigrationStatus::Completed => return Ok(()),
+                MigrationStatus::Failed | MigrationStatus::Cancelled | MigrationStatus::None => {
+                    return Err(memory_failure(status.error_desc.as_deref()));
+                }
+                _ => tokio::time::sleep(ENDED_LOOK_EVERY).await,
+            }
+        }
+    };
+    let waited = tokio::time::timeout(QEMU_ENDS_MAX, ended).await;
+    waited.unwrap_or_else(|_| Err(Failure::internal("QEMU does not end its migration")))
 }
 
 async fn wait_completed(

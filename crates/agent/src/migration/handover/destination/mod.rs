@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
 use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
-use crate::migration::incoming::{self, let_run};
+use crate::migration::incoming::{self, Set, let_run};
 use crate::migration::job::Job;
 use crate::peer_link::PeerLink;
 use crate::store::{MigrationRecord, VmRecord};
@@ -201,6 +201,20 @@ impl DestinationHand {
 
     pub(crate) fn hold_plane(&self, plane: DestinationPlane) {
         *self.lock_plane() = Some(plane);
+    }
+
+    /// Has the plane go on over other connections; gives them back when there is
+    /// none. Those that it cannot use are lost, which it tells itself.
+    pub(crate) fn reconnect(&self, set: Set) -> Option<Set> {
+        match &*self.lock_plane() {
+            None => return Some(set),
+            Some(plane) => {
+                if let Err(error) = plane.reconnect(set.channels, set.return_path) {
+                    tracing::warn!(migration = %self.id(), %error, "connections are not used");
+                }
+            }
+        }
+        None
     }
 
     pub(crate) fn take_plane(&self) -> Option<DestinationPlane> {

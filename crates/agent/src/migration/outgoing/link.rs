@@ -1,0 +1,262 @@
+//! The link of a migration at its source, which opens all connections.
+//!
+//! ```text
+//!                 ┌─ up ◄──────────────── LinkBack ────────────────┐
+//! plane: LinkLost ▼                                                │
+//!        lost ─► ask the destination ─► open a new set ─► the plane goes on
+//!          │          └ it gave up ─┐       └ not to be had: again in a moment
+//!          └ `link_wait_s` over ────┴─► ended: the migration is aborted
+//! ```
+//!
+//! **Invariants.** A set of connections has a number of its own, and no number
+//! comes twice. Once ended, a link stays ended.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use limosa_plane::{ChannelIo, PlaneError, PlaneEvent, SourcePlane};
+use limosa_protocol::id::MigrationId;
+use limosa_protocol::peer::{ChannelHello, ChannelRole, DestinationWord};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Source;
+use crate::agent::Agent;
+use crate::failure::{Failure, Outcome, chain};
+use crate::migration::job::Job;
+use crate::peer_link::{PeerError, PeerLink, into_blocking};
+
+/// Pause between two tries to have a link again.
+const TRY_EVERY: Duration = Duration::from_millis(500);
+/// Longest wait for the destination's word on a migration whose link is lost, in
+/// milliseconds.
+const WORD_MS_MAX: u64 = 5_000;
+
+/// Where the link stands.
+#[derive(Debug, Clone)]
+pub(super) enum LinkState {
+    Up,
+    Lost(PlaneError),
+    /// Nobody waits for it any more
+    Ended(Failure),
+}
+
+impl LinkState {
+    pub(super) fn is_up(&self) -> bool {
+        matches!(self, Self::Up)
+    }
+}
+
+/// Puts what the plane says of its link into the state of it; gives other events
+/// back.
+pub(super) fn take_event(
+    state: &watch::Sender<LinkState>,
+    job: &Job,
+    wait: Duration,
+    event: PlaneEvent,
+) -> Option<PlaneEvent> {
+    let next = match event {
+        PlaneEvent::LinkLost(error) => LinkState::Lost(error),
+        PlaneEvent::LinkBack => LinkState::Up,
+        other => return Some(other),
+    };
+    match &next {
+        LinkState::Lost(error) => {
+            tracing::warn!(migration = %job.id(), error = chain(error), "the link is lost");
+            job.tell_link_lost(chain(error), wait);
+        }
+        _ => {
+            tracing::info!(migration = %job.id(), "the link is back");
+            job.tell_link_back();
+        }
+    }
+    state.send_if_modified(|state| {
+        let is_open = !matches!(state, LinkState::Ended(_));
+        if is_open {
+            *state = next;
+        }
+        is_open
+    });
+    None
+}
+
+/// Opens all connections of a plane, one set after the other.
+pub(super) struct Connector {
+    pub(super) link: Arc<PeerLink>,
+    pub(super) migration: MigrationId,
+    pub(super) token: String,
+    pub(super) channel_count: u8,
+    /// Number of the set that was tried last
+    pub(super) set: u32,
+}
+
+impl Connector {
+    /// Opens the channels, by number, and the return path.
+    pub(super) async fn open(&mut self) -> Result<(Vec<ChannelIo>, ChannelIo), PeerError> {
+        self.set += 1;
+        let mut channels = Vec::new();
+        for index in 0..self.channel_count {
+            channels.push(self.open_one(ChannelRole::Channel(index)).await?);
+        }
+        Ok((channels, self.open_one(ChannelRole::ReturnPath).await?))
+    }
+
+    async fn open_one(&self, role: ChannelRole) -> Result<ChannelIo, PeerError> {
+        let hello = ChannelHello {
+            migration: self.migration,
+            token: self.token.clone(),
+            set: self.set,
+            role,
+        };
+        let stream = self.link.open_channel(&hello).await?;
+        let (socket, tls) = stream.into_inner();
+        into_blocking(socket, tls.into())
+            .map_err(|error| PeerError::Here(format!("opening a data channel: {error}")))
+    }
+}
+
+/// Brings new connections whenever those of a plane are lost; ends when dropped.
+pub(super) struct LinkKeeper(tokio::task::JoinHandle<()>);
+
+impl Drop for LinkKeeper {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// - `wait`: how long a lost link is waited for.
+pub(super) fn keep(
+    connector: Connector,
+    plane: &Arc<SourcePlane>,
+    state: watch::Sender<LinkState>,
+    wait: Duration,
+) -> LinkKeeper {
+    let plane = Arc::clone(plane);
+    LinkKeeper(tokio::spawn(async move {
+        let mut connector = connector;
+        let mut changes = state.subscribe();
+        loop {
+            // The sender is ours: it is never gone.
+            let lost = changes.wait_for(|state| !state.is_up()).await.map(|state| state.clone());
+            let Ok(LinkState::Lost(why)) = lost else { return };
+            let again = have_again(&mut connector, &plane, &mut changes);
+            let ended = match tokio::time::timeout(wait, again).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(failure)) => failure,
+                Err(_elapsed) => Failure::peer(format!(
+                    "the link to {} was lost and did not come back within {} s ({})",
+                    connector.link.name(),
+                    wait.as_secs(),
+                    chain(&why)
+                )),
+            };
+            state.send_replace(LinkState::Ended(ended));
+        }
+    }))
+}
+
+/// Tries until the link is there again, or cannot come back.
+async fn have_again(
+    connector: &mut Connector,
+    plane: &SourcePlane,
+    changes: &mut watch::Receiver<LinkState>,
+) -> Outcome<()> {
+    loop {
+        expect_receiving(connector).await?;
+        match connector.open().await {
+            Ok((channels, return_path)) => {
+                changes.mark_unchanged();
+                plane
+                    .reconnect(channels, return_path)
+                    .map_err(|error| Failure::internal(chain(&error)))?;
+                // The plane says what becomes of them, before long: it does not
+                // suffer silence.
+                if changes.changed().await.is_err() || changes.borrow().is_up() {
+                    return Ok(());
+                }
+            }
+            Err(PeerError::Here(message)) => return Err(Failure::internal(message)),
+            // One that refuses has its reasons, which it tells when asked.
+            Err(error) => tracing::debug!(%error, "no link yet"),
+        }
+        tokio::time::sleep(TRY_EVERY).await;
+    }
+}
+
+/// Fails when the destination does not receive any more; one that does not
+/// answer may.
+async fn expect_receiving(connector: &Connector) -> Outcome<()> {
+    let path = format!("/peer/v1/migrations/{}", connector.migration);
+    let host = connector.link.name();
+    match connector.link.get_within(&path, WORD_MS_MAX).await {
+        Ok(DestinationWord::Declined { reason, .. }) => {
+            Err(Failure::peer(format!("{host} gave up: {reason}")))
+        }
+        Ok(DestinationWord::Unheard) => {
+            Err(Failure::peer(format!("{host} does not know this migration any more")))
+        }
+        Ok(_) => Ok(()),
+        Err(error) => {
+            tracing::debug!(%error, "no link yet");
+            Ok(())
+        }
+    }
+}
+
+/// Repeats requests to a destination that cannot be reached, for as long as a
+/// lost link is waited for.
+pub(super) struct Patience<'a> {
+    job: &'a Job,
+    wait: Duration,
+    lost: Option<Instant>,
+}
+
+impl Patience<'_> {
+    /// Waits a moment before the next try; fails when it has waited enough, or
+    /// when another try would change nothing.
+    pub(super) async fn again(&mut self, error: PeerError) -> Outcome<()> {
+        let PeerError::Unreachable(why) = error else { return Err(error.into()) };
+        let lost = *self.lost.get_or_insert_with(Instant::now);
+        if lost.elapsed() >= self.wait {
+            return Err(Failure::peer(format!("{why}, for {} s", self.wait.as_secs())));
+        }
+        self.job.tell_link_lost(why, self.wait);
+        tokio::time::sleep(TRY_EVERY).await;
+        Ok(())
+    }
+}
+
+impl Drop for Patience<'_> {
+    fn drop(&mut self) {
+        if self.lost.is_some() {
+            self.job.tell_link_back();
+        }
+    }
+}
+
+impl Source {
+    pub(super) fn patience(&self) -> Patience<'_> {
+        Patience { job: &self.job, wait: link_wait(&self.agent), lost: None }
+    }
+
+    /// Ends with the reason when the link is given up.
+    pub(super) async fn link_ended(mut state: watch::Receiver<LinkState>) -> Failure {
+        let ended = state.wait_for(|state| matches!(state, LinkState::Ended(_))).await;
+        match ended.as_deref() {
+            Ok(LinkState::Ended(failure)) => failure.clone(),
+            // Whoever asks has the sender.
+            _ => Failure::internal("the link is not looked after any more"),
+        }
+    }
+
+    /// Waits until there is a link.
+    pub(super) async fn wait_for_link(&self) {
+        // The sender is ours: it is never gone.
+        self.link_state.subscribe().wait_for(LinkState::is_up).await.ok();
+    }
+}
+
+/// How long a lost link is waited for.
+pub(crate) fn link_wait(agent: &Agent) -> Duration {
+    Duration::from_secs(agent.config.migration.link_wait_s.into())
+}

@@ -1,0 +1,150 @@
+//! Stories of links between hosts that break: before the commit point a migration
+//! waits for them, and only for so long.
+//!
+//! ```text
+//! move ─► link lost ─┬─ back in time ─► both go on where they stood ─► moved
+//!                    └─ not back ─────► the VM stays, nothing is left at the other
+//! ```
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use limosa_protocol::fault::Action;
+use limosa_protocol::migration::{Migration, Outcome, Phase};
+use serde_json::Value;
+
+use super::faults::{self, SETTLE_TIMEOUT, point_in, slow, stayed};
+use super::points::{Point, wait};
+use super::scene::Scene;
+use super::steps;
+use super::{Story, tiny};
+use crate::lab::Lab;
+use crate::net::Cut;
+
+/// How long a link is away that comes back: longer than it takes to be noticed.
+const AWAY: Duration = Duration::from_secs(7);
+/// Most that may be sent twice after a loss, in bytes: what a sender keeps until it
+/// is acknowledged.
+const RESENT_BYTES_MAX: u64 = 8 << 20;
+
+pub(super) const STORIES: &[Story] = &[
+    Story {
+        name: "link-lost-in-prepare",
+        proves: "a link that comes back while the destination prepares is waited for",
+        plan: slow,
+        run: |lab| comes_back(lab, Phase::Prepare, Cut::Cable),
+    },
+    Story {
+        name: "link-lost-in-mirror",
+        proves: "a link that falls silent while disks are mirrored is waited for, and what has \
+                 arrived is not sent again",
+        plan: slow,
+        run: |lab| comes_back(lab, Phase::Mirror, Cut::Silent),
+    },
+    Story {
+        name: "link-lost-in-pre-copy",
+        proves: "a link that is pulled while memory is copied is waited for, and what has \
+                 arrived is not sent again",
+        plan: slow,
+        run: |lab| comes_back(lab, Phase::PreCopy, Cut::Cable),
+    },
+    Story {
+        name: "link-lost-in-switchover",
+        proves: "a guest that is stopped when the link is lost soon runs on at the source, and \
+                 moves once the link is back",
+        plan: slow,
+        run: in_switchover,
+    },
+    Story {
+        name: "link-cut",
+        proves: "the cable is pulled for good: the VM goes on at the source",
+        plan: slow,
+        run: |lab| is_gone(lab, Cut::Cable),
+    },
+    Story {
+        name: "link-silent",
+        proves: "the link drops everything silently for good: the VM goes on at the source",
+        plan: slow,
+        run: |lab| is_gone(lab, Cut::Silent),
+    },
+];
+
+/// Follows a move to its end, which must be at b.
+fn moved(lab: &Lab, migration: &Migration) -> Result<Migration> {
+    let gathered = steps::follow(lab.host("a"), migration, SETTLE_TIMEOUT)?;
+    let last = gathered.last().context("nothing was said")?;
+    ensure!(
+        last.outcome == Some(Outcome::Moved),
+        "it ended as {:?}, {:?}",
+        last.outcome,
+        last.reason
+    );
+    Ok(last.clone())
+}
+
+fn comes_back(lab: &mut Lab, phase: Phase, how: Cut) -> Result<()> {
+    let (scene, migration) = if phase == Phase::Prepare {
+        let held = faults::held(lab, phase)?;
+        lab.net().cut(0, "b", how)?;
+        held.point.release()?;
+        (held.scene, held.migration)
+    } else {
+        let (scene, migration) = faults::moving(lab, phase)?;
+        lab.net().cut(0, "b", how)?;
+        (scene, migration)
+    };
+    let before = scene.so_far().0;
+    let lost = Instant::now();
+    wait("the loss is told", || {
+        let view = steps::look_at_move(lab.host("a"), &migration)?;
+        ensure!(view.outcome.is_none(), "it ended: {:?}", view.reason);
+        Ok(view.progress.link_loss)
+    })?;
+    std::thread::sleep(AWAY.saturating_sub(lost.elapsed()));
+    let meanwhile = scene.so_far().0;
+    ensure!(
+        meanwhile.heartbeats.exchanges > before.heartbeats.exchanges,
+        "the guest stood while the link was lost"
+    );
+    lab.net().restore(0, "b")?;
+    let view = moved(lab, &migration)?;
+    let summary = view.summary.context("a move without a summary")?;
+    ensure!(summary.link_loss_count > 0, "nobody noticed that the link was lost");
+    let resent_bytes = summary.moved.resent_bytes;
+    ensure!(resent_bytes <= RESENT_BYTES_MAX, "{resent_bytes} bytes were sent again");
+    scene.end(lab, "b").map(drop)
+}
+
+fn in_switchover(lab: &mut Lab) -> Result<()> {
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let point = Point::arm(lab, "a", point_in(Phase::Switchover), Action::Hold)?;
+    let migration = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    point.wait()?;
+    lab.net().cut(0, "b", Cut::Silent)?;
+    point.release()?;
+    let stood = scene.so_far().0.heartbeats.exchanges;
+    wait("the guest's going on at the source", || {
+        let view = steps::look_at_move(lab.host("a"), &migration)?;
+        ensure!(view.outcome.is_none(), "it ended: {:?}", view.reason);
+        let beats = scene.so_far().0.heartbeats.exchanges;
+        Ok((view.progress.given_up_switchover_count > 0 && beats > stood).then_some(()))
+    })?;
+    lab.net().restore(0, "b")?;
+    let view = moved(lab, &migration)?;
+    let summary = view.summary.context("a move without a summary")?;
+    ensure!(summary.given_up_switchover_count == 1, "{summary:?}");
+    scene.end(lab, "b").map(drop)
+}
+
+fn is_gone(lab: &mut Lab, how: Cut) -> Result<()> {
+    let (scene, migration) = faults::moving(lab, Phase::Mirror)?;
+    lab.net().cut(0, "b", how)?;
+    let reason = stayed(lab, &migration)?;
+    ensure!(reason.contains("did not come back"), "it stayed because {reason}");
+    lab.net().restore(0, "b")?;
+    let vm = scene.vm.clone();
+    scene.end(lab, "a")?;
+    lab.net().set_speed(0, None)?;
+    steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
+    steps::assert_only_at(lab, &vm, "b")
+}
