@@ -77,6 +77,8 @@ pub(crate) struct MigrationConfig {
     pub(crate) compression: bool,
     /// How long a migration waits for a lost link, in seconds.
     pub(crate) link_wait_s: u32,
+    /// Folders, besides the agent's own, in which VMs that move here may lie.
+    pub(crate) storage_roots: Vec<PathBuf>,
 }
 
 impl Default for Config {
@@ -114,6 +116,7 @@ impl Default for MigrationConfig {
             window_kib: 4096,
             compression: true,
             link_wait_s: 60,
+            storage_roots: vec!["/srv".into(), "/mnt".into()],
         }
     }
 }
@@ -154,6 +157,9 @@ impl Config {
         }
         if !(256..=1 << 20).contains(&migration.window_kib) {
             bail!("migration.window_kib is {}: it must be 256 to 1048576", migration.window_kib);
+        }
+        if let Some(root) = migration.storage_roots.iter().find(|root| !root.is_absolute()) {
+            bail!("migration.storage_roots: {} is not an absolute path", root.display());
         }
         if !(1..=LINK_WAIT_S_MAX).contains(&migration.link_wait_s) {
             bail!(

@@ -65,7 +65,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
         .or_fail(&format!("VM {} cannot be started by this QEMU", definition.name))?;
     let configuration = files::place(&definition.places.configuration, "configuration")?;
     let cgroup = make_cgroup(definition);
-    let process = process::spawn(&ProcessSpec {
+    let spawned = process::spawn(&ProcessSpec {
         binary: agent.qemu.binary.clone(),
         args: arguments,
         user: agent.qemu.user.as_ref().map(|user| process::User {
@@ -78,12 +78,15 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
         keep_fds: taps,
     })
     .await
-    .or_fail(&format!("starting QEMU for VM {}", definition.name))?;
+    .or_fail(&format!("starting QEMU for VM {}", definition.name));
+    let process = spawned.inspect_err(|_| remove_cgroup(cgroup.as_deref()))?;
     let started = process.wait_ready(&runtime.join(launch::QMP_SOCKET), QEMU_START).await;
     let qmp = match started {
         Ok(qmp) => qmp,
         Err(error) => {
             process::kill(&process.id).await.ok();
+            process::wait_exit(&process.id, QEMU_EXIT).await.ok();
+            remove_cgroup(cgroup.as_deref());
             return Err(Failure::internal(format!(
                 "QEMU for VM {} did not start: {}",
                 definition.name,

@@ -266,6 +266,9 @@ fn compare(lab: &mut Lab) -> Result<()> {
             "no mend: {problem}"
         );
     }
+    let elsewhere = serde_json::json!({"to": "b", "storage_path": "/etc/cron.d/vm"});
+    let told: Value = lab.host("a").api("POST", &path, Some(&elsewhere))?.read()?;
+    ensure!(told.to_string().contains("storage_roots"), "b would write to /etc: {told}");
     let path = format!("/v1/vms/{}/move", wanted.name);
     let refused = lab.host("a").api("POST", &path, Some(&request))?;
     if refused.status < 400 {

@@ -46,6 +46,7 @@ pub(super) async fn check(
     problems: &mut Vec<Problem>,
 ) -> Outcome<()> {
     check_form(placed, &offer.request, problems);
+    check_roots(agent, &offer.request, problems);
     check_free(placed, problems)?;
     let mut room = BTreeMap::<u64, Room>::new();
     let mut told = Vec::new();
@@ -83,6 +84,30 @@ pub(super) async fn check(
 fn is_whole(path: &Path) -> bool {
     let climbs = path.components().any(|part| part == Component::ParentDir);
     path.is_absolute() && !climbs && path.file_name().is_some()
+}
+
+/// Whether the paths that were asked for lie where other hosts may have files
+/// made: a paired host is not to write to any folder of this one.
+fn check_roots(agent: &Agent, request: &MoveRequest, problems: &mut Vec<Problem>) {
+    let roots = || [&agent.config.folder].into_iter().chain(&agent.config.migration.storage_roots);
+    let outside = |path: &&PathBuf| is_whole(path) && !roots().any(|root| path.starts_with(root));
+    for path in request.storage_path.iter().chain(request.disks.values()).filter(outside) {
+        let list: Vec<String> = roots().map(|root| root.display().to_string()).collect();
+        problems.push(problem(
+            ProblemCode::BadPath,
+            format!(
+                "{} takes no VMs at {}, only in {}",
+                agent.name,
+                path.display(),
+                list.join(", ")
+            ),
+            format!(
+                "name a place in one of these, or add one to `storage_roots` in section \
+                 `migration` of limosad.toml on {} and restart limosad",
+                agent.name
+            ),
+        ));
+    }
 }
 
 /// Paths that were asked for and cannot be meant.
