@@ -278,11 +278,12 @@ impl PeerLink {
         })
     }
 
-    /// Opens a data channel or return path, past its hello.
+    /// Opens a data channel or return path, past its hello; `None` when the
+    /// destination has everything already.
     pub(crate) async fn open_channel(
         &self,
         hello: &ChannelHello,
-    ) -> Result<TlsStream<TcpStream>, PeerError> {
+    ) -> Result<Option<TlsStream<TcpStream>>, PeerError> {
         fault::reach(Kind::Send, "channel", Edge::Before).await;
         let opened = self.connect_channel(hello).await;
         fault::reach(Kind::Send, "channel", Edge::After).await;
@@ -292,7 +293,7 @@ impl PeerLink {
     async fn connect_channel(
         &self,
         hello: &ChannelHello,
-    ) -> Result<TlsStream<TcpStream>, PeerError> {
+    ) -> Result<Option<TlsStream<TcpStream>>, PeerError> {
         let unreachable = |what: String| {
             PeerError::Unreachable(format!("a data channel to {}: {what}", self.name))
         };
@@ -311,11 +312,12 @@ impl PeerLink {
             stream.write_all(&length.to_be_bytes()).await?;
             stream.write_all(&text).await?;
             stream.flush().await?;
-            // One byte tells that the hello was accepted.
             stream.read_u8().await
         };
         match tokio::time::timeout(Duration::from_millis(CONNECT_MS_MAX), exchange).await {
-            Ok(Ok(_accepted)) => Ok(stream),
+            Ok(Ok(peer::CHANNEL_ACCEPTED)) => Ok(Some(stream)),
+            Ok(Ok(peer::CHANNEL_NOT_NEEDED)) => Ok(None),
+            Ok(Ok(_)) => Err(unreachable("an answer that is not understood".to_owned())),
             Ok(Err(error)) => Err(unreachable(error.to_string())),
             Err(_) => Err(unreachable(format!("no answer within {CONNECT_MS_MAX} ms"))),
         }

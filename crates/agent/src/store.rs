@@ -77,7 +77,7 @@ pub(crate) struct MigrationRecord {
     pub(crate) retain_source_disks: bool,
     /// What operators see of it.
     pub(crate) view: Migration,
-    /// Destination: the VM as it will be here.
+    /// The VM: at the destination as it will be here, at the source as it was.
     pub(crate) definition: Option<VmDefinition>,
     /// Destination: files and folders made for it, to be removed if it declines.
     pub(crate) made: Vec<PathBuf>,

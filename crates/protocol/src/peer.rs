@@ -121,6 +121,11 @@ pub struct ChannelHello {
     pub role: ChannelRole,
 }
 
+/// The destination's answer to a hello: frames may follow.
+pub const CHANNEL_ACCEPTED: u8 = 1;
+/// The destination's answer to a hello: it has everything already.
+pub const CHANNEL_NOT_NEEDED: u8 = 2;
+
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -26,6 +26,9 @@ const QEMU_START: Duration = Duration::from_secs(20);
 const QEMU_ANSWER: Duration = Duration::from_secs(5);
 /// Longest wait for a QEMU's end once it closed its socket.
 const QEMU_EXIT: Duration = Duration::from_secs(10);
+/// How often the removal of a busy cgroup is tried, and the pause between.
+const CGROUP_TRY_COUNT_MAX: u32 = 50;
+const CGROUP_TRY_EVERY: Duration = Duration::from_millis(20);
 /// Parent of the cgroups of all VMs, below the cgroup file system's root.
 const CGROUP_PARENT: &str = "limosa";
 
@@ -208,12 +211,25 @@ fn make_cgroup(definition: &VmDefinition) -> Option<PathBuf> {
     }
 }
 
+/// Removes the cgroup of a VM whose processes have ended, whoever ended them.
+pub(crate) fn remove_cgroups(definition: &VmDefinition) {
+    cgroups_of(definition).for_each(|group| remove_cgroup(Some(&group)));
+}
+
 fn remove_cgroup(group: Option<&std::path::Path>) {
-    // Not empty for a moment after the end of its last process; an empty one
-    // that stays costs nothing and is used again.
-    if let Some(group) = group {
-        std::fs::remove_dir(group).ok();
-    }
+    let Some(group) = group.map(std::path::Path::to_owned) else { return };
+    tokio::spawn(async move {
+        // Busy for a moment after the end of its last process. One that stays
+        // busy has another QEMU of the VM by now.
+        for _ in 0..CGROUP_TRY_COUNT_MAX {
+            match std::fs::remove_dir(&group) {
+                Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                    tokio::time::sleep(CGROUP_TRY_EVERY).await;
+                }
+                _ => return,
+            }
+        }
+    });
 }
 
 /// Starts a VM that is off.

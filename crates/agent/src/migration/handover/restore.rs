@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use limosa_protocol::handover::{DestinationAction, Guest, Receipt, SourceAction, Stage, persist};
 use limosa_protocol::migration::Role;
+use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::power::{self, RunState};
 use limosa_qemu::process;
 
@@ -66,11 +67,14 @@ async fn restore_source(
     record: MigrationRecord,
     receipt: Receipt,
 ) -> Outcome<Restored> {
-    let vm = agent.vm(&record.view.vm)?;
+    let vm = match agent.vm(&record.view.vm) {
+        Ok(vm) => vm,
+        Err(failure) => half_freed(agent, &record)?.ok_or(failure)?,
+    };
     let (id, is_told) = (record.view.id, record.view.ended_unix_ms.is_some());
     let mut of_vm = vm.lock().await;
     let (guest, qemu) = if record.off {
-        end_reader(&record).await?;
+        end_reader(&record, &of_vm.definition).await?;
         (Guest::Off, None)
     } else {
         match (&of_vm.qemu, record.handover.stage) {
@@ -92,21 +96,41 @@ async fn restore_source(
     Ok(Restored::Source(hand, actions))
 }
 
+/// A VM whose files were being removed when the agent ended: its definition may
+/// have been the first of them.
+fn half_freed(agent: &Arc<Agent>, record: &MigrationRecord) -> Outcome<Option<Arc<Vm>>> {
+    let of_vm: Option<VmRecord> = agent.store.get(record.view.vm.as_str())?;
+    let (Stage::HandedOver, Some(of_vm), Some(definition)) =
+        (record.handover.stage, of_vm, record.definition.clone())
+    else {
+        return Ok(None);
+    };
+    let vm = Arc::new(Vm::new(definition, of_vm));
+    agent.add_vm(Arc::clone(&vm))?;
+    Ok(Some(vm))
+}
+
 /// Ends a QEMU that only read the disks of a VM that is off.
-async fn end_reader(record: &MigrationRecord) -> Outcome<()> {
-    match record.run.as_ref().filter(|run| process::is_alive(&run.process)) {
+async fn end_reader(record: &MigrationRecord, definition: &VmDefinition) -> Outcome<()> {
+    let ended = match record.run.as_ref().filter(|run| process::is_alive(&run.process)) {
         Some(run) => {
             process::kill(&run.process).await.or_fail("ending a QEMU that only read disks")
         }
         None => Ok(()),
-    }
+    };
+    run::remove_cgroups(definition);
+    ended
 }
 
 async fn restore_destination(
     agent: &Arc<Agent>,
-    record: MigrationRecord,
+    mut record: MigrationRecord,
     receipt: Receipt,
 ) -> Outcome<Restored> {
+    if record.handover.stage == Stage::Preparing {
+        let why = "the destination's agent was restarted before everything had arrived";
+        record.view.reason.get_or_insert_with(|| why.to_owned());
+    }
     let definition = record
         .definition
         .clone()
@@ -147,11 +171,12 @@ async fn look_at_destination(
     record: &MigrationRecord,
 ) -> (Guest, Option<Qemu>) {
     if record.off {
-        if let Err(failure) = end_reader(record).await {
+        let definition = vm.lock().await.definition.clone();
+        if let Err(failure) = end_reader(record, &definition).await {
             tracing::error!(vm = %vm.name, %failure, "it holds the images open");
         }
         if record.run.is_none() {
-            run::end_unrecorded(agent, &vm.lock().await.definition).await;
+            run::end_unrecorded(agent, &definition).await;
         }
         return (Guest::Off, None);
     }

@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use limosa_plane::{ChannelIo, PlaneError};
 use limosa_protocol::id::HostName;
-use limosa_protocol::peer::{CHANNEL_HELLO_BYTES_MAX, ChannelHello, ChannelRole};
+use limosa_protocol::peer::{
+    CHANNEL_ACCEPTED, CHANNEL_HELLO_BYTES_MAX, CHANNEL_NOT_NEEDED, ChannelHello, ChannelRole,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -42,6 +44,7 @@ struct Inner {
     /// Number of the last set that was whole.
     set: u32,
     gathered: Gathered,
+    have_ended: bool,
 }
 
 /// A set that is not whole yet, if it has a number.
@@ -80,6 +83,15 @@ impl Connections {
     /// Whether a whole set has come.
     pub(super) fn have_come(&self) -> bool {
         self.lock().set > 0
+    }
+
+    /// Everything is here: no connection is needed any more.
+    pub(super) fn end(&self) {
+        self.lock().have_ended = true;
+    }
+
+    fn have_ended(&self) -> bool {
+        self.lock().have_ended
     }
 
     /// Whether a connection may be one of this migration.
@@ -159,11 +171,16 @@ impl Incoming {
         self.hand.expect_preparing()?;
         self.connections.check(hello)?;
         let doing = "accepting a channel";
+        let is_needed = !self.connections.have_ended();
+        let answer = if is_needed { CHANNEL_ACCEPTED } else { CHANNEL_NOT_NEEDED };
         let said = async {
-            stream.write_u8(1).await?;
+            stream.write_u8(answer).await?;
             stream.flush().await
         };
         tokio::time::timeout(HELLO_MAX, said).await.or_fail(doing)?.or_fail(doing)?;
+        if !is_needed {
+            return Ok(());
+        }
         let (socket, tls) = stream.into_inner();
         let io = into_blocking(socket, tls.into()).or_fail(doing)?;
         match self.connections.add(hello, io)? {

@@ -256,6 +256,7 @@ pub(crate) async fn free(
     {
         return vec![failure.to_string()];
     }
+    run::remove_cgroups(definition);
     let mut left = Vec::new();
     let runtime = agent.runtime_folder(&definition.name);
     if runtime.exists()

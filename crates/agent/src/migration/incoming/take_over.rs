@@ -71,6 +71,7 @@ impl Incoming {
         if self.offer.running {
             wait_loaded(&qemu).await?;
         }
+        self.connections.end();
         let mut ram_digest = None;
         if let Some(plane) = self.hand.take_plane() {
             ram_digest = plane.ram_digest();

@@ -12,6 +12,7 @@
 //! comes twice. Once ended, a link stays ended.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use limosa_plane::{ChannelIo, PlaneError, PlaneEvent, SourcePlane};
@@ -26,6 +27,9 @@ use crate::failure::{Failure, Outcome, chain};
 use crate::migration::job::Job;
 use crate::peer_link::{PeerError, PeerLink, into_blocking};
 
+/// A destination that has everything closes its connections; until the source
+/// hears that it is ready, it need not look after them.
+const THROUGH_GRACE: Duration = Duration::from_secs(1);
 /// Pause between two tries to have a link again.
 const TRY_EVERY: Duration = Duration::from_millis(500);
 /// Longest wait for the destination's word on a migration whose link is lost, in
@@ -49,10 +53,13 @@ impl LinkState {
 
 /// Puts what the plane says of its link into the state of it; gives other events
 /// back.
+///
+/// - `through`: the destination has everything, so that a loss is no news.
 pub(super) fn take_event(
     state: &watch::Sender<LinkState>,
     job: &Job,
     wait: Duration,
+    through: bool,
     event: PlaneEvent,
 ) -> Option<PlaneEvent> {
     let next = match event {
@@ -61,6 +68,7 @@ pub(super) fn take_event(
         other => return Some(other),
     };
     match &next {
+        _ if through => {}
         LinkState::Lost(error) => {
             tracing::warn!(migration = %job.id(), error = chain(error), "the link is lost");
             job.tell_link_lost(chain(error), wait);
@@ -91,26 +99,32 @@ pub(super) struct Connector {
 }
 
 impl Connector {
-    /// Opens the channels, by number, and the return path.
-    pub(super) async fn open(&mut self) -> Result<(Vec<ChannelIo>, ChannelIo), PeerError> {
+    /// Opens the channels, by number, and the return path; `None` when the
+    /// destination has everything already.
+    pub(super) async fn open(&mut self) -> Result<Option<(Vec<ChannelIo>, ChannelIo)>, PeerError> {
         self.set += 1;
         let mut channels = Vec::new();
         for index in 0..self.channel_count {
-            channels.push(self.open_one(ChannelRole::Channel(index)).await?);
+            let Some(channel) = self.open_one(ChannelRole::Channel(index)).await? else {
+                return Ok(None);
+            };
+            channels.push(channel);
         }
-        Ok((channels, self.open_one(ChannelRole::ReturnPath).await?))
+        let return_path = self.open_one(ChannelRole::ReturnPath).await?;
+        Ok(return_path.map(|return_path| (channels, return_path)))
     }
 
-    async fn open_one(&self, role: ChannelRole) -> Result<ChannelIo, PeerError> {
+    async fn open_one(&self, role: ChannelRole) -> Result<Option<ChannelIo>, PeerError> {
         let hello = ChannelHello {
             migration: self.migration,
             token: self.token.clone(),
             set: self.set,
             role,
         };
-        let stream = self.link.open_channel(&hello).await?;
+        let Some(stream) = self.link.open_channel(&hello).await? else { return Ok(None) };
         let (socket, tls) = stream.into_inner();
         into_blocking(socket, tls.into())
+            .map(Some)
             .map_err(|error| PeerError::Here(format!("opening a data channel: {error}")))
     }
 }
@@ -130,6 +144,7 @@ pub(super) fn keep(
     plane: &Arc<SourcePlane>,
     state: watch::Sender<LinkState>,
     wait: Duration,
+    through: Arc<AtomicBool>,
 ) -> LinkKeeper {
     let plane = Arc::clone(plane);
     LinkKeeper(tokio::spawn(async move {
@@ -139,9 +154,13 @@ pub(super) fn keep(
             // The sender is ours: it is never gone.
             let lost = changes.wait_for(|state| !state.is_up()).await.map(|state| state.clone());
             let Ok(LinkState::Lost(why)) = lost else { return };
+            if through.load(Ordering::Acquire) {
+                tokio::time::sleep(THROUGH_GRACE).await;
+            }
             let again = have_again(&mut connector, &plane, &mut changes);
             let ended = match tokio::time::timeout(wait, again).await {
-                Ok(Ok(())) => continue,
+                Ok(Ok(true)) => continue,
+                Ok(Ok(false)) => return,
                 Ok(Err(failure)) => failure,
                 Err(_elapsed) => Failure::peer(format!(
                     "the link to {} was lost and did not come back within {} s ({})",
@@ -155,16 +174,18 @@ pub(super) fn keep(
     }))
 }
 
-/// Tries until the link is there again, or cannot come back.
+/// Tries until the link is there again, or cannot come back; `false` when it is
+/// not needed any more.
 async fn have_again(
     connector: &mut Connector,
     plane: &SourcePlane,
     changes: &mut watch::Receiver<LinkState>,
-) -> Outcome<()> {
+) -> Outcome<bool> {
     loop {
         expect_receiving(connector).await?;
         match connector.open().await {
-            Ok((channels, return_path)) => {
+            Ok(None) => return Ok(false),
+            Ok(Some((channels, return_path))) => {
                 changes.mark_unchanged();
                 plane
                     .reconnect(channels, return_path)
@@ -172,7 +193,7 @@ async fn have_again(
                 // The plane says what becomes of them, before long: it does not
                 // suffer silence.
                 if changes.changed().await.is_err() || changes.borrow().is_up() {
-                    return Ok(());
+                    return Ok(true);
                 }
             }
             Err(PeerError::Here(message)) => return Err(Failure::internal(message)),

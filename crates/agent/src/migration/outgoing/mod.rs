@@ -18,6 +18,7 @@ mod switchover;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_plane::{PlaneEvent, SourcePlane};
 use limosa_protocol::handover::{Record, Stage};
@@ -60,6 +61,8 @@ pub(crate) struct Source {
     was_running: bool,
     plane: Option<Arc<SourcePlane>>,
     link_state: watch::Sender<LinkState>,
+    /// The destination has all of the VM.
+    through: Arc<AtomicBool>,
     link_keeper: Option<LinkKeeper>,
     /// Disks whose mirror has ended well, with both sides equal.
     mirrored: BTreeSet<DiskId>,
@@ -110,7 +113,7 @@ pub(crate) async fn begin(
         paused: !off && !was_running,
         retain_source_disks: request.retain_source_disks,
         view: job.view(),
-        definition: None,
+        definition: Some(inner.definition.clone()),
         made: Vec::new(),
         run: off.then(|| run::run_record(&qemu)),
         addresses: Vec::new(),
@@ -146,6 +149,7 @@ pub(crate) async fn begin(
         was_running,
         plane: None,
         link_state: watch::Sender::new(LinkState::Up),
+        through: Arc::default(),
         link_keeper: None,
         mirrored: BTreeSet::new(),
         events: None,
@@ -180,12 +184,12 @@ impl Source {
             self.job.enter(Phase::Mirror);
             self.mirror().await?;
             let switched = if self.offer.running {
-                self.job.enter(Phase::PreCopy);
                 self.pre_copy().await?
             } else {
                 self.job.enter(Phase::Switchover);
                 self.stop_without_memory().await?
             };
+            self.through.store(true, Ordering::Release);
             self.verify_fully().await?;
             Ok(switched)
         };

@@ -1,6 +1,7 @@
 //! `prepare`: the destination makes room, and the channels are opened.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 use limosa_protocol::peer::{OfferAnswer, Receive, Receiving};
@@ -39,7 +40,8 @@ impl Source {
         let mut patience = self.patience();
         let (channels, return_path) = loop {
             match connector.open().await {
-                Ok(opened) => break opened,
+                Ok(Some(opened)) => break opened,
+                Ok(None) => return Err(Failure::peer("the destination expects no channels")),
                 Err(error) => patience.again(error).await?,
             }
         };
@@ -87,6 +89,7 @@ impl Source {
         self.events = Some(events);
         let wait = link_wait(&self.agent);
         let (state, job) = (self.link_state.clone(), Arc::clone(&self.job));
+        let through = Arc::clone(&self.through);
         let spec = SourceSpec {
             channels,
             return_path,
@@ -94,14 +97,22 @@ impl Source {
             disks: self.disks(),
             settings: plane_settings(&self.agent),
             on_event: Arc::new(move |event| {
-                let Some(event) = link::take_event(&state, &job, wait, event) else { return };
+                let through = through.load(Ordering::Acquire);
+                let event = link::take_event(&state, &job, wait, through, event);
+                let Some(event) = event else { return };
                 if sender.try_send(event).is_err() {
                     tracing::debug!("a plane event came after the migration's end");
                 }
             }),
         };
         let plane = Arc::new(SourcePlane::start(spec).or_fail("starting the data plane")?);
-        self.link_keeper = Some(link::keep(connector, &plane, self.link_state.clone(), wait));
+        self.link_keeper = Some(link::keep(
+            connector,
+            &plane,
+            self.link_state.clone(),
+            wait,
+            Arc::clone(&self.through),
+        ));
         self.plane = Some(plane);
         Ok(())
     }

@@ -21,6 +21,7 @@ pub(crate) async fn free_source(
         // Files of a process that lives are not removed below it.
         return left;
     }
+    run::remove_cgroups(definition);
     let runtime = agent.runtime_folder(&definition.name);
     if runtime.exists()
         && let Err(error) = std::fs::remove_dir_all(&runtime)

@@ -224,6 +224,7 @@ impl Source {
             Err(failure) => return abort::abort(self, &failure).await,
         };
         let device_state_done = Instant::now();
+        self.link_keeper = None;
         if matches!(ready, DestinationWord::Ready { .. })
             && let Err(failure) = self.job.pass_commit_point()
         {
