@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = target/debug
 RELEASE = target/release
 
-.PHONY: build release workload demo test unit lint bench soak clean
+.PHONY: build release workload demo test unit lint bench chaos soak clean
 
 build:
 	$(CARGO) build --workspace
@@ -42,6 +42,11 @@ lint:
 bench: release workload
 	scripts/install-packages test
 	$(RELEASE)/limosa-lab bench
+
+# Moves with faults that are drawn; prints the seed of one that fails.
+chaos: build workload
+	scripts/install-packages test
+	$(BIN)/limosa-lab chaos --seed 1 --runs 300
 
 # Hours of moves and faults.
 soak: release workload

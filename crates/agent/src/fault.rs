@@ -17,7 +17,7 @@ use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::Response;
 use limosa_protocol::fault::{
-    ARMED_FILE, Action, Armed, FOLDER_VARIABLE, HOLD_MS_MAX, REACHED_FILE,
+    ARMED_FILE, Action, Armed, FOLDER_VARIABLE, HOLD_MS_MAX, REACHED_PREFIX,
 };
 pub(crate) use limosa_protocol::fault::{Edge, Kind};
 
@@ -120,8 +120,11 @@ impl Held {
 impl Found {
     /// Tells the test; `false` when another task was faster.
     fn disarm(&self) -> bool {
-        let (armed, reached) = (self.folder.join(ARMED_FILE), self.folder.join(REACHED_FILE));
-        std::fs::rename(armed, reached).is_ok()
+        std::fs::rename(self.folder.join(ARMED_FILE), self.reached()).is_ok()
+    }
+
+    fn reached(&self) -> PathBuf {
+        self.folder.join(format!("{REACHED_PREFIX}{}", self.armed.point))
     }
 }
 
@@ -160,7 +163,7 @@ fn strike(found: &Found) -> Option<Held> {
             std::process::abort();
         }
         Action::Hold => Some(Held {
-            file: found.folder.join(REACHED_FILE),
+            file: found.reached(),
             until: Instant::now() + Duration::from_millis(HOLD_MS_MAX),
         }),
         // Elsewhere than at a record there is nothing to fail.

@@ -45,10 +45,21 @@ pub(crate) fn ask<B: Serialize>(
     path: &str,
     body: Option<&B>,
 ) -> Result<Answer> {
+    ask_within(socket, method, path, body, TIMEOUT)
+}
+
+/// The same, with a limit for each time that it waits.
+pub(crate) fn ask_within<B: Serialize>(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: Option<&B>,
+    limit: Duration,
+) -> Result<Answer> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("connecting to {}", socket.display()))?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
     let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\

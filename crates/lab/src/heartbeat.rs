@@ -6,6 +6,7 @@
 //! |-------:|------:|-------|
 //! |      0 |     4 | magic `b"LMHB"` |
 //! |      4 |     8 | sequence number, little-endian, from 0 |
+//! |     12 |     8 | drawn at each boot, so that boots are told apart; may be missing |
 //!
 //! What follows is not looked at.
 
@@ -26,8 +27,14 @@ pub(crate) fn sequence(payload: &[u8]) -> Option<u64> {
     Some(u64::from_le_bytes(rest.get(..8)?.try_into().ok()?))
 }
 
-/// The sequence number when a whole Ethernet frame is a heartbeat.
-pub(crate) fn sequence_in_frame(frame: &[u8]) -> Option<u64> {
+/// What tells boots apart in a heartbeat's payload; 0 when it is missing.
+fn boot(payload: &[u8]) -> u64 {
+    let bytes = payload.get(12..20).and_then(|bytes| bytes.try_into().ok());
+    bytes.map_or(0, u64::from_le_bytes)
+}
+
+/// The sequence number and the boot when a whole Ethernet frame is a heartbeat.
+pub(crate) fn in_frame(frame: &[u8]) -> Option<(u64, u64)> {
     let kind = u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]);
     let packet = frame.get(ETHERNET_BYTES..)?;
     let datagram = match kind {
@@ -39,7 +46,8 @@ pub(crate) fn sequence_in_frame(frame: &[u8]) -> Option<u64> {
         _ => return None,
     };
     let port = u16::from_be_bytes([*datagram.get(2)?, *datagram.get(3)?]);
-    if port == PORT { sequence(datagram.get(UDP_BYTES..)?) } else { None }
+    let payload = datagram.get(UDP_BYTES..).filter(|_| port == PORT)?;
+    Some((sequence(payload)?, boot(payload)))
 }
 
 #[cfg(test)]
@@ -64,12 +72,14 @@ mod tests {
     fn finds_heartbeats_only() {
         let payload = [&MAGIC[..], &77u64.to_le_bytes(), b"more"].concat();
         let frame = frame_v4(PORT, &payload);
-        assert_eq!(sequence_in_frame(&frame), Some(77));
-        assert_eq!(sequence_in_frame(&frame_v4(PORT + 1, &payload)), None);
-        assert_eq!(sequence_in_frame(&frame_v4(PORT, b"LMHC12345678")), None);
+        assert_eq!(in_frame(&frame), Some((77, 0)));
+        let whole_payload = [&payload[..12], &5u64.to_le_bytes()].concat();
+        assert_eq!(in_frame(&frame_v4(PORT, &whole_payload)), Some((77, 5)));
+        assert_eq!(in_frame(&frame_v4(PORT + 1, &payload)), None);
+        assert_eq!(in_frame(&frame_v4(PORT, b"LMHC12345678")), None);
         let whole = ETHERNET_BYTES + 20 + UDP_BYTES + MAGIC.len() + 8;
         for cut in 0..whole {
-            assert_eq!(sequence_in_frame(&frame[..cut]), None, "cut at {cut}");
+            assert_eq!(in_frame(&frame[..cut]), None, "cut at {cut}");
         }
     }
 }

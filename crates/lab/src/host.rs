@@ -63,7 +63,7 @@ impl Host {
     pub(crate) fn create(record: &Record, index: usize, storage: Storage) -> Result<Self> {
         let (name, namespace) = &record.net.hosts[index];
         let dir = record.work.join(name);
-        for part in ["lib", "run", "etc", "log"] {
+        for part in ["lib", "run", "etc", "log", "fault"] {
             std::fs::create_dir_all(dir.join(part))?;
         }
         // The mount points must exist; they are never removed, as removing one
@@ -145,6 +145,20 @@ impl Host {
         self.dir.join("run")
     }
 
+    /// Where tests arm the agent's points of failure.
+    pub(crate) fn fault_dir(&self) -> PathBuf {
+        self.dir.join("fault")
+    }
+
+    /// Forgets what was logged so far.
+    pub(crate) fn clear_logs(&self) -> Result<()> {
+        for entry in std::fs::read_dir(self.log_dir())?.flatten() {
+            // Whoever writes it appends.
+            File::options().write(true).open(entry.path())?.set_len(0)?;
+        }
+        Ok(())
+    }
+
     /// Starts a command within the host that ends by itself or with the host.
     pub(crate) fn start(&self, words: &[String], log: &str) -> Result<Child> {
         let log = File::options().create(true).append(true).open(self.log_dir().join(log))?;
@@ -166,6 +180,16 @@ impl Host {
     /// - `config`: text of `/etc/limosa/limosad.toml`.
     /// - `environment`: further variables, such as points of failure.
     pub(crate) fn start_agent(&mut self, config: &str, environment: &[(&str, &str)]) -> Result<()> {
+        self.launch_agent(config, environment)?;
+        self.wait_for_agent()
+    }
+
+    /// The same without waiting: it may be about to die.
+    pub(crate) fn launch_agent(
+        &mut self,
+        config: &str,
+        environment: &[(&str, &str)],
+    ) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent of host {} runs already", self.name);
         std::fs::write(self.dir.join("etc/limosad.toml"), config)?;
         let program = paths::product("limosad")?;
@@ -178,7 +202,7 @@ impl Host {
         command.arg(&program).envs(environment.iter().copied());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         self.agent = Some(command.spawn().context("starting limosad")?);
-        self.wait_for_agent()
+        Ok(())
     }
 
     /// Kills the agent at once, as a crash would. Its VMs go on.
@@ -277,9 +301,11 @@ impl Host {
     pub(crate) fn leftovers(&self) -> Result<Vec<String>> {
         let mut found: Vec<String> =
             self.qemu_pids().iter().map(|pid| format!("QEMU runs: process {pid:?}")).collect();
-        let files = self.run(&["find", "/var/lib/limosa/vms", "-mindepth", "1"]);
-        // Without any VM ever, the folder may not exist.
-        found.extend(files.unwrap_or_default().lines().map(|path| format!("file {path}")));
+        // Without any VM ever, the folders may not exist.
+        let look = "find /var/lib/limosa/vms /run/limosa/vms -mindepth 1 2>/dev/null; \
+                    find /sys/fs/cgroup/limosa -mindepth 1 -type d 2>/dev/null; :";
+        let files = self.run(&["sh", "-c", look])?;
+        found.extend(files.lines().map(|path| format!("file {path}")));
         let taps =
             self.namespace.run(&["sh", "-c", "ls -d /sys/class/net/*/tun_flags 2>/dev/null; :"])?;
         found.extend(taps.lines().map(|path| format!("TAP {path}")));
@@ -306,7 +332,8 @@ impl Host {
         vec!["-t".into(), pid.to_string(), "-m".into(), "-n".into(), "-u".into(), "-C".into()]
     }
 
-    fn agent_socket(&self) -> PathBuf {
+    /// The agent's socket as the lab sees it.
+    pub(crate) fn agent_socket(&self) -> PathBuf {
         self.dir.join("run").join(AGENT_SOCKET)
     }
 
@@ -314,7 +341,8 @@ impl Host {
         self.log_dir().join("limosad.log")
     }
 
-    fn wait_for_agent(&mut self) -> Result<()> {
+    /// Waits until the agent answers.
+    pub(crate) fn wait_for_agent(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_millis(AGENT_START_TIMEOUT_MS);
         let socket = self.agent_socket();
         loop {

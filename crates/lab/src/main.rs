@@ -10,6 +10,7 @@
 mod api;
 mod bench;
 mod capture;
+mod chaos;
 mod client;
 mod demo;
 mod exec;
@@ -81,6 +82,8 @@ enum Order {
         #[arg(long)]
         stock_only: bool,
     },
+    /// Move a VM again and again while drawn faults strike
+    Chaos(chaos::Wish),
     /// Run all stories over and over
     Soak {
         /// For how long
@@ -121,6 +124,9 @@ fn perform(order: Order) -> Result<ExitCode> {
         Order::Enter { id, host, command } => return enter(id.as_deref(), &host, &command),
         Order::Bench { times, stock_only } => bench::run(times, stock_only)?,
         Order::Demo => demo::run()?,
+        Order::Chaos(wish) => {
+            return Ok(if chaos::run(&wish)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Order::Soak { minutes } => soak::run(minutes)?,
         Order::Stories { list: true, .. } => {
             for story in scenario::all() {

@@ -156,12 +156,24 @@ impl Net {
         .map(drop)
     }
 
+    /// Lets nothing more come to a host on a migration link whose speed is set;
+    /// what it sends still arrives, and nobody is told.
+    pub(crate) fn deafen(&self, link: usize, host: &str) -> Result<()> {
+        let port = self.port(link, host)?;
+        // A queue of one byte takes no frame.
+        let order = ["qdisc", "replace", "dev", &port, "parent", "1:10", "handle", "10:"];
+        self.switch.tc(&[&order[..], &["bfifo", "limit", "1"]].concat()).map(drop)
+    }
+
     /// Mends one host's end of a migration link, however it was broken.
     pub(crate) fn restore(&self, link: usize, host: &str) -> Result<()> {
         let port = self.port(link, host)?;
         // The state of a port can be set only while it is up.
         self.switch.ip(&["link", "set", &port, "up"])?;
-        self.silence(&port, false).map(drop)
+        self.silence(&port, false)?;
+        // Nothing to remove is the usual case.
+        let _ = self.switch.tc(&["qdisc", "del", "dev", &port, "parent", "1:10"]);
+        Ok(())
     }
 
     /// Bytes that a host has received and sent on a migration link.

@@ -1,7 +1,7 @@
 //! The points at which an agent can be made to fail, for tests of recovery.
 //!
 //! ```text
-//! test: file `armed` ─► agent comes to the point ─► file `reached` ─► it dies, waits or fails
+//! test: file `armed` ─► agent comes to the point ─► file `reached-POINT` ─► it dies, waits, fails
 //! ```
 //!
 //! An agent looks for them only when [`FOLDER_VARIABLE`] was set at its start.
@@ -10,16 +10,16 @@
 //! `source.record.handed-over.after`.
 //!
 //! **Invariants.** One point is armed at a time; reaching it disarms it, because
-//! `armed` becomes `reached` by a rename. Nobody waits at a point longer than
+//! `armed` becomes `reached-POINT` by a rename. Nobody waits at a point longer than
 //! [`HOLD_MS_MAX`].
 
 /// Environment variable that names the folder of the two files.
 pub const FOLDER_VARIABLE: &str = "LIMOSA_FAULT";
 /// File in which a test arms one point: one [`Armed`] as text.
 pub const ARMED_FILE: &str = "armed";
-/// What the file becomes when the point is reached. Whoever holds there goes on
-/// once it is removed.
-pub const REACHED_FILE: &str = "reached";
+/// Beginning of what the file becomes when its point is reached, before the
+/// point's name. Whoever holds there goes on once it is removed.
+pub const REACHED_PREFIX: &str = "reached-";
 /// Longest time that anybody holds at a point, in milliseconds.
 pub const HOLD_MS_MAX: u64 = 60_000;
 

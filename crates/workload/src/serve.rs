@@ -5,7 +5,7 @@
 //! | 7000 | TCP | echo |
 //! | 7001 | UDP | echo |
 //! | 7002 | TCP | HTTP: `GET /` the report; `GET /check` after all memory was compared |
-//! | 7003 of the client | UDP | heartbeats, one each 5 ms: `LMHB`, then a u64 LE that counts |
+//! | 7003 of the client | UDP | heartbeats, one each 5 ms: `LMHB`, a u64 LE that counts, a u64 LE of this boot |
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -97,9 +97,11 @@ fn answer(mut stream: TcpStream, report: &Report) -> io::Result<()> {
 }
 
 fn beat(socket: &UdpSocket, client: SocketAddr, report: &Report) {
+    let boot = crate::mix::fresh_seed();
     for sequence in 0_u64.. {
         let mut datagram = b"LMHB".to_vec();
         datagram.extend(sequence.to_le_bytes());
+        datagram.extend(boot.to_le_bytes());
         // No route, no neighbour: the outside counts what is missing.
         let _ = socket.send_to(&datagram, client);
         std::thread::sleep(HEARTBEAT_EVERY);

@@ -136,8 +136,8 @@ fn classify(frame: &[u8], mac: [u8; 6]) -> Option<Kind> {
     if frame.get(6..12)? != mac {
         return None;
     }
-    if let Some(sequence) = heartbeat::sequence_in_frame(frame) {
-        return Some(Kind::Heartbeat { sequence });
+    if let Some((sequence, boot)) = heartbeat::in_frame(frame) {
+        return Some(Kind::Heartbeat { sequence, boot });
     }
     let ethertype = frame.get(12..14)?;
     let is_announcement = ethertype == RARP || (ethertype == ARP && is_gratuitous(frame));

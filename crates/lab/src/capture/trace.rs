@@ -31,6 +31,9 @@ pub(crate) enum Kind {
     Heartbeat {
         /// Counted by the guest from 0
         sequence: u64,
+        /// Drawn at each boot
+        #[serde(default)]
+        boot: u64,
     },
     /// Tells switches and neighbours where the VM is now
     Announcement,
@@ -101,15 +104,22 @@ impl Trace {
         seen.windows(2).flat_map(|pair| (pair[0] + 1)..pair[1]).collect()
     }
 
-    /// Whether any heartbeat was seen twice, or one came from another host
-    /// after the VM's heartbeats had begun at a later one: two running copies.
+    /// Whether any heartbeat was seen twice or out of order, or an earlier boot
+    /// was heard after a later one had begun: two running copies.
     pub(crate) fn two_copies(&self) -> bool {
-        let mut seen = std::collections::HashSet::new();
-        let mut highest = None;
-        self.heartbeats().any(|(_, sequence)| {
-            let backwards = highest.is_some_and(|highest| sequence < highest);
-            highest = highest.max(Some(sequence));
-            backwards || !seen.insert(sequence)
+        let mut ended = std::collections::HashSet::new();
+        let mut latest: Option<(u64, u64)> = None;
+        self.frames.iter().any(|frame| {
+            let Kind::Heartbeat { sequence, boot } = frame.kind else { return false };
+            let before = latest.replace((boot, sequence));
+            match before {
+                Some((of, highest)) if of == boot => sequence <= highest,
+                Some((other, _)) => {
+                    ended.insert(other);
+                    ended.contains(&boot)
+                }
+                None => false,
+            }
         })
     }
 
@@ -145,7 +155,7 @@ impl Trace {
 
     fn heartbeats(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.frames.iter().filter_map(|frame| match frame.kind {
-            Kind::Heartbeat { sequence } => Some((frame.at_ns, sequence)),
+            Kind::Heartbeat { sequence, .. } => Some((frame.at_ns, sequence)),
             _ => None,
         })
     }
@@ -158,7 +168,11 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     fn beat(at_ms: u64, host: u8, sequence: u64) -> Frame {
-        Frame { at_ns: at_ms * MS, host, bytes: 60, kind: Kind::Heartbeat { sequence } }
+        of_boot(at_ms, host, sequence, 1)
+    }
+
+    fn of_boot(at_ms: u64, host: u8, sequence: u64, boot: u64) -> Frame {
+        Frame { at_ns: at_ms * MS, host, bytes: 60, kind: Kind::Heartbeat { sequence, boot } }
     }
 
     fn trace(frames: Vec<Frame>) -> Trace {
@@ -191,6 +205,12 @@ mod tests {
     fn two_copies_are_noticed() {
         assert!(trace(vec![beat(0, 0, 0), beat(5, 0, 1), beat(6, 1, 1)]).two_copies());
         assert!(trace(vec![beat(0, 0, 5), beat(5, 1, 6), beat(6, 0, 4)]).two_copies());
+        // A guest that was started anew counts from 0 and is one copy, unless
+        // the old one is heard again.
+        let mut boots = vec![of_boot(0, 0, 7, 1), of_boot(5, 1, 0, 2), of_boot(9, 1, 1, 2)];
+        assert!(!trace(boots.clone()).two_copies());
+        boots.push(of_boot(12, 0, 8, 1));
+        assert!(trace(boots).two_copies());
         assert!(trace(vec![]).blackout("a", "b").is_none());
     }
 }

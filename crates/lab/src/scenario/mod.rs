@@ -7,6 +7,7 @@
 //! **Invariant.** A story never asserts how long something takes; it asserts
 //! what is there, what is gone and what a user noticed.
 
+mod chaos;
 mod doubt;
 mod faults;
 mod itself;
@@ -56,6 +57,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         faults::STORIES,
         links::STORIES,
         doubt::STORIES,
+        chaos::STORIES,
     ]
     .into_iter()
     .flatten()

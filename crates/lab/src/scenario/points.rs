@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use limosa_protocol::fault::{ARMED_FILE, Action, Armed, FOLDER_VARIABLE, REACHED_FILE};
+use limosa_protocol::fault::{ARMED_FILE, Action, Armed, FOLDER_VARIABLE, REACHED_PREFIX};
 
 use super::steps;
 use crate::lab::Lab;
@@ -13,8 +13,6 @@ use crate::lab::Lab;
 /// Longest time for something to happen, on a busy machine.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(90);
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
-/// The folder as the host sees it; below what the lab sees of the host.
-const FOLDER: &str = "/run/limosa/faults";
 
 /// A point of one agent that is armed.
 #[derive(Debug)]
@@ -26,25 +24,28 @@ pub(crate) struct Point {
 impl Point {
     /// Starts a host's agent anew, with that point armed.
     pub(crate) fn arm(lab: &mut Lab, host: &str, name: &str, action: Action) -> Result<Self> {
-        let folder = lab.host(host).run_dir().join("faults");
-        std::fs::create_dir_all(&folder)?;
+        let folder = lab.host(host).fault_dir();
         let armed = Armed { point: name.to_owned(), action, skip: 0 };
         std::fs::write(folder.join(ARMED_FILE), armed.to_string())?;
         lab.host_mut(host).stop_agent()?;
         let config = steps::agent_config(lab.host(host), None, "");
-        lab.host_mut(host).start_agent(&config, &[(FOLDER_VARIABLE, FOLDER)])?;
+        let variable = (FOLDER_VARIABLE, &*folder.to_string_lossy());
+        lab.host_mut(host).start_agent(&config, &[variable])?;
         Ok(Self { folder, name: name.to_owned() })
     }
 
     /// Waits until the agent is there.
     pub(crate) fn wait(&self) -> Result<()> {
-        let reached = self.folder.join(REACHED_FILE);
-        wait(&format!("coming to {}", self.name), || Ok(reached.exists().then_some(())))
+        wait(&format!("coming to {}", self.name), || Ok(self.reached().exists().then_some(())))
     }
 
     /// Lets an agent that holds there go on.
     pub(crate) fn release(&self) -> Result<()> {
-        Ok(std::fs::remove_file(self.folder.join(REACHED_FILE))?)
+        Ok(std::fs::remove_file(self.reached())?)
+    }
+
+    fn reached(&self) -> PathBuf {
+        self.folder.join(format!("{REACHED_PREFIX}{}", self.name))
     }
 }
 

@@ -1,0 +1,192 @@
+//! `limosa-lab chaos`: moves with faults at drawn points, over and over, until
+//! something does not hold.
+//!
+//! ```text
+//! seed ─► draw ─► trial (move, strike, mend, settle) ─► judge ─► tally
+//!                   └────── stage: one lab, one VM ──────┘
+//! ```
+//!
+//! **Invariants.** A run follows from its seed, but for what the machine's own
+//! timing adds. Runs share a lab and a VM, which goes on from where it is; a
+//! run that failed ends its lab.
+
+mod dice;
+mod draw;
+mod judge;
+pub(crate) mod stage;
+mod tally;
+mod trial;
+
+use std::io::Write;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use crate::capture::Capture;
+use crate::exec;
+use crate::lab::Lab;
+use crate::scenario::steps;
+use crate::{paths, print_line};
+use draw::{Begins, Draw};
+use judge::Copies;
+use stage::Stage;
+use tally::Tally;
+
+/// Runs after which the VM gets other disks.
+const SHAPE_EVERY: u64 = 25;
+/// Longest part of a failed run's logs that is shown, in bytes each.
+const SHOWN_LOG_BYTES_MAX: usize = 3_000;
+
+/// What `limosa-lab chaos` is asked for.
+#[derive(Debug, Args)]
+pub(crate) struct Wish {
+    /// Seed of the series; that of one run makes this run again
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Number of runs
+    #[arg(long, default_value_t = 10)]
+    runs: u64,
+    /// Only at points whose name contains this, such as
+    /// source.record.handed-over.after
+    #[arg(long, value_name = "POINT")]
+    only: Option<String>,
+    /// Go on, in a new lab, when something does not hold
+    #[arg(long)]
+    keep_going: bool,
+    /// Only say which points there are
+    #[arg(long)]
+    list: bool,
+    /// Print the tally as JSON, all else to the standard error
+    #[arg(long)]
+    json: bool,
+}
+
+/// Performs it; `false` when something did not hold.
+pub(crate) fn run(wish: &Wish) -> Result<bool> {
+    if wish.list {
+        for step in limosa_protocol::fault::STEPS.iter().copied().flatten() {
+            use limosa_protocol::fault::Edge;
+            for edge in [Edge::Before, Edge::After] {
+                print_line(&format!("{}.{}", step.side.as_str(), step.point(edge)));
+            }
+        }
+        return Ok(true);
+    }
+    let mut tally = Tally::default();
+    let mut next = 0;
+    while next < wish.runs && (wish.keep_going || tally.failed_count() == 0) {
+        next = series(wish, next, &mut tally)?;
+    }
+    if wish.json {
+        print_line(&serde_json::to_string_pretty(&tally.json(wish.seed))?);
+    } else {
+        tally.lines().iter().for_each(|line| print_line(line));
+    }
+    Ok(tally.failed_count() == 0)
+}
+
+/// Runs in one lab, from the `first` on, until all are done or something does
+/// not hold; returns which is the next.
+fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
+    let mut lab = Lab::up(&stage::plan())?;
+    let mut next = first;
+    let shape = draw::shape_of(draw::seed_of(wish.seed, first, SHAPE_EVERY));
+    let mut stage = Stage::set(&mut lab, shape).context("setting the stage")?;
+    while next < wish.runs {
+        let seed = draw::seed_of(wish.seed, next, SHAPE_EVERY);
+        next += 1;
+        let Some(drawn) = draw::draw(seed, wish.only.as_deref()) else {
+            ensure!(wish.runs > 1, "this kind of fault has no point of that name: see --list");
+            continue;
+        };
+        let from = stage.host(stage.at).name().to_owned();
+        let started = Instant::now();
+        match run_one(&mut stage, &drawn, tally) {
+            Ok(ending) => {
+                let took_s = started.elapsed().as_secs_f64();
+                let line = format!(
+                    "run {next:>4}  {took_s:>5.1} s  from {from}, {drawn}: {ending} (seed {seed})"
+                );
+                say(wish, &line);
+            }
+            Err(error) => {
+                tell_failure(wish, &stage, &drawn, &error)?;
+                tally.failed(seed, format!("{error:#}"));
+                break;
+            }
+        }
+    }
+    lab.down().context("taking the lab down")?;
+    Ok(next)
+}
+
+/// A few dozen runs in a lab that is up; fails on the first that does not hold,
+/// and when a kind of fault never struck.
+pub(crate) fn story(lab: &mut Lab, series: u64, runs: u64) -> Result<()> {
+    let mut tally = Tally::default();
+    let seeds: Vec<_> = (0..runs).map(|index| draw::seed_of(series, index, SHAPE_EVERY)).collect();
+    let drawn: Vec<Draw> = seeds.iter().filter_map(|seed| draw::draw(*seed, None)).collect();
+    let first = drawn.first().context("nothing was drawn")?;
+    let mut stage = Stage::set(lab, first.shape)?;
+    for draw in &drawn {
+        run_one(&mut stage, draw, &mut tally).with_context(|| {
+            format!("{draw}; again with `limosa-lab chaos --seed {} --runs 1`", draw.seed)
+        })?;
+    }
+    let missing = tally.kinds_missing();
+    if !missing.is_empty() {
+        bail!("never struck in {runs} runs: {}", missing.join(", "));
+    }
+    Ok(())
+}
+
+/// One run, from a VM at rest to a VM at rest. Says how it ended.
+fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<String> {
+    for host in stage.lab.hosts() {
+        host.clear_logs()?;
+    }
+    stage.reshape(draw.shape).context("before the run: another shape")?;
+    let by_force = draw.seed & (1 << 40) != 0;
+    stage.bring_to(draw.begins, by_force).context("before the run")?;
+    stage.lab.net().set_speed(0, Some(draw.link_mbit))?;
+    let copies = match draw.begins {
+        Begins::Off => Some(Copies::make(stage).context("copying the disks")?),
+        _ => None,
+    };
+    let capture = Capture::start(stage.lab.net(), steps::MAC)?;
+    let from = stage.at;
+    let seen = trial::run(stage, draw)?;
+    judge::judge(stage, draw, &seen, copies.as_ref(), capture)
+        .with_context(|| format!("after it settled in {:.1} s", seen.settled_in.as_secs_f64()))?;
+    let has_moved = stage.at != from;
+    tally.passed(draw, &seen, has_moved);
+    Ok(tally::ending(&seen, has_moved))
+}
+
+fn tell_failure(wish: &Wish, stage: &Stage<'_>, draw: &Draw, error: &anyhow::Error) -> Result<()> {
+    let kept = paths::lab_dir().join("failed").join(format!("chaos-{}", draw.seed));
+    stage.lab.save_logs(&kept).context("keeping the logs")?;
+    say(wish, &format!("FAILED: {draw}"));
+    say(wish, &format!("found: {error:#}"));
+    for entry in std::fs::read_dir(&kept)?.flatten() {
+        let log = std::fs::read(entry.path()).unwrap_or_default();
+        let text = exec::lossy(&log);
+        let shown = exec::tail(&text, SHOWN_LOG_BYTES_MAX);
+        if !shown.is_empty() {
+            say(wish, &format!("--- end of {}\n{shown}", entry.path().display()));
+        }
+    }
+    say(wish, &format!("logs: {}", kept.display()));
+    let only = wish.only.as_ref().map_or(String::new(), |only| format!(" --only {only}"));
+    say(wish, &format!("again: limosa-lab chaos --seed {} --runs 1{only}", draw.seed));
+    Ok(())
+}
+
+fn say(wish: &Wish, line: &str) {
+    if wish.json {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    } else {
+        print_line(line);
+    }
+}
