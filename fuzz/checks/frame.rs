@@ -4,8 +4,8 @@
 //! wire again as it was, so that no two spellings mean the same.
 
 use limosa_protocol::frame::{
-    Ack, DiskHeader, FrameError, FrameHeader, FrameKind, HEADER_BYTES, PLAIN_BYTES_MAX, PageForm,
-    PageHeader, RamStart, Resume, WIRE_BYTES_MAX,
+    Ack, DigestsHeader, DiskHeader, FrameError, FrameHeader, FrameKind, HEADER_BYTES,
+    PLAIN_BYTES_MAX, PageForm, PageHeader, RamStart, Resume, WIRE_BYTES_MAX,
 };
 
 /// Panics when the bytes break something.
@@ -23,7 +23,13 @@ pub(crate) fn check(bytes: &[u8]) {
         rest = &rest[content.len()..];
     }
     // Whatever it said of itself: the receiver is told the kind by a stranger.
-    for kind in [FrameKind::Pages, FrameKind::DiskWrite, FrameKind::Ack, FrameKind::Resume] {
+    for kind in [
+        FrameKind::Pages,
+        FrameKind::DiskWrite,
+        FrameKind::Ack,
+        FrameKind::Resume,
+        FrameKind::Digests,
+    ] {
         payload(kind, bytes);
     }
 }
@@ -33,6 +39,13 @@ fn payload(kind: FrameKind, content: &[u8]) {
         FrameKind::Pages => pages(content),
         FrameKind::DiskWrite | FrameKind::DiskZero | FrameKind::DiskDiscard => disk(content),
         FrameKind::Ack => ack(content),
+        FrameKind::Digests => {
+            let mut rest = content;
+            if let Ok(head) = DigestsHeader::decode(&mut rest) {
+                assert!(rest.len().is_multiple_of(16));
+                assert_eq!(content[..DigestsHeader::BYTES], head.encode());
+            }
+        }
         FrameKind::Resume => {
             let again = Resume::decode(content).map(|resume| resume.encode());
             assert!(again.is_err() || again.is_ok_and(|again| again == content));

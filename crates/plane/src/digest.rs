@@ -4,9 +4,11 @@
 //! RAM: each page has a 128-bit digest of its content and place (BLAKE3, keyed
 //! with the place); the digest of many pages is their sum modulo 2^128. A page
 //! that changes takes its old digest off the sum and adds the new one. A page of
-//! zeroes counts 0, as does one that was never touched. Disks: a BLAKE3 chain
-//! over every operation in order; equal operations on equal (empty) disks give
-//! equal disks.
+//! zeroes counts 0, as does one that was never touched. Disks: each disk is cut
+//! into ranges, and each range has a BLAKE3 chain over the operations on it in
+//! their order; equal operations on equal (empty) disks give equal disks.
+//!
+//! The tables of both stay until the end: if the two sides differ, they say where.
 //!
 //! The sum protects against faults, not against an adversary who may choose
 //! pages: the peer is authenticated, and a guest does not know when it is read.
@@ -15,9 +17,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use limosa_protocol::peer::Part;
 use rustix::fs::SeekFrom;
 
 use crate::PAGE_BYTES;
+use crate::route::REGION_BYTES;
+
+/// Most ranges of a disk.
+const RANGE_COUNT_MAX: u64 = 4096;
 
 /// Digest of one page at its place; 0 for a page of zeroes.
 pub(crate) fn page_digest(block: u8, page: u64, content: &[u8; PAGE_BYTES]) -> u128 {
@@ -61,6 +68,11 @@ impl PageDigests {
         self.sum = self.sum.wrapping_sub(old).wrapping_add(digest);
     }
 
+    /// All digests, by block and slot.
+    pub(crate) fn tables(&self) -> &[Vec<u128>] {
+        &self.pages
+    }
+
     /// The sum, as an acknowledgement carries it.
     pub(crate) fn sum(&self) -> [u8; 32] {
         let mut bytes = [0; 32];
@@ -69,18 +81,23 @@ impl PageDigests {
     }
 }
 
-/// Digest of a whole block of RAM as it stands in its memfd: the sum over all
-/// its pages. Holes are not read.
+/// Digests of the parts of a block of RAM as it stands in its memfd, each the sum
+/// over its pages. Holes are not read.
 ///
 /// # Errors
 /// The file's.
-pub fn full_ram_digest(memory: &File, size_bytes: u64) -> io::Result<u128> {
+pub fn ram_digests(memory: &File, of: &Part) -> io::Result<Vec<u128>> {
+    of.cut().map(|part| ram_digest(memory, &part)).collect()
+}
+
+fn ram_digest(memory: &File, part: &Part) -> io::Result<u128> {
     let mut sum = 0u128;
     let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
+    let (mut at, size_bytes) = (part.from_bytes, part.to_bytes);
     while at < size_bytes {
         at = match rustix::fs::seek(memory, SeekFrom::Data(at)) {
-            Ok(found) => found - found % PAGE_BYTES as u64,
+            // A page of which only the end is written begins before it.
+            Ok(found) => at.max(found - found % PAGE_BYTES as u64),
             Err(rustix::io::Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
@@ -97,18 +114,62 @@ pub fn full_ram_digest(memory: &File, size_bytes: u64) -> io::Result<u128> {
     Ok(sum)
 }
 
-/// Chain over the disk operations of one channel.
-#[derive(Default)]
-pub(crate) struct DiskChain(blake3::Hasher);
+/// Digests of the disk operations that one channel carries.
+pub(crate) struct DiskDigests {
+    /// By disk: bytes of a range, and the chain of each, 0 where nothing was done
+    disks: Vec<(u64, Vec<u128>)>,
+}
 
-impl DiskChain {
-    /// - `kind`, `head`: as in the operation's frame.
-    pub(crate) fn add(&mut self, kind: u8, payload: &[u8]) {
-        self.0.update(&[kind]).update(&(payload.len() as u64).to_le_bytes()).update(payload);
+impl DiskDigests {
+    /// - `sizes_bytes`: of the disks, by number.
+    pub(crate) fn new(sizes_bytes: impl Iterator<Item = u64>) -> Self {
+        let ranges = |size_bytes: u64| {
+            let range_bytes = size_bytes
+                .div_ceil(RANGE_COUNT_MAX)
+                .next_multiple_of(REGION_BYTES)
+                .max(REGION_BYTES);
+            let count = usize::try_from(size_bytes.div_ceil(range_bytes)).unwrap_or(usize::MAX);
+            (range_bytes, vec![0; count])
+        };
+        Self { disks: sizes_bytes.map(ranges).collect() }
     }
 
+    /// Adds an operation on a disk that there is, which begins inside of it.
+    ///
+    /// - `kind`, `payload`: as in its frame.
+    pub(crate) fn add(&mut self, disk: u16, offset_bytes: u64, kind: u8, payload: &[u8]) {
+        let (range_bytes, ranges) = &mut self.disks[usize::from(disk)];
+        let range = usize::try_from(offset_bytes / *range_bytes).unwrap_or(usize::MAX);
+        // An operation of no bytes may stand at the end.
+        let Some(chain) = ranges.get_mut(range) else { return };
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&chain.to_le_bytes()).update(&[kind]);
+        hasher.update(&(payload.len() as u64).to_le_bytes()).update(payload);
+        let mut short = [0; 16];
+        hasher.finalize_xof().fill(&mut short);
+        *chain = u128::from_le_bytes(short);
+    }
+
+    /// Digest of all of it.
     pub(crate) fn digest(&self) -> [u8; 32] {
-        *self.0.finalize().as_bytes()
+        let mut hasher = blake3::Hasher::new();
+        for (_, ranges) in &self.disks {
+            for chain in ranges {
+                hasher.update(&chain.to_le_bytes());
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+
+    /// All chains, by disk and range.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = &[u128]> {
+        self.disks.iter().map(|(_, ranges)| ranges.as_slice())
+    }
+
+    /// Bytes of a disk's ranges, and its chains; `None` for no disk.
+    pub(crate) fn disk(&self, disk: u16) -> Option<(u64, &[u128])> {
+        let (range_bytes, ranges) = self.disks.get(usize::from(disk))?;
+        Some((*range_bytes, ranges))
     }
 }
 
@@ -132,11 +193,31 @@ mod tests {
     }
 
     #[test]
+    fn operations_count_by_disk_range_and_order() {
+        let digest = |operations: &[(u16, u64, &[u8])]| {
+            let mut digests = DiskDigests::new([1 << 40, 5 << 20].into_iter());
+            assert_eq!(digests.disk(0).unwrap().0, 256 << 20);
+            assert_eq!(digests.disk(1).unwrap().1.len(), 5);
+            for (disk, offset_bytes, payload) in operations {
+                digests.add(*disk, *offset_bytes, 4, payload);
+            }
+            digests.digest()
+        };
+        assert_eq!(digest(&[(0, 0, b"a"), (1, 0, b"b")]), digest(&[(1, 0, b"b"), (0, 0, b"a")]));
+        assert_ne!(digest(&[(0, 0, b"a"), (0, 9, b"b")]), digest(&[(0, 9, b"b"), (0, 0, b"a")]));
+        assert_ne!(digest(&[(1, 0, b"a")]), digest(&[(1, 1 << 20, b"a")]));
+        assert_ne!(digest(&[(1, 0, b"a")]), digest(&[]));
+    }
+
+    #[test]
     fn reading_again_gives_the_running_sum() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[3; PAGE_BYTES], 5 * PAGE_BYTES as u64).unwrap();
-        let whole = full_ram_digest(&file, 1 << 20).unwrap();
-        assert_eq!(whole, page_digest(0, 5, &[3; PAGE_BYTES]));
+        let all = Part { disk: None, from_bytes: 0, to_bytes: 1 << 20 };
+        let parts = ram_digests(&file, &all).unwrap();
+        assert_eq!(parts.len(), 256);
+        let expected = |page| if page == 5 { page_digest(0, 5, &[3; PAGE_BYTES]) } else { 0 };
+        assert!((0..).zip(parts).all(|(page, digest)| digest == expected(page)));
     }
 }

@@ -41,12 +41,12 @@ pub enum PlaneError {
         source: Arc<io::Error>,
     },
     /// Source and destination hold different contents.
-    #[error("channel {channel}: {what} differ between source and destination")]
+    #[error("channel {channel}: source and destination differ in {place}")]
     Different {
         /// Which connection
         channel: String,
-        /// Contents of what
-        what: &'static str,
+        /// Where
+        place: Place,
     },
     /// The agent ended it.
     #[error("ended by the agent")]
@@ -81,6 +81,42 @@ impl PlaneError {
     }
 }
 
+/// Where contents differ, as far as is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Somewhere in RAM
+    Ram,
+    /// A page of RAM, the first of its channel
+    Page {
+        /// Where it begins, in bytes from the beginning of RAM
+        offset_bytes: u64,
+    },
+    /// Somewhere on the disks
+    Disks,
+    /// A range of a disk, the first of its channel
+    Range {
+        /// Number of the disk
+        disk: u16,
+        /// Where it begins, in bytes
+        from_bytes: u64,
+        /// Where it ends, in bytes
+        to_bytes: u64,
+    },
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ram => f.write_str("RAM"),
+            Self::Page { offset_bytes } => write!(f, "RAM, first in the page at {offset_bytes:#x}"),
+            Self::Disks => f.write_str("disk contents"),
+            Self::Range { disk, from_bytes, to_bytes } => {
+                write!(f, "disk number {disk}, first in bytes {from_bytes} to {to_bytes}")
+            }
+        }
+    }
+}
+
 /// What a plane tells the agent.
 #[derive(Debug, Clone)]
 pub enum PlaneEvent {
@@ -88,6 +124,9 @@ pub enum PlaneEvent {
     RamDelivered,
     /// All disks are at the destination, equal and durable, up to a barrier.
     DisksEqual,
+    /// The two sides differ. The destination is told what the source has, finds
+    /// the place and fails with it; nothing else is sent.
+    Different(PlaneError),
     /// A connection broke or fell silent, and with it all: everything stands
     /// still until others are brought. Told at most once for each set of
     /// connections.

@@ -41,9 +41,9 @@ mod versions;
 
 pub use channel::{ChannelIo, ReadWrite};
 pub use destination::{DestinationPlane, DestinationSpec, RamTarget};
-pub use digest::full_ram_digest;
+pub use digest::ram_digests;
 pub use disk::{DiskTarget, RawTarget};
-pub use halt::{PlaneError, PlaneEvent};
+pub use halt::{Place, PlaneError, PlaneEvent};
 pub use settings::{PlaneSettings, SILENCE_MAX};
 pub use source::{RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 

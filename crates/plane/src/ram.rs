@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io;
 
+use limosa_protocol::peer::Part;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FallocateFlags;
 
 use crate::PAGE_BYTES;
-use crate::digest::full_ram_digest;
+use crate::digest::ram_digests;
 
 /// A block of guest RAM. Threads may work on different pages at a time; which
 /// thread has which page is decided by [`crate::route`] and checked by the
@@ -54,12 +55,13 @@ impl Ram {
         work(content)
     }
 
-    /// Digest of all pages as they stand; see [`full_ram_digest`].
+    /// Digests of all pages as they stand; see [`ram_digests`].
     ///
     /// # Errors
     /// The kernel's.
-    pub(crate) fn full_digest(&self) -> io::Result<u128> {
-        full_ram_digest(&self.memfd, self.page_count * PAGE_BYTES as u64)
+    pub(crate) fn digests(&self) -> io::Result<Vec<u128>> {
+        let to_bytes = self.page_count * PAGE_BYTES as u64;
+        ram_digests(&self.memfd, &Part { disk: None, from_bytes: 0, to_bytes })
     }
 
     /// Makes a page zero by giving its memory back.

@@ -22,6 +22,13 @@ pub(crate) fn page_slot(page: u64, channel_count: usize) -> usize {
     usize::try_from(turn * REGION_PAGES + page % REGION_PAGES).unwrap_or(usize::MAX)
 }
 
+/// The page that has a slot of a channel.
+pub(crate) fn slot_page(slot: usize, channel: usize, channel_count: usize) -> u64 {
+    let (slot, channel) = (slot as u64, channel as u64);
+    let region = slot / REGION_PAGES * channel_count as u64 + channel;
+    region * REGION_PAGES + slot % REGION_PAGES
+}
+
 /// Slots that a channel needs for a block of RAM.
 pub(crate) fn slot_count(size_bytes: u64, channel_count: usize) -> usize {
     let regions = size_bytes.div_ceil(REGION_BYTES).div_ceil(channel_count as u64);
@@ -51,7 +58,9 @@ mod tests {
             for page in 0..pages {
                 let slot = page_slot(page, channel_count);
                 assert!(slot < slot_count(pages * 4096, channel_count));
-                assert!(seen.insert((page_channel(page, channel_count), slot)));
+                let channel = page_channel(page, channel_count);
+                assert_eq!(slot_page(slot, channel, channel_count), page);
+                assert!(seen.insert((channel, slot)));
             }
         }
     }

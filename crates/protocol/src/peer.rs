@@ -136,13 +136,64 @@ pub enum ChannelRole {
     ReturnPath,
 }
 
-/// What really stands in RAM and images, read again while the guest is stopped.
+/// Read everything again, or a part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyRequest {
+    /// Only this
+    pub part: Option<Part>,
+}
+
+/// What really stands in RAM and images, read again while the guest is stopped:
+/// digests of equal parts, see [`Part::cut`]. Of a [`Part`] only its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digests {
     /// RAM, if it moves
-    pub ram: Option<String>,
+    pub ram: Vec<String>,
     /// Each disk's content, in the definition's order
-    pub disks: Vec<String>,
+    pub disks: Vec<Vec<String>>,
+}
+
+/// A part of RAM or of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Number of the disk in the definition's order; none for RAM
+    pub disk: Option<u16>,
+    /// Where it begins, in bytes
+    pub from_bytes: u64,
+    /// Where it ends, in bytes
+    pub to_bytes: u64,
+}
+
+impl Part {
+    /// Most parts that one is cut into.
+    pub const COUNT_MAX: u64 = 256;
+
+    /// Bytes of the smallest part: a page of RAM, or a block of a disk.
+    #[must_use]
+    pub fn unit_bytes(&self) -> u64 {
+        if self.disk.is_some() { 64 << 10 } else { 4 << 10 }
+    }
+
+    /// Whether it is not worth cutting.
+    #[must_use]
+    pub fn is_smallest(&self) -> bool {
+        self.to_bytes.saturating_sub(self.from_bytes) <= self.unit_bytes()
+    }
+
+    /// Its parts, all equal but for the last.
+    pub fn cut(&self) -> impl Iterator<Item = Self> + use<> {
+        let whole = *self;
+        let bytes = whole.to_bytes.saturating_sub(whole.from_bytes);
+        let step = bytes.div_ceil(Self::COUNT_MAX).next_multiple_of(whole.unit_bytes());
+        let next = move |from: &u64| from.checked_add(step).filter(|from| *from < whole.to_bytes);
+        std::iter::successors((bytes > 0).then_some(whole.from_bytes), next).map(
+            move |from_bytes| Self {
+                from_bytes,
+                to_bytes: from_bytes.saturating_add(step).min(whole.to_bytes),
+                ..whole
+            },
+        )
+    }
 }
 
 /// Everything was sent: is it there?

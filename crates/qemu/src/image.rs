@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -246,14 +247,20 @@ impl Drop for Content {
     }
 }
 
-/// Reads the content that a guest sees, also while a QEMU holds the image.
+/// Reads a range of the content that a guest sees, also while a QEMU holds the
+/// image. It ends with the disk, if not before.
 ///
 /// The tool writes only to files that it can seek in, so it fills a piece of
 /// memory, a step at a time, and the memory is read from here.
 ///
 /// # Errors
 /// [`ImageError`].
-pub fn read_content(tool: &Path, path: &Path, format: ImageFormat) -> Result<Content, ImageError> {
+pub fn read_content(
+    tool: &Path,
+    path: &Path,
+    format: ImageFormat,
+    range: Range<u64>,
+) -> Result<Content, ImageError> {
     check_path(path)?;
     let at = |source| ImageError::Start { tool: tool.to_owned(), source };
     let memory = rustix::fs::memfd_create("limosa-content", rustix::fs::MemfdFlags::CLOEXEC)
@@ -265,9 +272,10 @@ pub fn read_content(tool: &Path, path: &Path, format: ImageFormat) -> Result<Con
         let facts = image_facts(&tool, &path, format).await.map_err(std::io::Error::other)?;
         let mut status = ExitStatus::default();
         let mut buffer = vec![0; CONTENT_QUEUE_BYTES];
-        let mut offset = 0;
-        while offset < facts.virtual_size && status.success() {
-            let size = CONTENT_STEP_BYTES.min(facts.virtual_size - offset);
+        let end = range.end.min(facts.virtual_size);
+        let mut offset = range.start;
+        while offset < end && status.success() {
+            let size = CONTENT_STEP_BYTES.min(end - offset);
             memory.set_len(0)?;
             status = copy_step(&tool, (&path, format), (offset, size), &memory).await?;
             memory.rewind()?;

@@ -10,7 +10,7 @@ use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
     Commit, DestinationWord, Digests, OfferAnswer, ReadyRequest, Receive, Receiving, Retired,
-    SourceWord, Stays,
+    SourceWord, Stays, VerifyRequest,
 };
 use serde_json::Value;
 
@@ -112,8 +112,9 @@ async fn verify(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
+    Body(request): Body<VerifyRequest>,
 ) -> Outcome<Json<Digests>> {
-    incoming(&agent, id, caller)?.verify().await.map(Json)
+    incoming(&agent, id, caller)?.verify(&request).await.map(Json)
 }
 
 async fn ready(

@@ -345,7 +345,16 @@ impl Trial<'_, '_> {
             let Some(vm) = self.stage.look(index)? else { continue };
             owners += 1;
             self.seen.was_in_doubt |= vm.doubt.is_some();
+            // Its store failed: an operator does as the agent says.
+            if vm.doubt.is_some_and(|doubt| doubt.contains("restart limosad")) {
+                self.kill_agents(&[index])?;
+                return Ok(false);
+            }
             if matches!(vm.power, Power::MovingIn | Power::MovingOut | Power::InDoubt) {
+                return Ok(false);
+            }
+            // Its agent has heard of QEMU's end, and waits until that is complete.
+            if vm.power == Power::Fault && self.stage.host(index).qemu_pids().is_empty() {
                 return Ok(false);
             }
             let path = format!("/v1/vms/{VM}/recover");

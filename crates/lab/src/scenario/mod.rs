@@ -20,6 +20,7 @@ pub(crate) mod scene;
 pub(crate) mod steps;
 mod strangers;
 pub(crate) mod tiny;
+mod verify;
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         postgres::STORIES,
         faults::STORIES,
         links::STORIES,
+        verify::STORIES,
         doubt::STORIES,
         chaos::STORIES,
     ]

@@ -5,15 +5,17 @@
 
 use std::sync::{Arc, PoisonError};
 
-use limosa_protocol::frame::{Barrier, DiskHeader, FrameKind, PageForm, PageHeader, RamStart};
+use limosa_protocol::frame::{
+    Barrier, DigestSubject, DigestsHeader, DiskHeader, FrameKind, PageForm, PageHeader, RamStart,
+};
 
 use super::Shared;
 use super::tail::TailError;
 use crate::PAGE_BYTES;
 use crate::difference;
-use crate::digest::{DiskChain, PageDigests, page_digest};
-use crate::halt::PlaneError;
-use crate::route::{disk_channel, page_channel, page_slot, slot_count};
+use crate::digest::{DiskDigests, PageDigests, page_digest};
+use crate::halt::{Place, PlaneError};
+use crate::route::{disk_channel, page_channel, page_slot, slot_count, slot_page};
 
 /// Disk bytes after which they are flushed, so that the last flush, which is
 /// blackout, is short.
@@ -24,7 +26,7 @@ pub(super) struct Apply {
     index: usize,
     shared: Arc<Shared>,
     digests: PageDigests,
-    chain: DiskChain,
+    disks: DiskDigests,
     /// The stream of QEMU of which pages come, from 1
     stream: u32,
     ram_passed: bool,
@@ -40,8 +42,13 @@ impl Apply {
         Self {
             index,
             digests: PageDigests::new(slots),
+            disks: DiskDigests::new(
+                shared
+                    .disks
+                    .iter()
+                    .map(|disk| disk.lock().unwrap_or_else(PoisonError::into_inner).size_bytes()),
+            ),
             shared,
-            chain: DiskChain::default(),
             stream: 0,
             ram_passed: true,
             unflushed_bytes: 0,
@@ -68,6 +75,7 @@ impl Apply {
             }
             FrameKind::RamBarrier => self.ram_barrier(number),
             FrameKind::DiskBarrier => self.disk_barrier(number),
+            FrameKind::Digests => self.compare(payload),
             FrameKind::Ack | FrameKind::Resume | FrameKind::KeepAlive => {
                 Err(self.bad("a frame of the return path on a channel"))
             }
@@ -237,8 +245,48 @@ impl Apply {
             target.flush().map_err(failed)?;
         }
         drop(target);
-        self.chain.add(kind as u8, payload);
+        self.disks.add(head.disk, offset, kind as u8, payload);
         Ok(())
+    }
+
+    /// Compares a piece of the source's tables with what is here; the first
+    /// difference ends the plane.
+    fn compare(&self, mut payload: &[u8]) -> Result<(), PlaneError> {
+        let head = DigestsHeader::decode(&mut payload)
+            .map_err(|error| PlaneError::frame(self.index, error))?;
+        let differ = |place| Err(PlaneError::Different { channel: self.index.to_string(), place });
+        if head.is_last {
+            return Err(self.bad("the source told of a difference that is not there"));
+        }
+        let (range_bytes, ours) = match head.subject {
+            DigestSubject::Ram => {
+                let table = self.digests.tables().get(usize::from(head.number));
+                (PAGE_BYTES as u64, table.map(Vec::as_slice))
+            }
+            DigestSubject::Disk => self
+                .disks
+                .disk(head.number)
+                .map_or((0, None), |(bytes, table)| (bytes, Some(table))),
+        };
+        let first = usize::try_from(head.first).unwrap_or(usize::MAX);
+        let ours = ours
+            .and_then(|table| table.get(first..))
+            .filter(|table| table.len() >= payload.len() / 16)
+            .ok_or_else(|| self.bad("digests of what there is not"))?;
+        let theirs = payload.as_chunks::<16>().0.iter().map(|bytes| u128::from_le_bytes(*bytes));
+        let Some(at) = ours.iter().zip(theirs).position(|(ours, theirs)| *ours != theirs) else {
+            return Ok(());
+        };
+        differ(match head.subject {
+            DigestSubject::Ram => {
+                let page = slot_page(first + at, self.index, self.shared.channel_count);
+                Place::Page { offset_bytes: page * range_bytes }
+            }
+            DigestSubject::Disk => {
+                let from_bytes = (first + at) as u64 * range_bytes;
+                Place::Range { disk: head.number, from_bytes, to_bytes: from_bytes + range_bytes }
+            }
+        })
     }
 
     fn disk_barrier(&mut self, number: u64) -> Result<(), PlaneError> {
@@ -246,7 +294,7 @@ impl Apply {
             let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
             target.flush().map_err(|error| PlaneError::local("flushing a disk here", error))?;
         }
-        let barrier = Barrier { at: number, digest: self.chain.digest() };
+        let barrier = Barrier { at: number, digest: self.disks.digest() };
         self.shared.board.passed_disks(self.index, barrier);
         Ok(())
     }

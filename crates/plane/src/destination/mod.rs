@@ -91,8 +91,8 @@ struct Progress {
     ram_passed: Vec<u32>,
     /// The stream of which all RAM is in, and was read back if that is wanted
     ram_is_in: u32,
-    /// Digest of what was read back.
-    ram_digest: Option<u128>,
+    /// Digests of what was read back, by part
+    ram_digests: Option<Vec<u128>>,
     /// By channel: how many disk barriers were passed
     disk_passed: Vec<u32>,
 }
@@ -130,7 +130,7 @@ impl DestinationPlane {
             progress: Mutex::new(Progress {
                 ram_passed: vec![0; channel_count],
                 ram_is_in: 0,
-                ram_digest: None,
+                ram_digests: None,
                 disk_passed: vec![0; channel_count],
             }),
             changed: Condvar::new(),
@@ -168,11 +168,11 @@ impl DestinationPlane {
         self.link.replace(channels, return_path)
     }
 
-    /// Digest of all RAM as it was read back; `None` before that, or if it was
-    /// not wanted.
+    /// Digests of all RAM as it was read back, see [`crate::ram_digests`]; `None`
+    /// before that, or if it was not wanted.
     #[must_use]
-    pub fn ram_digest(&self) -> Option<u128> {
-        self.shared.lock_progress().ram_digest
+    pub fn ram_digests(&self) -> Option<Vec<u128>> {
+        self.shared.lock_progress().ram_digests.clone()
     }
 
     /// Ends everything at once.
@@ -217,9 +217,9 @@ impl Shared {
             progress.ram_passed.iter().all(|passed| *passed == stream)
         };
         if is_last {
-            let digest = if self.read_back { Some(self.read_ram_back()?) } else { None };
+            let digests = if self.read_back { Some(self.read_ram_back()?) } else { None };
             let mut progress = self.lock_progress();
-            progress.ram_digest = digest;
+            progress.ram_digests = digests;
             progress.ram_is_in = stream;
             drop(progress);
             self.changed.notify_all();
@@ -228,10 +228,10 @@ impl Shared {
         Ok(())
     }
 
-    fn read_ram_back(&self) -> Result<u128, PlaneError> {
-        let digests = self.ram.iter().map(Ram::full_digest);
-        let sum = digests.sum::<std::io::Result<u128>>();
-        sum.map_err(|error| PlaneError::local("reading RAM again", error))
+    fn read_ram_back(&self) -> Result<Vec<u128>, PlaneError> {
+        let digests = self.ram.iter().map(Ram::digests);
+        let digests = digests.collect::<std::io::Result<Vec<_>>>().map(|all| all.concat());
+        digests.map_err(|error| PlaneError::local("reading RAM again", error))
     }
 
     /// Gives QEMU the tail if it is released and all RAM is in.

@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use limosa_protocol::frame::{Ack, Barrier};
 
-use crate::halt::PlaneError;
+use crate::halt::{Place, PlaneError};
 
 pub(super) struct Delivery(Mutex<Inner>);
 
@@ -140,8 +140,8 @@ impl Delivery {
             .channels
             .get_mut(channel)
             .ok_or_else(|| PlaneError::protocol("return path", "an ack of no channel"))?;
-        expected.ram.meet(ack.ram, channel, "RAM pages")?;
-        expected.disk.meet(ack.disk, channel, "disk contents")?;
+        expected.ram.meet(ack.ram, channel, Place::Ram)?;
+        expected.disk.meet(ack.disk, channel, Place::Disks)?;
         if channel == 0 {
             inner.first_applied = ack.applied;
         }
@@ -170,12 +170,7 @@ impl Delivery {
 }
 
 impl Awaited {
-    fn meet(
-        &mut self,
-        theirs: Barrier,
-        channel: usize,
-        what: &'static str,
-    ) -> Result<(), PlaneError> {
+    fn meet(&mut self, theirs: Barrier, channel: usize, place: Place) -> Result<(), PlaneError> {
         // An older one was overtaken by the one that is waited for now.
         if theirs.at < self.barrier.at || theirs.at == 0 {
             return Ok(());
@@ -184,7 +179,7 @@ impl Awaited {
             return Err(PlaneError::protocol("return path", "an ack of no barrier"));
         }
         if theirs.digest != self.barrier.digest {
-            return Err(PlaneError::Different { channel: channel.to_string(), what });
+            return Err(PlaneError::Different { channel: channel.to_string(), place });
         }
         self.is_met = true;
         Ok(())

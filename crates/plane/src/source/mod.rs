@@ -127,6 +127,7 @@ impl SourcePlane {
                 count,
                 outlet,
                 &spec.ram,
+                &spec.disks,
                 settings,
                 Arc::clone(&meter),
                 Arc::clone(&delivery),
@@ -140,6 +141,7 @@ impl SourcePlane {
             delivery: Arc::clone(&delivery),
             queues: Arc::clone(&queues),
             halt: Arc::clone(&halt),
+            differs: false,
         };
         let own = Arc::clone(&link);
         spawn("acks".to_owned(), Box::new(move || acks.run(&own)))?;
@@ -273,9 +275,20 @@ struct Acks {
     delivery: Arc<Delivery>,
     queues: Queues,
     halt: Arc<Halt>,
+    /// The destination has been told what is here
+    differs: bool,
 }
 
 impl Acks {
+    /// Has the destination find out where the two differ, once.
+    fn differ(&mut self, ack: &Ack, error: PlaneError) {
+        if !std::mem::replace(&mut self.differs, true) {
+            // One whose queue is closed has ended.
+            self.queues[usize::from(ack.channel)].put_at_once(Work::Digests).ok();
+            self.halt.tell(PlaneEvent::Different(error));
+        }
+    }
+
     fn run(mut self, link: &Link) -> Result<(), PlaneError> {
         let mut tried = 0;
         while let Some(mut connection) = link.take(self.replays.len(), tried) {
@@ -318,7 +331,14 @@ impl Acks {
         replay
             .acknowledge(ack.applied)
             .map_err(|error| PlaneError::protocol(ack.channel, error))?;
-        for met in self.delivery.take(&ack)? {
+        let all_met = match self.delivery.take(&ack) {
+            Err(error @ PlaneError::Different { .. }) => {
+                self.differ(&ack, error);
+                return Ok(());
+            }
+            taken => taken?,
+        };
+        for met in all_met {
             match met {
                 Met::Ram => {
                     // One whose queue is closed has ended.

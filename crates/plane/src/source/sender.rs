@@ -3,14 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use limosa_protocol::frame::{Barrier, DiskHeader, FrameKind, PageForm, PageHeader, RamStart};
+use limosa_protocol::frame::{
+    Barrier, DigestSubject, DigestsHeader, DiskHeader, FrameKind, PageForm, PageHeader, RamStart,
+};
 
-use super::RamBlockSpec;
 use super::delivery::Delivery;
 use super::outlet::Outlet;
+use super::{RamBlockSpec, SourceDisk};
 use crate::PAGE_BYTES;
 use crate::difference;
-use crate::digest::{DiskChain, PageDigests, page_digest};
+use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::halt::{Halt, PlaneError};
 use crate::meter::{Meter, add};
 use crate::queue::{Queue, Taken};
@@ -20,6 +22,9 @@ use crate::versions::Versions;
 
 /// How often an idle sender looks at its link.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Digests in a frame: 512 KiB.
+const DIGESTS_COUNT_MAX: usize = 32 << 10;
 
 /// Pages on their way to a sender.
 #[derive(Default)]
@@ -49,6 +54,8 @@ pub(crate) enum Work {
     RamBarrier,
     /// Its number
     DiskBarrier(u32),
+    /// The two sides differ
+    Digests,
 }
 
 pub(super) struct Sender {
@@ -57,7 +64,7 @@ pub(super) struct Sender {
     outlet: Outlet,
     digests: PageDigests,
     versions: Versions,
-    chain: DiskChain,
+    disks: DiskDigests,
     meter: Arc<Meter>,
     delivery: Arc<Delivery>,
     /// The stream of which pages come
@@ -71,6 +78,7 @@ impl Sender {
         channel_count: usize,
         outlet: Outlet,
         ram: &[RamBlockSpec],
+        disks: &[SourceDisk],
         settings: PlaneSettings,
         meter: Arc<Meter>,
         delivery: Arc<Delivery>,
@@ -82,7 +90,7 @@ impl Sender {
             outlet,
             digests: PageDigests::new(slots),
             versions: Versions::new(settings.page_versions_bytes_max / channel_count as u64),
-            chain: DiskChain::default(),
+            disks: DiskDigests::new(disks.iter().map(|disk| disk.size_bytes)),
             meter,
             delivery,
             stream: 0,
@@ -126,10 +134,11 @@ impl Sender {
                 self.send_now(FrameKind::RamBarrier)
             }
             Work::DiskBarrier(number) => {
-                let barrier = self.barrier(self.chain.digest());
+                let barrier = self.barrier(self.disks.digest());
                 self.delivery.expect_disks(self.index, number, barrier);
                 self.send_now(FrameKind::DiskBarrier)
             }
+            Work::Digests => self.tell_digests(),
         }
     }
 
@@ -222,7 +231,12 @@ impl Sender {
         self.payload.extend_from_slice(&operation.head.encode());
         self.payload.extend_from_slice(&operation.bytes);
         let payload = std::mem::take(&mut self.payload);
-        self.chain.add(operation.kind as u8, &payload);
+        self.disks.add(
+            operation.head.disk,
+            operation.head.offset_bytes,
+            operation.kind as u8,
+            &payload,
+        );
         let packed_bytes = self.send(operation.kind, &payload)?;
         if operation.kind == FrameKind::DiskWrite {
             add(&self.meter.disk_payload_bytes, operation.bytes.len() as u64);
@@ -230,6 +244,30 @@ impl Sender {
         }
         self.payload = payload;
         Ok(())
+    }
+
+    /// Sends all digests of this channel.
+    fn tell_digests(&mut self) -> Result<(), PlaneError> {
+        let ram = self.digests.tables().iter().map(Vec::as_slice).collect();
+        let disks: Vec<&[u128]> = self.disks.tables().collect();
+        let mut pieces = Vec::new();
+        for (subject, tables) in [(DigestSubject::Ram, ram), (DigestSubject::Disk, disks)] {
+            for (number, table) in (0..).zip(tables) {
+                for (at, piece) in table.chunks(DIGESTS_COUNT_MAX).enumerate() {
+                    let first = (at * DIGESTS_COUNT_MAX) as u64;
+                    let head = DigestsHeader { subject, is_last: false, number, first };
+                    let digests = piece.iter().flat_map(|digest| digest.to_le_bytes());
+                    pieces.push(head.encode().into_iter().chain(digests).collect::<Vec<u8>>());
+                }
+            }
+        }
+        let last =
+            DigestsHeader { subject: DigestSubject::Disk, is_last: true, number: 0, first: 0 };
+        pieces.push(last.encode().to_vec());
+        for piece in pieces {
+            self.send(FrameKind::Digests, &piece)?;
+        }
+        self.outlet.flush()
     }
 
     /// Sends a frame; returns the bytes of its payload on the wire.

@@ -245,7 +245,7 @@ impl Both {
             let event = self.source_events.recv_timeout(WAIT);
             let event = event.unwrap_or_else(|_| panic!("waited in vain for {wanted:?}"));
             match &event {
-                PlaneEvent::Failed(_) => panic!("{event:?}"),
+                PlaneEvent::Failed(_) | PlaneEvent::Different(_) => panic!("{event:?}"),
                 PlaneEvent::LinkLost(_) => {
                     lost_count += 1;
                     self.reconnect(&fates.next().unwrap_or_default());

@@ -63,7 +63,7 @@ async fn content_is_what_the_guest_sees() {
         make_image(&path, format, &writes);
         let qemu = start(folder.path(), &spec(folder.path(), vec![disk(&path, format)])).await;
         for tool in image_tools(folder.path()) {
-            let mut content = read_content(&tool, &path, format).expect("content");
+            let mut content = read_content(&tool, &path, format, 0..u64::MAX).expect("content");
             let mut bytes = Vec::new();
             content.stdout.take().expect("bytes").read_to_end(&mut bytes).await.expect("bytes");
             assert!(content.wait().await.expect("an end").success());
@@ -73,7 +73,8 @@ async fn content_is_what_the_guest_sees() {
     }
     let path = folder.path().join("broken");
     std::fs::write(&path, [7; 65536]).expect("a file");
-    let mut content = read_content(&image_tool(), &path, ImageFormat::Qcow2).expect("content");
+    let mut content =
+        read_content(&image_tool(), &path, ImageFormat::Qcow2, 0..u64::MAX).expect("content");
     let mut bytes = Vec::new();
     content.stdout.take().expect("bytes").read_to_end(&mut bytes).await.expect("an end");
     assert!(content.wait().await.is_err(), "not a qcow2 image");

@@ -57,14 +57,15 @@ struct Inner {
     /// What the plane is made of, until it is.
     parts: Option<receive::Parts>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
-    /// Everything is here; with RAM that was read again, its digest.
+    /// Everything is here; with RAM that was read again, its digests.
     settled: Option<Settled>,
 }
 
 /// Everything is here, loaded and flushed.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Settled {
-    ram_digest: Option<u128>,
+    /// Of RAM that was read again, by part.
+    ram_digests: Option<Vec<u128>>,
 }
 
 impl Incoming {

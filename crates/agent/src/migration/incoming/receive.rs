@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use http_body_util::BodyExt;
 use limosa_plane::nbd::client::NbdClient;
-use limosa_plane::{DestinationPlane, DestinationSpec, DiskTarget, PlaneEvent, RamTarget};
+use limosa_plane::{
+    DestinationPlane, DestinationSpec, DiskTarget, Place, PlaneError, PlaneEvent, RamTarget,
+};
 use limosa_protocol::migration::{Phase, Verify};
 use limosa_protocol::peer::{self, Receive};
 use limosa_protocol::vm::DiskKind;
@@ -34,6 +36,28 @@ pub(super) struct Parts {
 }
 
 impl Incoming {
+    /// What a plane's failure is told as.
+    fn receiving_failed(&self, error: &PlaneError) -> String {
+        let disk = |number: u16| {
+            let mut own = self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
+            own.nth(number.into()).map_or_else(String::new, |disk| disk.id.to_string())
+        };
+        match error {
+            PlaneError::Different {
+                place: Place::Range { disk: number, from_bytes, to_bytes },
+                ..
+            } => format!(
+                "source and destination differ in disk {}, first in bytes {from_bytes} to \
+                 {to_bytes}",
+                disk(*number)
+            ),
+            PlaneError::Different { place, .. } => {
+                format!("source and destination differ in {place}")
+            }
+            error => format!("receiving: {}", chain(error)),
+        }
+    }
+
     /// Starts QEMU and gets ready for channels; answers their token.
     pub(crate) async fn receive(self: &Arc<Self>, request: &Receive) -> Outcome<peer::Receiving> {
         if !(1..=peer::CHANNEL_COUNT_MAX).contains(&request.channel_count) {
@@ -143,7 +167,7 @@ impl Incoming {
                 PlaneEvent::LinkBack => drop(lost.send_replace(None)),
                 event => {
                     if let PlaneEvent::Failed(error) = &event {
-                        let reason = format!("receiving: {}", chain(error));
+                        let reason = watcher.receiving_failed(error);
                         let watcher = Arc::clone(&watcher);
                         runtime.spawn(async move { watcher.fail(reason).await });
                     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use limosa_plane::PlaneEvent;
 use limosa_protocol::migration::Phase;
-use limosa_protocol::peer::{DestinationWord, Digests, ReadyRequest};
+use limosa_protocol::peer::{DestinationWord, Digests, Part, ReadyRequest, VerifyRequest};
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::{block, power, process};
 
@@ -18,11 +18,12 @@ use crate::vm::{Qemu, run, write_definition};
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 impl Incoming {
-    /// Reads everything again that is here; only once all of it is.
-    pub(crate) async fn verify(&self) -> Outcome<Digests> {
+    /// Reads everything again that is here, or a part of it; only once all of it
+    /// is.
+    pub(crate) async fn verify(&self, request: &VerifyRequest) -> Outcome<Digests> {
         let mut inner = self.inner.lock().await;
         self.hand.expect_preparing()?;
-        match self.read_again(&mut inner).await {
+        match self.read_again(&mut inner, request.part).await {
             Ok(digests) => Ok(digests),
             Err(failure) => {
                 drop(inner);
@@ -32,10 +33,21 @@ impl Incoming {
         }
     }
 
-    async fn read_again(&self, inner: &mut Inner) -> Outcome<Digests> {
+    async fn read_again(&self, inner: &mut Inner, part: Option<Part>) -> Outcome<Digests> {
         let settled = self.settle(inner).await?;
-        let disks = verify::disks(&self.agent, &self.definition).await?;
-        Ok(Digests { ram: settled.ram_digest.map(verify::ram_text), disks })
+        let contents = verify::Contents {
+            agent: &self.agent,
+            definition: &self.definition,
+            qemu: inner.qemu.as_ref(),
+            disks_bytes: self.offer.disks.iter().map(|disk| disk.virtual_bytes).collect(),
+        };
+        if let Some(part) = part {
+            return contents.part(part).await;
+        }
+        // RAM as it was before devices were loaded into it.
+        let ram = settled.ram_digests.unwrap_or_default();
+        let ram = ram.into_iter().map(verify::ram_text).collect();
+        Ok(Digests { ram, disks: contents.disks().await? })
     }
 
     /// Answers once the whole VM is here, equal, and durably so.
@@ -62,8 +74,8 @@ impl Incoming {
     /// Waits until all has arrived, is loaded, and the disks are flushed and
     /// closed to the source. Once.
     async fn settle(&self, inner: &mut Inner) -> Outcome<Settled> {
-        if let Some(settled) = inner.settled {
-            return Ok(settled);
+        if let Some(settled) = &inner.settled {
+            return Ok(settled.clone());
         }
         wait_received(inner, self.offer.running).await?;
         let qemu =
@@ -72,9 +84,9 @@ impl Incoming {
             wait_loaded(&qemu).await?;
         }
         self.connections.end();
-        let mut ram_digest = None;
+        let mut ram_digests = None;
         if let Some(plane) = self.hand.take_plane() {
-            ram_digest = plane.ram_digest();
+            ram_digests = plane.ram_digests();
             close_plane(plane).await?;
         }
         let doing = "closing the destination's disks to the source";
@@ -85,7 +97,7 @@ impl Incoming {
             inner.qemu = None;
             self.hand.forget_reader().await;
         }
-        Ok(*inner.settled.insert(Settled { ram_digest }))
+        Ok(inner.settled.insert(Settled { ram_digests }).clone())
     }
 }
 
@@ -115,7 +127,8 @@ async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
         match events.recv().await {
             Some(PlaneEvent::RamDelivered) => ram = true,
             Some(PlaneEvent::DisksEqual) => disks = true,
-            Some(PlaneEvent::LinkLost(_) | PlaneEvent::LinkBack) => {}
+            // Told to sources, or to others here.
+            Some(PlaneEvent::Different(_) | PlaneEvent::LinkLost(_) | PlaneEvent::LinkBack) => {}
             Some(PlaneEvent::Failed(error)) => {
                 return Err(Failure::internal(format!("receiving: {}", chain(&error))));
             }

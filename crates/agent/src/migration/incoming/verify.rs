@@ -1,64 +1,154 @@
-//! Full verification: digests of what really stands in RAM and in images.
+//! Full verification: digests of what really stands in RAM and in images, by
+//! part, so that a difference can be followed to one page or block.
 
-use limosa_protocol::peer::Digests;
+use limosa_protocol::peer::{Digests, Part};
 use limosa_protocol::vm::{Disk, DiskKind, VmDefinition};
-use limosa_qemu::image;
-use limosa_qemu::process;
+use limosa_qemu::{image, process};
+use tokio::io::AsyncReadExt;
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::vm::{Qemu, create, files};
 
-/// Digests of everything, of a guest that stands. Without a QEMU there is no RAM.
-pub(crate) async fn digests(
-    agent: &Agent,
-    definition: &VmDefinition,
-    qemu: Option<&Qemu>,
-) -> Outcome<Digests> {
-    let ram = match qemu {
-        Some(qemu) => Some(ram(qemu, definition).await?),
-        None => None,
-    };
-    Ok(Digests { ram, disks: disks(agent, definition).await? })
+/// Something whose contents are read again.
+pub(crate) struct Contents<'a> {
+    pub(crate) agent: &'a Agent,
+    pub(crate) definition: &'a VmDefinition,
+    /// The guest's QEMU, which stands. Without one there is no RAM.
+    pub(crate) qemu: Option<&'a Qemu>,
+    /// Sizes of the disks, in the definition's order, in bytes.
+    pub(crate) disks_bytes: Vec<u64>,
 }
 
-/// Digests of what the guest sees on its disks, which nobody writes to.
-pub(crate) async fn disks(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<String>> {
-    let mut digests = Vec::new();
-    for of_vm in definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk) {
-        digests.push(disk(agent, of_vm).await?);
+impl Contents<'_> {
+    /// Digests of everything.
+    pub(crate) async fn all(&self) -> Outcome<Digests> {
+        let ram = match self.whole_ram() {
+            Some(ram) => self.ram(ram).await?,
+            None => Vec::new(),
+        };
+        Ok(Digests { ram, disks: self.disks().await? })
     }
-    Ok(digests)
-}
 
-/// What differs first between two hosts, if anything does.
-pub(crate) fn first_difference(
-    definition: &VmDefinition,
-    ours: &Digests,
-    theirs: &Digests,
-) -> Option<String> {
-    if ours.ram != theirs.ram {
-        return Some("RAM".to_owned());
+    /// Digests of the parts of a part that the other host wants to know.
+    pub(crate) async fn part(&self, part: Part) -> Outcome<Digests> {
+        let whole = match part.disk {
+            None => self.whole_ram(),
+            Some(disk) => self.whole_disks().nth(disk.into()),
+        };
+        let is_within = whole.is_some_and(|whole| {
+            part.from_bytes < part.to_bytes
+                && part.to_bytes <= whole.to_bytes
+                && part.from_bytes.is_multiple_of(part.unit_bytes())
+        });
+        if !is_within {
+            return Err(Failure::bad_request("there is no such part of the VM"));
+        }
+        Ok(match part.disk {
+            None => Digests { ram: self.ram(part).await?, disks: Vec::new() },
+            Some(_) => Digests { ram: Vec::new(), disks: vec![self.disk(part).await?] },
+        })
     }
-    if ours.disks.len() != theirs.disks.len() {
-        return Some("the number of disks".to_owned());
-    }
-    let own = definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
-    let mut pairs = own.zip(ours.disks.iter().zip(&theirs.disks));
-    pairs.find(|(_, (ours, theirs))| ours != theirs).map(|(disk, _)| format!("disk {}", disk.id))
-}
 
-/// Digest of a QEMU's whole guest RAM.
-async fn ram(qemu: &Qemu, definition: &VmDefinition) -> Outcome<String> {
-    let doing = "reading RAM again";
-    let size_bytes = qemu.accelerator.ram_bytes(definition.memory_bytes());
-    let memory = process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?;
-    let digest =
-        tokio::task::spawn_blocking(move || limosa_plane::full_ram_digest(&memory, size_bytes))
-            .await
-            .or_fail(doing)?
-            .or_fail(doing)?;
-    Ok(ram_text(digest))
+    /// Digests of what the guest sees on its disks, which nobody writes to.
+    pub(crate) async fn disks(&self) -> Outcome<Vec<Vec<String>>> {
+        let mut digests = Vec::new();
+        for disk in self.whole_disks() {
+            digests.push(self.disk(disk).await?);
+        }
+        Ok(digests)
+    }
+
+    /// The first part of which two hosts tell different digests.
+    ///
+    /// - `of`: the part that was asked for, or all.
+    pub(crate) fn first_difference(
+        &self,
+        of: Option<Part>,
+        ours: &Digests,
+        theirs: &Digests,
+    ) -> Option<Part> {
+        let wholes: Vec<(Part, &Vec<String>, Option<&Vec<String>>)> = match of {
+            Some(part @ Part { disk: None, .. }) => vec![(part, &ours.ram, Some(&theirs.ram))],
+            Some(part) => ours
+                .disks
+                .first()
+                .map(|ours| (part, ours, theirs.disks.first()))
+                .into_iter()
+                .collect(),
+            None => {
+                let ram = self.whole_ram().map(|ram| (ram, &ours.ram, Some(&theirs.ram)));
+                let disks = self.whole_disks().zip(&ours.disks);
+                let disks =
+                    disks.enumerate().map(|(at, (disk, ours))| (disk, ours, theirs.disks.get(at)));
+                ram.into_iter().chain(disks).collect()
+            }
+        };
+        wholes.into_iter().find_map(|(whole, ours, theirs)| {
+            whole.cut().zip(ours).enumerate().find_map(|(at, (part, digest))| {
+                let is_same = theirs.and_then(|theirs| theirs.get(at)) == Some(digest);
+                (!is_same).then_some(part)
+            })
+        })
+    }
+
+    /// A part as people know it.
+    pub(crate) fn name(&self, part: &Part) -> String {
+        let Part { from_bytes, to_bytes, .. } = part;
+        let of_disk = part.disk.and_then(|disk| self.own_disks().nth(disk.into()));
+        match of_disk {
+            Some(disk) => format!("disk {}, first in bytes {from_bytes} to {to_bytes}", disk.id),
+            None if part.is_smallest() => format!("RAM, first in the page at {from_bytes:#x}"),
+            None => format!("RAM, first between {from_bytes:#x} and {to_bytes:#x}"),
+        }
+    }
+
+    fn own_disks(&self) -> impl Iterator<Item = &Disk> {
+        self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk)
+    }
+
+    fn whole_ram(&self) -> Option<Part> {
+        let qemu = self.qemu?;
+        let to_bytes = qemu.accelerator.ram_bytes(self.definition.memory_bytes());
+        Some(Part { disk: None, from_bytes: 0, to_bytes })
+    }
+
+    fn whole_disks(&self) -> impl Iterator<Item = Part> {
+        (0..).zip(&self.disks_bytes).map(|(disk, to_bytes)| Part {
+            disk: Some(disk),
+            from_bytes: 0,
+            to_bytes: *to_bytes,
+        })
+    }
+
+    async fn ram(&self, part: Part) -> Outcome<Vec<String>> {
+        let doing = "reading RAM again";
+        let qemu = self.qemu.ok_or_else(|| Failure::internal("there is no RAM to be read"))?;
+        let size_bytes = qemu.accelerator.ram_bytes(self.definition.memory_bytes());
+        let memory = process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?;
+        let read = move || limosa_plane::ram_digests(&memory, &part);
+        let digests = tokio::task::spawn_blocking(read).await.or_fail(doing)?.or_fail(doing)?;
+        Ok(digests.into_iter().map(ram_text).collect())
+    }
+
+    async fn disk(&self, part: Part) -> Outcome<Vec<String>> {
+        let number = usize::from(part.disk.unwrap_or_default());
+        let disk = self.own_disks().nth(number);
+        let disk = disk.ok_or_else(|| Failure::internal("there is no such disk"))?;
+        let path = files::image(disk)?;
+        let doing = format!("reading {} again", path.display());
+        let range = part.from_bytes..part.to_bytes;
+        let format = create::format_of(disk.format);
+        let tool = &self.agent.qemu.img;
+        let mut child = image::read_content(tool, path, format, range).or_fail(&doing)?;
+        let content = child.stdout.take().ok_or_else(|| Failure::internal(doing.clone()))?;
+        let digests = digests(content, part).await.or_fail(&doing)?;
+        if child.wait().await.or_fail(&doing)?.success() {
+            Ok(digests)
+        } else {
+            Err(Failure::internal(format!("{doing}: the image tool failed")))
+        }
+    }
 }
 
 /// A digest of RAM as the hosts tell it each other.
@@ -66,30 +156,25 @@ pub(crate) fn ram_text(digest: u128) -> String {
     format!("{digest:032x}")
 }
 
-/// Digest of what the guest sees on a disk that nobody writes to.
-async fn disk(agent: &Agent, disk: &Disk) -> Outcome<String> {
-    let path = files::image(disk)?;
-    let doing = format!("reading {} again", path.display());
-    let mut child = image::read_content(&agent.qemu.img, path, create::format_of(disk.format))
-        .or_fail(&doing)?;
-    let content = child.stdout.take().ok_or_else(|| Failure::internal(doing.clone()))?;
-    let digest = digest(content).await.or_fail(&doing)?;
-    if child.wait().await.or_fail(&doing)?.success() {
-        Ok(digest)
-    } else {
-        Err(Failure::internal(format!("{doing}: the image tool failed")))
-    }
-}
-
-async fn digest(mut content: impl tokio::io::AsyncRead + Unpin) -> std::io::Result<String> {
-    use tokio::io::AsyncReadExt;
-    let mut hasher = blake3::Hasher::new();
+async fn digests(
+    mut content: impl tokio::io::AsyncRead + Unpin,
+    whole: Part,
+) -> std::io::Result<Vec<String>> {
+    let mut digests = Vec::new();
     let mut buffer = vec![0; 1 << 20];
-    loop {
-        let length = content.read(&mut buffer).await?;
-        if length == 0 {
-            return Ok(hasher.finalize().to_string());
+    for part in whole.cut() {
+        let mut hasher = blake3::Hasher::new();
+        let mut left = part.to_bytes - part.from_bytes;
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+            let length = content.read(&mut buffer[..most]).await?;
+            if length == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            hasher.update(&buffer[..length]);
+            left -= length as u64;
         }
-        hasher.update(&buffer[..length]);
+        digests.push(hasher.finalize().to_hex()[..32].to_owned());
     }
+    Ok(digests)
 }

@@ -17,10 +17,14 @@ use crate::vm::Qemu;
 /// Longest wait for QEMU to give a cancelled migration up, in looks of
 /// [`LOOK_EVERY`].
 const LOOK_COUNT_MAX: u32 = 200;
+/// Longest wait for the place of a difference.
+const FIND_MAX: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Gives up: ends the plane, lets the guest go on, and says so.
 pub(super) async fn abort(mut source: Source, why: &Failure) {
+    let found = if source.differs { find_difference(&source).await } else { None };
+    let why = found.as_ref().unwrap_or(why);
     // When the plane broke, what QEMU says of it is only an echo.
     let plane = source.plane.as_ref().and_then(|plane| plane.failure());
     let is_cancelled = source.job.is_cancelled();
@@ -33,6 +37,21 @@ pub(super) async fn abort(mut source: Source, why: &Failure) {
     // The destination may know why.
     let is_echo = !source.link_state.borrow().is_up() && !is_cancelled;
     source.hand.give_up(reason, is_echo).await;
+}
+
+/// Waits for the destination's word on where the two hosts differ. The guest need
+/// not stand for that: nothing was handed over, and nothing will be.
+async fn find_difference(source: &Source) -> Option<Failure> {
+    let released = async {
+        undo_in_qemu(&source.qemu).await?;
+        if source.was_running { let_run_again(&source.qemu).await } else { Ok(()) }
+    };
+    if let Err(failure) = released.await {
+        // It is tried again, and told, when the VM is taken back.
+        tracing::warn!(migration = %source.job.id(), %failure, "the guest does not run on yet");
+    }
+    let found = Source::link_ended(source.link_state.subscribe());
+    tokio::time::timeout(FIND_MAX, found).await.ok()
 }
 
 /// Ends migration and mirrors of a source QEMU.

@@ -164,8 +164,9 @@ impl Source {
     pub(super) fn check_exports(&mut self) -> Outcome<()> {
         if let Some(events) = &mut self.events {
             while let Ok(event) = events.try_recv() {
-                if let PlaneEvent::Failed(error) = event {
-                    return Err(super::plane_failure(&error));
+                if let PlaneEvent::Failed(error) | PlaneEvent::Different(error) = &event {
+                    self.differs = matches!(event, PlaneEvent::Different(_));
+                    return Err(super::plane_failure(error));
                 }
             }
         }

@@ -63,6 +63,8 @@ pub(crate) struct Source {
     link_state: watch::Sender<LinkState>,
     /// The destination has all of the VM.
     through: Arc<AtomicBool>,
+    /// What the two hosts hold is not the same; the destination looks for the place.
+    differs: bool,
     link_keeper: Option<LinkKeeper>,
     /// Disks whose mirror has ended well, with both sides equal.
     mirrored: BTreeSet<DiskId>,
@@ -150,6 +152,7 @@ pub(crate) async fn begin(
         plane: None,
         link_state: watch::Sender::new(LinkState::Up),
         through: Arc::default(),
+        differs: false,
         link_keeper: None,
         mirrored: BTreeSet::new(),
         events: None,
@@ -219,6 +222,10 @@ impl Source {
             self.events.as_mut().ok_or_else(|| Failure::internal("the data plane is not up"))?;
         match events.recv().await {
             Some(PlaneEvent::Failed(error)) => Err(plane_failure(&error)),
+            Some(PlaneEvent::Different(error)) => {
+                self.differs = true;
+                Err(plane_failure(&error))
+            }
             Some(event) => Ok(event),
             None => Err(Failure::internal("the data plane ended")),
         }

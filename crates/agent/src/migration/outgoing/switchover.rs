@@ -15,7 +15,7 @@ use futures_util::stream::FuturesUnordered;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::handover::{SourceAction, SourceEvent as On};
 use limosa_protocol::migration::{Downtime, Phase};
-use limosa_protocol::peer::{DestinationWord, Digests, ReadyRequest};
+use limosa_protocol::peer::{DestinationWord, Digests, Part, ReadyRequest, VerifyRequest};
 use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::qmp::QmpEvent;
@@ -193,25 +193,38 @@ impl Source {
         if !self.verifies_fully() {
             return Ok(());
         }
-        let (path, definition) = (self.path("verify"), &self.offer.definition);
-        let qemu = self.offer.running.then_some(&self.qemu);
-        let theirs = async {
-            let mut patience = self.patience();
-            loop {
-                match self.link.post_within::<_, Digests>(&path, &(), VERIFY_MS_MAX).await {
-                    Ok(digests) => return Ok::<_, Failure>(digests),
-                    Err(error) => patience.again(error).await?,
-                }
-            }
+        let contents = verify::Contents {
+            agent: &self.agent,
+            definition: &self.offer.definition,
+            qemu: self.offer.running.then_some(&self.qemu),
+            disks_bytes: self.offer.disks.iter().map(|disk| disk.virtual_bytes).collect(),
         };
-        let ours = verify::digests(&self.agent, definition, qemu);
-        let (ours, theirs) = tokio::try_join!(ours, theirs)?;
-        match verify::first_difference(definition, &ours, &theirs) {
-            None => Ok(()),
-            Some(what) => Err(Failure::internal(format!(
-                "{what} differs between source and destination: nothing was handed over; this is \
-                 a fault in Limosa or in a host's memory or disk"
-            ))),
+        let (ours, theirs) = tokio::try_join!(contents.all(), self.read_there(None))?;
+        let Some(mut part) = contents.first_difference(None, &ours, &theirs) else { return Ok(()) };
+        // Each time it becomes smaller: a byte would be found in the fifth.
+        while !part.is_smallest() {
+            let (ours, theirs) =
+                tokio::try_join!(contents.part(part), self.read_there(Some(part)))?;
+            match contents.first_difference(Some(part), &ours, &theirs) {
+                Some(within) => part = within,
+                None => break,
+            }
+        }
+        Err(Failure::internal(format!(
+            "source and destination differ in {}: nothing was handed over; this is a fault in \
+             Limosa or in a host's memory or disk",
+            contents.name(&part)
+        )))
+    }
+
+    async fn read_there(&self, part: Option<Part>) -> Outcome<Digests> {
+        let (path, request) = (self.path("verify"), VerifyRequest { part });
+        let mut patience = self.patience();
+        loop {
+            match self.link.post_within(&path, &request, VERIFY_MS_MAX).await {
+                Ok(digests) => return Ok(digests),
+                Err(error) => patience.again(error).await?,
+            }
         }
     }
 
