@@ -53,6 +53,8 @@ pub(crate) struct Incoming {
 /// What changes while it goes on.
 #[derive(Default)]
 struct Inner {
+    /// Folders and images that were made for the VM.
+    made: Vec<PathBuf>,
     qemu: Option<Qemu>,
     /// What the plane is made of, until it is.
     parts: Option<receive::Parts>,
@@ -196,6 +198,7 @@ impl Incoming {
             )
             .await?;
         }
+        self.inner.lock().await.made.clone_from(&made);
         self.hand.note(|record| record.made = made).await
     }
 

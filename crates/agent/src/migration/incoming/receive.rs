@@ -92,12 +92,23 @@ impl Incoming {
 
     async fn start_qemu(&self, inner: &mut Inner, channel_count: u8) -> Outcome<String> {
         let agent = &self.agent;
-        let qemu = run::launch(agent, &self.definition, true).await?;
-        if let Err(failure) = self.hand.note_qemu(&qemu).await {
-            // Given up meanwhile: nobody else knows of it.
-            run::end(&qemu).await?;
-            return Err(failure);
+        let launched = run::launch(agent, &self.definition, true).await;
+        let noted = match launched {
+            Ok(qemu) => match self.hand.note_qemu(&qemu).await {
+                Ok(()) => Ok(qemu),
+                Err(failure) => {
+                    // Given up meanwhile: nobody else knows of it.
+                    run::end(&qemu).await?;
+                    Err(failure)
+                }
+            },
+            failed => failed,
+        };
+        if noted.is_err() && !self.hand.still_prepares().await {
+            // What was made by a launch that went on after all else was freed.
+            super::free(agent, &self.definition, None, &inner.made).await;
         }
+        let qemu = noted?;
         inner.qemu = Some(qemu.clone());
         let doing = "preparing QEMU at the destination";
         let runtime = agent.runtime_folder(&self.definition.name);

@@ -174,6 +174,12 @@ impl DestinationHand {
         }
     }
 
+    /// The same, once nothing is being done: given up and freed, or not.
+    pub(crate) async fn still_prepares(&self) -> bool {
+        let _idle = self.inner.lock().await;
+        self.expect_preparing().is_ok()
+    }
+
     /// Changes the record while receiving, durably.
     pub(crate) async fn note(&self, change: impl FnOnce(&mut MigrationRecord)) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
