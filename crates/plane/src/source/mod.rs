@@ -123,7 +123,6 @@ impl SourcePlane {
             let (link, replay, own) = (Arc::clone(&link), Arc::clone(replay), Arc::clone(&meter));
             let outlet = Outlet::new(index, link, replay, own, &settings)?;
             let sender = sender::Sender::new(
-                index,
                 count,
                 outlet,
                 &spec.ram,

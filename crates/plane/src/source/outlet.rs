@@ -59,6 +59,11 @@ impl Outlet {
         })
     }
 
+    /// Number of the channel.
+    pub(super) fn channel(&self) -> usize {
+        self.role
+    }
+
     /// Number of the frame that is sent next.
     pub(super) fn next_number(&self) -> u64 {
         self.replay.sent() + 1

@@ -74,7 +74,6 @@ pub(super) struct Sender {
 
 impl Sender {
     pub(super) fn new(
-        index: usize,
         channel_count: usize,
         outlet: Outlet,
         ram: &[RamBlockSpec],
@@ -85,7 +84,7 @@ impl Sender {
     ) -> Self {
         let slots = ram.iter().map(|block| slot_count(block.size_bytes, channel_count));
         Self {
-            index,
+            index: outlet.channel(),
             channel_count,
             outlet,
             digests: PageDigests::new(slots),

@@ -10,6 +10,10 @@ use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::vm::{Qemu, create, files};
 
+/// What both hosts tell of something: digests of its parts; none if theirs lacks
+/// it.
+type Told<'a> = (Part, &'a Vec<String>, Option<&'a Vec<String>>);
+
 /// Something whose contents are read again.
 pub(crate) struct Contents<'a> {
     pub(crate) agent: &'a Agent,
@@ -68,7 +72,7 @@ impl Contents<'_> {
         ours: &Digests,
         theirs: &Digests,
     ) -> Option<Part> {
-        let wholes: Vec<(Part, &Vec<String>, Option<&Vec<String>>)> = match of {
+        let wholes: Vec<Told<'_>> = match of {
             Some(part @ Part { disk: None, .. }) => vec![(part, &ours.ram, Some(&theirs.ram))],
             Some(part) => ours
                 .disks
