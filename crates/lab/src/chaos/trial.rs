@@ -337,19 +337,16 @@ impl Trial<'_, '_> {
         if self.request.is_some() {
             return Ok(false);
         }
-        let mut owners = 0;
         for index in 0..2 {
             if self.must_restart(index)? {
                 return Ok(false);
             }
+        }
+        let mut owners = 0;
+        for index in 0..2 {
             let Some(vm) = self.stage.look(index)? else { continue };
             owners += 1;
             self.seen.was_in_doubt |= vm.doubt.is_some();
-            // Its store failed: an operator does as the agent says.
-            if vm.doubt.is_some_and(|doubt| doubt.contains("restart limosad")) {
-                self.kill_agents(&[index])?;
-                return Ok(false);
-            }
             if matches!(vm.power, Power::MovingIn | Power::MovingOut | Power::InDoubt) {
                 return Ok(false);
             }
@@ -375,7 +372,8 @@ impl Trial<'_, '_> {
         }
     }
 
-    /// An agent whose store failed says that it must be restarted: it is.
+    /// An agent whose store failed says that it must be restarted: it is. All hosts
+    /// are looked at before anything else, for others may wait for that one.
     fn must_restart(&mut self, index: usize) -> Result<bool> {
         let answer = self.stage.ask_soon(index, "GET", "/v1/migrations")?;
         let text = answer.body.to_string();
@@ -384,6 +382,13 @@ impl Trial<'_, '_> {
             return Ok(true);
         }
         let known: Vec<Migration> = answer.read()?;
+        // An operator does as the agent says.
+        let vm = self.stage.look(index)?;
+        if vm.and_then(|vm| vm.doubt).is_some_and(|doubt| doubt.contains("restart limosad")) {
+            self.seen.was_in_doubt = true;
+            self.kill_agents(&[index])?;
+            return Ok(true);
+        }
         let own = self.migration.as_ref().map(|own| own.id);
         let ours = known.iter().rfind(|one| own.is_none_or(|own| own == one.id));
         if index == self.source {

@@ -81,8 +81,59 @@ fn stranger(lab: &mut Lab) -> Result<()> {
             "a stranger learnt: {got}"
         );
     }
+    in_tls(lab)?;
     // And after all that, those who may still can.
     lab.host("b").api::<Value>("GET", "/v1/host", None)?.read::<Value>().map(drop)
+}
+
+/// What strangers say once they have a TLS connection, and in which language.
+const SAID: [(&str, &str); 3] = [
+    ("http/1.1", r"GET /v1/host HTTP/1.1\r\nHost: b\r\n\r\n"),
+    (
+        "http/1.1",
+        r"GET /peer/v1/offers/01890000-0000-7000-8000-000000000000 HTTP/1.1\r\nHost: b\r\n\r\n",
+    ),
+    ("limosa-channel/1", r"\000\002{}"),
+];
+
+/// The same in TLS: without a certificate, with one that nobody knows, and in an
+/// old version of it; a paired host is answered by the same means.
+fn in_tls(lab: &Lab) -> Result<()> {
+    let host = lab.host("a");
+    host.run(&[
+        "sh",
+        "-c",
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
+                            -keyout /tmp/k -out /tmp/c -subj /CN=a 2>&1",
+    ])?;
+    let ours =
+        "-cert /var/lib/limosa/identity/identity.crt -key /var/lib/limosa/identity/identity.key";
+    let address = net::host_v4(1, 0)?;
+    let heard = |(alpn, text): (&str, &str), how: &str| {
+        host.run(&[
+            "sh",
+            "-c",
+            &format!(
+                "(printf '{text}'; sleep 1) | timeout 5 openssl s_client -quiet -connect \
+             {address}:{PORT} -alpn {alpn} {how} 2>/dev/null; :"
+            ),
+        ])
+    };
+    let answer = heard(SAID[0], &format!("-tls1_3 {ours}"))?;
+    ensure!(answer.starts_with("HTTP/1.1 "), "a paired host gets no answer: {answer:?}");
+    for said in SAID {
+        for how in ["-tls1_3", "-tls1_3 -cert /tmp/c -key /tmp/k", &format!("-tls1_2 {ours}")] {
+            let got = heard(said, how)?;
+            ensure!(got.is_empty(), "{how} {}: a stranger got {got:?}", said.0);
+        }
+    }
+    host.run(&["rm", "/tmp/c", "/tmp/k"]).map(drop)
+}
+
+/// A code that is another one.
+fn wrong(code: &str) -> String {
+    let turn = |digit: char| if digit == '0' { '1' } else { '0' };
+    code.chars().map(|c| if c.is_ascii_digit() { turn(c) } else { c }).collect()
 }
 
 fn pairing(lab: &mut Lab) -> Result<()> {
@@ -96,9 +147,18 @@ fn pairing(lab: &mut Lab) -> Result<()> {
     let refused = c.api("POST", "/v1/hosts/pair", Some(&pair("000000")))?;
     ensure!(refused.status >= 400, "c paired without an invitation: {refused:?}");
     let invitation: Invitation = b.api::<Value>("POST", "/v1/hosts/invite", None)?.read()?;
+    let refused = c.api("POST", "/v1/hosts/pair", Some(&pair(&wrong(&invitation.code))))?;
+    ensure!(refused.status >= 400, "c paired with a wrong code: {refused:?}");
     a.api("POST", "/v1/hosts/pair", Some(&pair(&invitation.code)))?.read::<Value>()?;
     let refused = c.api("POST", "/v1/hosts/pair", Some(&pair(&invitation.code)))?;
     ensure!(refused.status >= 400, "c paired with a used code: {refused:?}");
+    let another: Invitation = b.api::<Value>("POST", "/v1/hosts/invite", None)?.read()?;
+    for _ in 0..3 {
+        let refused = c.api("POST", "/v1/hosts/pair", Some(&pair(&wrong(&another.code))))?;
+        ensure!(refused.status >= 400, "c paired with a wrong code: {refused:?}");
+    }
+    let refused = c.api("POST", "/v1/hosts/pair", Some(&pair(&another.code)))?;
+    ensure!(refused.status >= 400, "c paired after three wrong codes: {refused:?}");
     for (host, others) in [(a, 1), (b, 1), (c, 0)] {
         let known: Vec<Value> = host.api::<Value>("GET", "/v1/hosts", None)?.read()?;
         ensure!(known.len() == others, "{} knows {} hosts", host.name(), known.len());
