@@ -106,6 +106,17 @@ impl Incoming {
         if !problems.is_empty() {
             return Ok(OfferAnswer { problems });
         }
+        let incoming = Self::take(agent, offer).await?;
+        if let Err(failure) = incoming.make_place().await {
+            incoming.hand.give_up(&failure.to_string()).await;
+            return Err(failure);
+        }
+        Ok(OfferAnswer { problems: Vec::new() })
+    }
+
+    /// Takes the VM's name, records the offer and begins.
+    async fn take(agent: &Arc<Agent>, offer: Offer) -> Outcome<Arc<Self>> {
+        let id = offer.migration;
         let definition = compare::place_offer(agent, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
         let of_vm = VmRecord {
@@ -166,11 +177,7 @@ impl Incoming {
         }
         incoming.spawn_cancel_watch();
         hand.spawn_settling();
-        if let Err(failure) = incoming.make_place().await {
-            hand.give_up(&failure.to_string()).await;
-            return Err(failure);
-        }
-        Ok(OfferAnswer { problems: Vec::new() })
+        Ok(incoming)
     }
 
     /// An operator at this host may cancel, too.

@@ -78,18 +78,7 @@ pub(crate) async fn begin(
     vm: &Arc<Vm>,
     request: MoveRequest,
 ) -> Outcome<Migration> {
-    let problems = compare::compare(agent, vm, &request).await?;
-    if !problems.is_empty() {
-        return Err(Failure::problems(
-            format!("VM {} cannot move to {} yet; nothing was touched", vm.name, request.to),
-            problems,
-        ));
-    }
-    // What another host has to say of an earlier move, this one makes void.
-    let earlier = vm.lock().await.hand_over.clone();
-    if let Some(earlier) = earlier {
-        earlier.move_on().await?;
-    }
+    expect_movable(agent, vm, &request).await?;
     let id = MigrationId(Uuid::now_v7());
     let job = Arc::new(Job::new(
         id,
@@ -160,6 +149,24 @@ pub(crate) async fn begin(
     };
     tokio::spawn(source.run());
     Ok(view)
+}
+
+/// Fails when anything stands against the move; closes what an earlier one left
+/// open.
+async fn expect_movable(agent: &Arc<Agent>, vm: &Arc<Vm>, request: &MoveRequest) -> Outcome<()> {
+    let problems = compare::compare(agent, vm, request).await?;
+    if !problems.is_empty() {
+        return Err(Failure::problems(
+            format!("VM {} cannot move to {} yet; nothing was touched", vm.name, request.to),
+            problems,
+        ));
+    }
+    // What another host has to say of an earlier move, this one makes void.
+    let earlier = vm.lock().await.hand_over.clone();
+    match earlier {
+        Some(earlier) => earlier.move_on().await,
+        None => Ok(()),
+    }
 }
 
 /// Whether the guest's vCPUs run; a failure when the VM does not move as it is.
