@@ -267,6 +267,12 @@ pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Outcome<()> {
         let is_image = inner.definition.disks.iter().any(|disk| disk.path.as_ref() == Some(path));
         !is_image || disks.as_deref().is_some_and(|folder| path.starts_with(folder))
     });
+    let runtime = agent.runtime_folder(&vm.name);
+    if runtime.exists()
+        && let Err(error) = std::fs::remove_dir_all(&runtime)
+    {
+        tracing::warn!(vm = %vm.name, folder = %runtime.display(), %error, "not removed with its VM");
+    }
     for left in files::remove_made(&all) {
         tracing::warn!(vm = %vm.name, left, "not removed with its VM");
     }

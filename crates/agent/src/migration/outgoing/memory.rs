@@ -43,6 +43,8 @@ impl Source {
                 return Ok(switched);
             }
             self.wait_for_link().await;
+            // A mirror that was ending when its link went had to begin anew.
+            self.wait_ready().await?;
         }
         Err(Failure::peer(format!(
             "{SWITCHOVER_COUNT_MAX} times the guest was stopped and not everything arrived within \

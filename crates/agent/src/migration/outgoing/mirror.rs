@@ -73,7 +73,7 @@ impl Source {
     pub(super) async fn wait_mirrored(&self) -> Outcome<()> {
         loop {
             let jobs = block::jobs(&self.qemu.qmp).await.or_fail("asking QEMU for its mirrors")?;
-            if jobs.iter().all(|job| job.offset >= job.len) {
+            if jobs.iter().all(|job| job.ready && job.offset >= job.len) {
                 return Ok(());
             }
             tokio::time::sleep(STOPPED_LOOK_EVERY).await;
@@ -85,6 +85,12 @@ impl Source {
         for (index, id) in disks.iter().enumerate() {
             self.start_mirror(u16::try_from(index).unwrap_or(u16::MAX), id).await?;
         }
+        self.wait_ready().await
+    }
+
+    /// Waits until all disks are equal, and stay so.
+    pub(super) async fn wait_ready(&mut self) -> Outcome<()> {
+        let disks = self.disk_ids();
         let mut rates: Vec<Rate> = disks.iter().map(|_| Rate::new()).collect();
         let mut wire = Rate::new();
         loop {
@@ -149,6 +155,7 @@ impl Source {
     pub(super) async fn mirror_again(&mut self) -> Outcome<()> {
         block::activate_all(&self.qemu.qmp).await.or_fail("taking the disks back")?;
         abort::end_mirrors(&self.qemu).await?;
+        self.mirrors_end = false;
         for (index, id) in self.disk_ids().iter().enumerate() {
             let sync = if self.mirrored.remove(id) { Sync::None } else { Sync::Full };
             self.mirror_into(id, &self.mirror_socket(index), sync).await?;

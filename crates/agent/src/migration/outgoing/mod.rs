@@ -66,6 +66,8 @@ pub(crate) struct Source {
     /// What the two hosts hold is not the same; the destination looks for the place.
     differs: bool,
     link_keeper: Option<LinkKeeper>,
+    /// Mirrors were told to end.
+    mirrors_end: bool,
     /// Disks whose mirror has ended well, with both sides equal.
     mirrored: BTreeSet<DiskId>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
@@ -143,6 +145,7 @@ pub(crate) async fn begin(
         through: Arc::default(),
         differs: false,
         link_keeper: None,
+        mirrors_end: false,
         mirrored: BTreeSet::new(),
         events: None,
         exports: Vec::new(),

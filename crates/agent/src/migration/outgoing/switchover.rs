@@ -135,7 +135,9 @@ impl Source {
             // Cancelled now, QEMU would let the guest run with its disks not mirrored.
             wait_ended(&self.qemu.qmp).await?;
         }
-        self.mirror_again().await?;
+        if self.mirrors_end {
+            self.mirror_again().await?;
+        }
         abort::end_migration(&self.qemu).await?;
         abort::let_run_again(&self.qemu).await?;
         Ok(None)
@@ -152,6 +154,7 @@ impl Source {
 
     /// Ends all mirrors, each with both sides equal.
     async fn end_mirrors(&mut self) -> Outcome<()> {
+        self.mirrors_end = true;
         let qmp = &self.qemu.qmp;
         let ids = self.disk_ids();
         let mut ends: FuturesUnordered<_> = ids
