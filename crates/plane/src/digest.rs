@@ -116,8 +116,25 @@ fn ram_digest(memory: &File, part: &Part) -> io::Result<u128> {
 
 /// Digests of the disk operations that one channel carries.
 pub(crate) struct DiskDigests {
-    /// By disk: bytes of a range, and the chain of each, 0 where nothing was done
-    disks: Vec<(u64, Vec<u128>)>,
+    /// By disk
+    disks: Vec<DiskRanges>,
+}
+
+/// A disk's digests, by range.
+pub(crate) struct DiskRanges {
+    size_bytes: u64,
+    /// Bytes of each range but the last, which may be shorter
+    range_bytes: u64,
+    /// 0 where nothing was done
+    pub(crate) chains: Vec<u128>,
+}
+
+impl DiskRanges {
+    /// Where a range begins and ends, in bytes.
+    pub(crate) fn place(&self, range: usize) -> (u64, u64) {
+        let from_bytes = (range as u64).saturating_mul(self.range_bytes);
+        (from_bytes, from_bytes.saturating_add(self.range_bytes).min(self.size_bytes))
+    }
 }
 
 impl DiskDigests {
@@ -129,7 +146,7 @@ impl DiskDigests {
                 .next_multiple_of(REGION_BYTES)
                 .max(REGION_BYTES);
             let count = usize::try_from(size_bytes.div_ceil(range_bytes)).unwrap_or(usize::MAX);
-            (range_bytes, vec![0; count])
+            DiskRanges { size_bytes, range_bytes, chains: vec![0; count] }
         };
         Self { disks: sizes_bytes.map(ranges).collect() }
     }
@@ -138,10 +155,10 @@ impl DiskDigests {
     ///
     /// - `kind`, `payload`: as in its frame.
     pub(crate) fn add(&mut self, disk: u16, offset_bytes: u64, kind: u8, payload: &[u8]) {
-        let (range_bytes, ranges) = &mut self.disks[usize::from(disk)];
-        let range = usize::try_from(offset_bytes / *range_bytes).unwrap_or(usize::MAX);
+        let ranges = &mut self.disks[usize::from(disk)];
+        let range = usize::try_from(offset_bytes / ranges.range_bytes).unwrap_or(usize::MAX);
         // An operation of no bytes may stand at the end.
-        let Some(chain) = ranges.get_mut(range) else { return };
+        let Some(chain) = ranges.chains.get_mut(range) else { return };
         let mut hasher = blake3::Hasher::new();
         hasher.update(&chain.to_le_bytes()).update(&[kind]);
         hasher.update(&(payload.len() as u64).to_le_bytes()).update(payload);
@@ -153,23 +170,20 @@ impl DiskDigests {
     /// Digest of all of it.
     pub(crate) fn digest(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
-        for (_, ranges) in &self.disks {
-            for chain in ranges {
-                hasher.update(&chain.to_le_bytes());
-            }
+        for chain in self.disks.iter().flat_map(|ranges| &ranges.chains) {
+            hasher.update(&chain.to_le_bytes());
         }
         *hasher.finalize().as_bytes()
     }
 
     /// All chains, by disk and range.
     pub(crate) fn tables(&self) -> impl Iterator<Item = &[u128]> {
-        self.disks.iter().map(|(_, ranges)| ranges.as_slice())
+        self.disks.iter().map(|ranges| ranges.chains.as_slice())
     }
 
-    /// Bytes of a disk's ranges, and its chains; `None` for no disk.
-    pub(crate) fn disk(&self, disk: u16) -> Option<(u64, &[u128])> {
-        let (range_bytes, ranges) = self.disks.get(usize::from(disk))?;
-        Some((*range_bytes, ranges))
+    /// A disk's digests; `None` for no disk.
+    pub(crate) fn disk(&self, disk: u16) -> Option<&DiskRanges> {
+        self.disks.get(usize::from(disk))
     }
 }
 
@@ -195,9 +209,10 @@ mod tests {
     #[test]
     fn operations_count_by_disk_range_and_order() {
         let digest = |operations: &[(u16, u64, &[u8])]| {
-            let mut digests = DiskDigests::new([1 << 40, 5 << 20].into_iter());
-            assert_eq!(digests.disk(0).unwrap().0, 256 << 20);
-            assert_eq!(digests.disk(1).unwrap().1.len(), 5);
+            let mut digests = DiskDigests::new([1 << 40, (4 << 20) + 512].into_iter());
+            assert_eq!(digests.disk(0).unwrap().place(1), (256 << 20, 512 << 20));
+            assert_eq!(digests.disk(1).unwrap().chains.len(), 5);
+            assert_eq!(digests.disk(1).unwrap().place(4), (4 << 20, (4 << 20) + 512));
             for (disk, offset_bytes, payload) in operations {
                 digests.add(*disk, *offset_bytes, 4, payload);
             }

@@ -122,8 +122,9 @@ impl std::fmt::Display for Place {
 pub enum PlaneEvent {
     /// All RAM is at the destination and equal, and QEMU's stream is complete.
     RamDelivered,
-    /// All disks are at the destination, equal and durable, up to a barrier.
-    DisksEqual,
+    /// All disks are at the destination, equal and durable, up to the barrier of
+    /// this number. One that was given up may still be told of.
+    DisksEqual(u32),
     /// The two sides differ. The destination is told what the source has, finds
     /// the place and fails with it; nothing else is sent.
     Different(PlaneError),

@@ -254,19 +254,13 @@ impl Apply {
     fn compare(&self, mut payload: &[u8]) -> Result<(), PlaneError> {
         let head = DigestsHeader::decode(&mut payload)
             .map_err(|error| PlaneError::frame(self.index, error))?;
-        let differ = |place| Err(PlaneError::Different { channel: self.index.to_string(), place });
         if head.is_last {
             return Err(self.bad("the source told of a difference that is not there"));
         }
-        let (range_bytes, ours) = match head.subject {
-            DigestSubject::Ram => {
-                let table = self.digests.tables().get(usize::from(head.number));
-                (PAGE_BYTES as u64, table.map(Vec::as_slice))
-            }
-            DigestSubject::Disk => self
-                .disks
-                .disk(head.number)
-                .map_or((0, None), |(bytes, table)| (bytes, Some(table))),
+        let disk = self.disks.disk(head.number);
+        let ours = match head.subject {
+            DigestSubject::Ram => self.digests.tables().get(usize::from(head.number)),
+            DigestSubject::Disk => disk.map(|ranges| &ranges.chains),
         };
         let first = usize::try_from(head.first).unwrap_or(usize::MAX);
         let ours = ours
@@ -277,16 +271,17 @@ impl Apply {
         let Some(at) = ours.iter().zip(theirs).position(|(ours, theirs)| *ours != theirs) else {
             return Ok(());
         };
-        differ(match head.subject {
-            DigestSubject::Ram => {
+        let place = match (head.subject, disk) {
+            (DigestSubject::Disk, Some(ranges)) => {
+                let (from_bytes, to_bytes) = ranges.place(first + at);
+                Place::Range { disk: head.number, from_bytes, to_bytes }
+            }
+            _ => {
                 let page = slot_page(first + at, self.index, self.shared.channel_count);
-                Place::Page { offset_bytes: page * range_bytes }
+                Place::Page { offset_bytes: page * PAGE_BYTES as u64 }
             }
-            DigestSubject::Disk => {
-                let from_bytes = (first + at) as u64 * range_bytes;
-                Place::Range { disk: head.number, from_bytes, to_bytes: from_bytes + range_bytes }
-            }
-        })
+        };
+        Err(PlaneError::Different { channel: self.index.to_string(), place })
     }
 
     fn disk_barrier(&mut self, number: u64) -> Result<(), PlaneError> {

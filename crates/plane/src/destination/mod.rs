@@ -262,7 +262,7 @@ impl Shared {
         let passed = progress.disk_passed[channel];
         if progress.disk_passed.iter().all(|other| *other == passed) {
             drop(progress);
-            self.halt.tell(PlaneEvent::DisksEqual);
+            self.halt.tell(PlaneEvent::DisksEqual(passed));
         }
     }
 

@@ -60,8 +60,8 @@ struct Awaited {
 pub(super) enum Met {
     /// All RAM and all of QEMU's stream are there: the tail may be released
     Ram,
-    /// All disks are there
-    Disks,
+    /// All disks are there, up to the barrier of this number
+    Disks(u32),
 }
 
 impl Delivery {
@@ -159,7 +159,7 @@ impl Delivery {
         let number = inner.disk_awaited;
         if number > 0 && inner.channels.iter().all(|expected| through(expected.disk, number)) {
             inner.disk_awaited = 0;
-            met.push(Met::Disks);
+            met.push(Met::Disks(number));
         }
         Ok(met)
     }
@@ -230,6 +230,10 @@ mod tests {
         delivery.expect_ram(0, second, barrier(10));
         delivery.expect_end(second, 11);
         assert_eq!(delivery.take(&ack(0, 11, 10)).unwrap(), [Met::Ram]);
+        let again = delivery.begin_disks();
+        delivery.expect_disks(0, again, barrier(12));
+        let all = Ack { disk: barrier(12), ..ack(0, 12, 10) };
+        assert_eq!(delivery.take(&all).unwrap(), [Met::Disks(again)]);
     }
 
     #[test]

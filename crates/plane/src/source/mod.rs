@@ -200,7 +200,7 @@ impl SourcePlane {
 
     /// Gives the stream of now and a disk barrier up: what is still to come of
     /// the stream is read and dropped, so that QEMU never waits, and no event
-    /// tells of either any more. Returns `false`, and changes nothing, when the
+    /// tells of it any more. Returns `false`, and changes nothing, when the
     /// destination's QEMU may have the whole stream already.
     #[must_use]
     pub fn give_up_switchover(&self) -> bool {
@@ -223,14 +223,15 @@ impl SourcePlane {
     }
 
     /// Has everything that the sinks took made durable and compared; the event
-    /// `DisksEqual` follows. Never waits.
+    /// `DisksEqual` with the number that is returned follows. Never waits.
     ///
     /// # Errors
     /// When the plane has ended.
-    pub fn start_disk_barrier(&self) -> io::Result<()> {
+    pub fn start_disk_barrier(&self) -> io::Result<u32> {
         let number = self.delivery.begin_disks();
         let put = |queue: &Queue<Work>| queue.put_at_once(Work::DiskBarrier(number));
-        self.queues.iter().try_for_each(put).map_err(|_| ended())
+        self.queues.iter().try_for_each(put).map_err(|_| ended())?;
+        Ok(number)
     }
 
     /// What moved so far.
@@ -344,7 +345,7 @@ impl Acks {
                     self.queues[0].put_at_once(Work::Release).ok();
                     self.halt.tell(PlaneEvent::RamDelivered);
                 }
-                Met::Disks => self.halt.tell(PlaneEvent::DisksEqual),
+                Met::Disks(number) => self.halt.tell(PlaneEvent::DisksEqual(number)),
             }
         }
         Ok(())

@@ -247,25 +247,15 @@ impl Sender {
 
     /// Sends all digests of this channel.
     fn tell_digests(&mut self) -> Result<(), PlaneError> {
-        let ram = self.digests.tables().iter().map(Vec::as_slice).collect();
-        let disks: Vec<&[u128]> = self.disks.tables().collect();
-        let mut pieces = Vec::new();
-        for (subject, tables) in [(DigestSubject::Ram, ram), (DigestSubject::Disk, disks)] {
-            for (number, table) in (0..).zip(tables) {
-                for (at, piece) in table.chunks(DIGESTS_COUNT_MAX).enumerate() {
-                    let first = (at * DIGESTS_COUNT_MAX) as u64;
-                    let head = DigestsHeader { subject, is_last: false, number, first };
-                    let digests = piece.iter().flat_map(|digest| digest.to_le_bytes());
-                    pieces.push(head.encode().into_iter().chain(digests).collect::<Vec<u8>>());
-                }
-            }
+        for (number, table) in (0..).zip(self.digests.tables()) {
+            tell_table(&mut self.outlet, DigestSubject::Ram, number, table)?;
+        }
+        for (number, table) in (0..).zip(self.disks.tables()) {
+            tell_table(&mut self.outlet, DigestSubject::Disk, number, table)?;
         }
         let last =
             DigestsHeader { subject: DigestSubject::Disk, is_last: true, number: 0, first: 0 };
-        pieces.push(last.encode().to_vec());
-        for piece in pieces {
-            self.send(FrameKind::Digests, &piece)?;
-        }
+        self.outlet.send(FrameKind::Digests, &last.encode())?;
         self.outlet.flush()
     }
 
@@ -273,6 +263,24 @@ impl Sender {
     fn send(&mut self, kind: FrameKind, payload: &[u8]) -> Result<u64, PlaneError> {
         self.outlet.send(kind, payload)
     }
+}
+
+/// Sends one table of digests, a piece at a time: those of a large VM are not
+/// copied whole.
+fn tell_table(
+    outlet: &mut Outlet,
+    subject: DigestSubject,
+    number: u16,
+    table: &[u128],
+) -> Result<(), PlaneError> {
+    for (at, piece) in table.chunks(DIGESTS_COUNT_MAX).enumerate() {
+        let first = (at * DIGESTS_COUNT_MAX) as u64;
+        let head = DigestsHeader { subject, is_last: false, number, first };
+        let mut payload = head.encode().to_vec();
+        payload.extend(piece.iter().flat_map(|digest| digest.to_le_bytes()));
+        outlet.send(FrameKind::Digests, &payload)?;
+    }
+    Ok(())
 }
 
 /// A page's name among the versions.

@@ -18,7 +18,7 @@ fn memory_and_disk_arrive() {
     sink.write(2000, vec![6; 100]).unwrap();
     sink.discard(1 << 20, 64 << 10).unwrap();
     stream.write(both.attach(1)).join().unwrap();
-    both.source.start_disk_barrier().unwrap();
+    both.start_disk_barrier();
     assert_eq!(both.expect(&mut no_fates(), vec!["RamDelivered", "DisksEqual"]), 0);
     both.expect_there("RamDelivered");
     both.assert_pages(|page| match page {
@@ -59,16 +59,37 @@ fn a_page_that_differs_is_named() {
     rest.section(3, &[]);
     rest.0.extend_from_slice(b"device state");
     rest.write(qemu).join().unwrap();
+    let found = named_difference(&both);
+    assert!(found.contains("RAM, first in the page at 0x2bc000"), "{found}");
+}
+
+/// Goal: a disk that was written otherwise than the source did is named, with the
+/// range.
+#[test]
+fn a_range_that_differs_is_named() {
+    const TURNED: &[u8] = b"only one byte of this arrives as another";
+    let both = Both::with(&Fate { turned: Some(TURNED), ..Fate::default() });
+    let mut sink = both.source.disk_sink(0).unwrap();
+    for offset_bytes in (0..DISK_BYTES).step_by(1 << 20) {
+        sink.write(offset_bytes, vec![7; 4096]).unwrap();
+    }
+    sink.write((5 << 20) + 512, TURNED.to_vec()).unwrap();
+    both.start_disk_barrier();
+    let found = named_difference(&both);
+    assert!(found.contains("disk number 0, first in bytes 5242880 to 6291456"), "{found}");
+}
+
+/// What the destination says after the source found that the two differ.
+fn named_difference(both: &Both) -> String {
     let told = both.source_events.recv_timeout(WAIT).unwrap();
     assert!(matches!(told, PlaneEvent::Different(_)), "{told:?}");
-    let found = loop {
+    loop {
         match both.destination_events.recv_timeout(WAIT).unwrap() {
-            PlaneEvent::Failed(error) => break error.to_string(),
+            PlaneEvent::Failed(error) => return error.to_string(),
             PlaneEvent::RamDelivered => panic!("device state was given to QEMU"),
             _ => {}
         }
-    };
-    assert!(found.contains("RAM, first in the page at 0x2bc000"), "{found}");
+    }
 }
 
 /// Goal: an abort wakes every thread; the other side is told that the link is lost.
@@ -137,7 +158,7 @@ fn a_peer_that_miscounts_ends_the_source() {
     for (what, on_channel, on_return_path) in cases {
         let both = Both::with(&Fate::default());
         both.source.disk_sink(0).unwrap().write(1 << 20, vec![1; 4096]).unwrap();
-        both.source.start_disk_barrier().unwrap();
+        both.start_disk_barrier();
         both.expect(&mut no_fates(), vec!["DisksEqual"]);
         let [(ours, ack_in), (mut theirs, mut ack_out)] = connections(&Fate::default());
         both.source.reconnect(ours, ack_in).unwrap();

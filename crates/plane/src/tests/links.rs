@@ -96,13 +96,13 @@ fn only_what_is_missing_is_sent_again() {
     let both = Both::new();
     let mut sink = both.source.disk_sink(0).unwrap();
     sink.write(0, (0..=250).cycle().take(1 << 20).collect()).unwrap();
-    both.source.start_disk_barrier().unwrap();
+    both.start_disk_barrier();
     both.expect(&mut no_fates(), vec!["DisksEqual"]);
     both.reconnect(&Fate::default());
     sink.write(1 << 20, vec![7; 10]).unwrap();
-    both.source.start_disk_barrier().unwrap();
+    both.start_disk_barrier();
     both.expect_there("LinkBack");
-    while !matches!(both.source_events.recv_timeout(WAIT), Ok(PlaneEvent::DisksEqual)) {}
+    while !matches!(both.source_events.recv_timeout(WAIT), Ok(PlaneEvent::DisksEqual(_))) {}
     let moved = both.source.moved();
     // A frame that was just being made when the link went counts as sent again.
     assert!(moved.resent_bytes < 200, "{moved:?}");
@@ -123,7 +123,7 @@ fn a_cut_while_a_disk_barrier_is_pending() {
     while both.noted.lock().unwrap().len() < 8 {
         std::thread::sleep(Duration::from_millis(2));
     }
-    both.source.start_disk_barrier().unwrap();
+    both.start_disk_barrier();
     for _ in 0..2 {
         both.reconnect(&Fate::default());
     }
@@ -133,7 +133,7 @@ fn a_cut_while_a_disk_barrier_is_pending() {
     assert_eq!(both.noted.lock().unwrap().len(), 8);
     // The next barrier is another one.
     sink.write(0, vec![4; 4096]).unwrap();
-    both.source.start_disk_barrier().unwrap();
+    both.start_disk_barrier();
     both.expect(&mut no_fates(), vec!["DisksEqual"]);
     both.end();
 }
@@ -158,7 +158,7 @@ fn silence_is_noticed_on_both_sides() {
         let (qemu, mirror) = busy(&both, &mut Numbers(1));
         both.reconnect(&Fate::default());
         mirror.join().unwrap();
-        both.source.start_disk_barrier().unwrap();
+        both.start_disk_barrier();
         both.expect(&mut no_fates(), vec!["RamDelivered", "DisksEqual"]);
         assert!(both.source.failure().is_none());
         qemu.join().unwrap();

@@ -9,6 +9,7 @@ mod ends;
 mod links;
 mod streams;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -38,6 +39,8 @@ const SILENCE: Duration = Duration::from_millis(400);
 struct Fate {
     /// Bytes after which one of them breaks; `None` for never
     left: Option<Arc<AtomicI64>>,
+    /// The first byte of this, wherever it is written, becomes another one
+    turned: Option<&'static [u8]>,
     /// What is written is lost, and nobody is told
     source_is_mute: Arc<AtomicBool>,
     destination_is_mute: Arc<AtomicBool>,
@@ -54,6 +57,7 @@ impl Fate {
 struct Wire {
     stream: UnixStream,
     left: Option<Arc<AtomicI64>>,
+    turned: Option<&'static [u8]>,
     is_mute: Arc<AtomicBool>,
 }
 
@@ -67,6 +71,14 @@ impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.is_mute.load(Ordering::SeqCst) {
             return Ok(bytes.len());
+        }
+        let found = self
+            .turned
+            .and_then(|turned| bytes.windows(turned.len()).position(|window| window == turned));
+        if let Some(at) = found {
+            let mut other = bytes.to_vec();
+            other[at] ^= 1;
+            return self.stream.write_all(&other).map(|()| other.len());
         }
         let Some(left) = &self.left else { return self.stream.write(bytes) };
         let wanted = i64::try_from(bytes.len()).unwrap();
@@ -86,11 +98,16 @@ impl Write for Wire {
     }
 }
 
-fn wire(stream: UnixStream, left: Option<Arc<AtomicI64>>, is_mute: &Arc<AtomicBool>) -> ChannelIo {
+fn wire(stream: UnixStream, fate: &Fate, is_mute: &Arc<AtomicBool>) -> ChannelIo {
     stream.set_read_timeout(Some(SILENCE)).unwrap();
     let closer = stream.try_clone().unwrap();
     ChannelIo {
-        io: Box::new(Wire { stream, left, is_mute: Arc::clone(is_mute) }),
+        io: Box::new(Wire {
+            stream,
+            left: fate.left.clone(),
+            turned: fate.turned,
+            is_mute: Arc::clone(is_mute),
+        }),
         shutdown: Box::new(move || {
             closer.shutdown(std::net::Shutdown::Both).ok();
         }),
@@ -102,8 +119,8 @@ fn connections(fate: &Fate) -> [(Vec<ChannelIo>, ChannelIo); 2] {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..=CHANNEL_COUNT {
         let (a, b) = UnixStream::pair().unwrap();
-        ours.push(wire(a, fate.left.clone(), &fate.source_is_mute));
-        theirs.push(wire(b, fate.left.clone(), &fate.destination_is_mute));
+        ours.push(wire(a, fate, &fate.source_is_mute));
+        theirs.push(wire(b, fate, &fate.destination_is_mute));
     }
     [ours, theirs].map(|mut all| {
         let return_path = all.pop().unwrap();
@@ -150,6 +167,8 @@ struct Both {
     disk: File,
     noted: Arc<Mutex<Vec<(u64, u64)>>>,
     slow_flush: Arc<AtomicBool>,
+    /// Number of the last one
+    disk_barrier: Cell<u32>,
     qemu: JoinHandle<Vec<u8>>,
     folder: tempfile::TempDir,
 }
@@ -215,6 +234,7 @@ impl Both {
             disk,
             noted,
             slow_flush,
+            disk_barrier: Cell::new(0),
             qemu: std::thread::spawn(move || {
                 let mut got = Vec::new();
                 qemu.read_to_end(&mut got).unwrap();
@@ -222,6 +242,10 @@ impl Both {
             }),
             folder: tempfile::tempdir().unwrap(),
         }
+    }
+
+    fn start_disk_barrier(&self) {
+        self.disk_barrier.set(self.source.start_disk_barrier().unwrap());
     }
 
     fn reconnect(&self, fate: &Fate) {
@@ -251,8 +275,10 @@ impl Both {
                     self.reconnect(&fates.next().unwrap_or_default());
                 }
                 PlaneEvent::LinkBack => {}
-                PlaneEvent::RamDelivered | PlaneEvent::DisksEqual => {
-                    let name = format!("{event:?}");
+                // It was given up, and was told of at the same moment.
+                PlaneEvent::DisksEqual(number) if *number < self.disk_barrier.get() => {}
+                PlaneEvent::RamDelivered | PlaneEvent::DisksEqual(_) => {
+                    let name = format!("{event:?}").replace(char::is_numeric, "").replace("()", "");
                     let index = wanted.iter().position(|wanted| *wanted == name);
                     wanted.remove(index.unwrap_or_else(|| panic!("{event:?} is not expected")));
                 }

@@ -126,7 +126,7 @@ async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
     while !(ram && disks) {
         match events.recv().await {
             Some(PlaneEvent::RamDelivered) => ram = true,
-            Some(PlaneEvent::DisksEqual) => disks = true,
+            Some(PlaneEvent::DisksEqual(_)) => disks = true,
             // Told to sources, or to others here.
             Some(PlaneEvent::Different(_) | PlaneEvent::LinkLost(_) | PlaneEvent::LinkBack) => {}
             Some(PlaneEvent::Failed(error)) => {

@@ -82,7 +82,7 @@ impl Source {
             return self.run_on(false).await;
         }
         let mirrors_ended = Instant::now();
-        self.start_disk_barrier()?;
+        let disk_barrier = self.start_disk_barrier()?;
         migrate::continue_from_pre_switchover(&self.qemu.qmp)
             .await
             .map_err(|error| qmp_failure("going on after the guest stopped", &error))?;
@@ -91,7 +91,7 @@ impl Source {
         let delivered = async {
             wait_completed(&qmp, &mut events).await?;
             let pages_sent = Instant::now();
-            self.wait_delivered(true).await?;
+            self.wait_delivered(true, disk_barrier).await?;
             Ok::<_, Failure>(pages_sent)
         };
         let pages_sent = tokio::select! {
@@ -147,8 +147,8 @@ impl Source {
     pub(super) async fn stop_without_memory(&mut self) -> Outcome<Switched> {
         let now = Instant::now();
         self.end_mirrors().await?;
-        self.start_disk_barrier()?;
-        self.wait_delivered(false).await?;
+        let disk_barrier = self.start_disk_barrier()?;
+        self.wait_delivered(false, disk_barrier).await?;
         Ok(Switched { stopped: None, mirrors_ended: now, pages_sent: now })
     }
 
@@ -172,18 +172,19 @@ impl Source {
         Ok(())
     }
 
-    fn start_disk_barrier(&self) -> Outcome<()> {
+    fn start_disk_barrier(&self) -> Outcome<u32> {
         self.plane()?.start_disk_barrier().or_fail("flushing the destination's disks")
     }
 
-    /// Waits until the destination has everything and its digests are ours.
-    async fn wait_delivered(&mut self, with_ram: bool) -> Outcome<()> {
+    /// Waits until the destination has everything and its digests are ours; that
+    /// an earlier disk barrier, given up since, was passed says nothing.
+    async fn wait_delivered(&mut self, with_ram: bool, disk_barrier: u32) -> Outcome<()> {
         let mut ram = !with_ram;
         let mut disks = false;
         while !(ram && disks) {
             match self.plane_event().await? {
                 PlaneEvent::RamDelivered => ram = true,
-                PlaneEvent::DisksEqual => disks = true,
+                PlaneEvent::DisksEqual(number) => disks |= number == disk_barrier,
                 _ => {}
             }
         }
