@@ -19,7 +19,7 @@ use super::points::{Point, start_agent, wait};
 use super::scene::Scene;
 use super::steps;
 use super::{Story, tiny};
-use crate::host::Host;
+use crate::host::{Host, Storage};
 use crate::lab::{Lab, Plan};
 
 /// Longest time for hosts to agree.
@@ -46,6 +46,16 @@ pub(super) const STORIES: &[Story] = &[
                  source keeps its old copy without ever starting it",
         plan: Plan::default,
         run: forced_at_destination,
+    },
+    Story {
+        name: "next-move-needs-the-last-word",
+        proves: "a VM whose source died before its last word moves on to a third host only with \
+                 the operator's word, and the source gives way when it comes back",
+        plan: || Plan {
+            hosts: vec![("a", Storage::Folder), ("b", Storage::Folder), ("c", Storage::Folder)],
+            ..Plan::default()
+        },
+        run: moves_on,
     },
 ];
 
@@ -120,6 +130,26 @@ fn force(host: &Host, vm: &str) -> Result<()> {
     let answer = host.api("POST", &path, Some(&json!({"confirm": "other"})))?;
     ensure!(answer.status == 400, "a wrong name was answered {}", answer.status);
     host.limosa(&["vm", "recover", vm, "--force-owner", "--confirm", vm]).map(drop)
+}
+
+fn moves_on(lab: &mut Lab) -> Result<()> {
+    let (scene, _) = moved_until(lab, "a", "send.commit.after", Action::Kill)?;
+    power_cut(lab, "a")?;
+    wait("the VM's run at b", || {
+        let found = steps::look(lab.host("b"), &scene.vm)?;
+        Ok(found.filter(|vm| vm.power == Power::Running))
+    })?;
+    steps::pair(lab, 1, 2)?;
+    // An operator of a could still make a the owner: b must not lose sight of that.
+    let refused = lab.host("b").try_limosa(&["vm", "move", &scene.vm, "--to", "c"])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success(), "the move was not refused");
+    ensure!(said.contains("a has not confirmed") && said.contains("--force-owner"), "said {said}");
+    force(lab.host("b"), &scene.vm)?;
+    steps::move_vm(lab, &scene.vm, "b", "c")?;
+    start_agent(lab, "a")?;
+    wait("a giving way", || Ok(steps::look(lab.host("a"), &scene.vm)?.is_none().then_some(())))?;
+    scene.end(lab, "c").map(drop)
 }
 
 fn forced_at_source(lab: &mut Lab) -> Result<()> {

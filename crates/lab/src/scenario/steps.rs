@@ -22,9 +22,9 @@ pub(crate) const MOVE_TIMEOUT: Duration = Duration::from_secs(300);
 const LOOK_PAUSE: Duration = Duration::from_millis(25);
 /// Switch on which all VMs of the lab are.
 pub(crate) const SWITCH: &str = "lan";
-/// Unprivileged user of Debian as whom QEMU runs in the lab.
 /// How long agents wait for a lost link, in seconds: stories do not wait a minute.
 const LINK_WAIT_S: u32 = 12;
+/// Unprivileged user of Debian as whom QEMU runs in the lab.
 const QEMU_USER: &str = "nobody";
 
 /// A virtual machine that a story wants.
@@ -116,21 +116,19 @@ pub(crate) fn join(lab: &Lab) -> Result<()> {
             .read::<Value>()
             .with_context(|| format!("making the switch of host {}", host.name()))?;
     }
-    for index in 1..lab.hosts().len() {
-        let (first, other) = (&lab.hosts()[0], &lab.hosts()[index]);
-        let invitation: Invitation =
-            other.api::<Value>("POST", "/v1/hosts/invite", None)?.read()?;
-        let address = net::host_v4(index, 0)?.to_string();
-        first
-            .api(
-                "POST",
-                "/v1/hosts/pair",
-                Some(&json!({"address": address, "code": invitation.code})),
-            )?
-            .read::<Value>()
-            .with_context(|| format!("pairing {} with {}", first.name(), other.name()))?;
-    }
-    Ok(())
+    (1..lab.hosts().len()).try_for_each(|index| pair(lab, 0, index))
+}
+
+/// Pairs two hosts, by number.
+pub(crate) fn pair(lab: &Lab, first: usize, second: usize) -> Result<()> {
+    let (host, other) = (&lab.hosts()[first], &lab.hosts()[second]);
+    let invitation: Invitation = other.api::<Value>("POST", "/v1/hosts/invite", None)?.read()?;
+    let address = net::host_v4(second, 0)?.to_string();
+    let request = json!({"address": address, "code": invitation.code});
+    host.api("POST", "/v1/hosts/pair", Some(&request))?
+        .read::<Value>()
+        .map(drop)
+        .with_context(|| format!("pairing {} with {}", host.name(), other.name()))
 }
 
 /// Creates a VM on a host and starts it.

@@ -223,9 +223,7 @@ impl Destination {
             | On::Retired { .. }
             | On::Undecided
             | On::Unheard => self.on_word(&event),
-            On::Complete | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
-                self.on_own(&event)
-            }
+            On::Complete | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
         }
         .ok_or(illegal)
     }
@@ -259,16 +257,12 @@ impl Destination {
                 self.state = State::Owning;
                 self.persist(Stage::Owner)
             }
-            (State::Owner, On::ForceOwner) if self.guest.is_absent() => {
+            // For the start or the next move of a VM that this host has.
+            (State::Owner, On::ForceOwner) => {
                 self.epoch = forced(self.epoch);
                 self.state = State::Closing(Ended::Moved);
                 self.persist(Stage::Done)
             }
-            (State::Owner, On::MovesOn) if self.guest == Guest::Running => {
-                self.state = State::Closing(Ended::Moved);
-                self.persist(Stage::Done)
-            }
-            (State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),
             _ => return None,
         })
     }
@@ -300,6 +294,8 @@ impl Destination {
                 self.state = State::Freeing;
                 vec![Do::FreeCopy]
             }
+            // Only the store can say how it goes on.
+            (State::UnknownDurability, _) => Vec::new(),
             (State::Owner, On::Retired { epoch }) if *epoch == self.epoch => {
                 self.state = State::Closing(Ended::Moved);
                 self.persist(Stage::Done)

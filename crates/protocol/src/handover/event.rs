@@ -62,8 +62,8 @@ pub enum SourceEvent {
     Freed,
     /// An operator who knows the risk gives the VM to this host
     ForceOwner,
-    /// The VM, which runs here, is about to be moved again: what the other host
-    /// of this migration still has to say is no longer waited for
+    /// The VM, which runs here, is about to be moved again: a destination that
+    /// cannot get it any more is not waited for
     MovesOn,
 }
 
@@ -188,9 +188,6 @@ pub enum DestinationEvent {
     Freed,
     /// An operator who knows the risk gives the VM to this host
     ForceOwner,
-    /// The VM, which runs here, is about to be moved again: what the other host
-    /// of this migration still has to say is no longer waited for
-    MovesOn,
 }
 
 impl DestinationEvent {
@@ -215,7 +212,6 @@ impl DestinationEvent {
             Self::QemuGone => "qemu-gone",
             Self::Freed => "freed",
             Self::ForceOwner => "force-owner",
-            Self::MovesOn => "moves-on",
         }
     }
 }

@@ -56,6 +56,8 @@ pub struct Source {
     /// That at which the VM is ours, while it is.
     owned: Epoch,
     guest: Guest,
+    /// The destination may hold the whole VM and be ready, as far as is known.
+    may_be_ready: bool,
     state: State,
 }
 
@@ -100,6 +102,7 @@ impl Source {
             reserved: record.epoch,
             owned: record.offered,
             guest,
+            may_be_ready: false,
             state: State::Copying,
         })
     }
@@ -127,7 +130,8 @@ impl Source {
                 return Err(WrongRecord { role: "source", stage });
             }
         };
-        let mut source = Self { migration, offered, reserved, owned, guest, state };
+        let may_be_ready = true;
+        let mut source = Self { migration, offered, reserved, owned, guest, may_be_ready, state };
         let actions = match state {
             State::Resuming { confirmed } => source.resume(confirmed),
             State::HandedOver => vec![source.commit()],
@@ -238,6 +242,7 @@ impl Source {
         Some(match (self.state, event) {
             (State::Copying, On::Delivered) => {
                 self.state = State::Asking;
+                self.may_be_ready = true;
                 if self.guest == Guest::Running {
                     self.guest = Guest::Stopped;
                 }
@@ -257,12 +262,17 @@ impl Source {
             }
             // With no guest to go on, the operator's word is also for its start.
             (State::HandedOver, On::ForceOwner) => self.take_back(self.guest.is_absent()),
-            (State::Keeping, On::ForceOwner) if self.guest.is_absent() => {
+            // Also for the start or the next move of a VM that this host has.
+            (State::Keeping, On::ForceOwner) => {
                 self.owned = forced(self.owned);
                 self.stay()
             }
-            (State::Keeping, On::MovesOn) if self.guest == Guest::Running => self.stay(),
-            (State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),
+            // A destination that was never asked whether it is ready is not, and
+            // cannot be made the owner: nothing need be heard of it.
+            (State::Keeping, On::MovesOn) if self.guest == Guest::Running && !self.may_be_ready => {
+                self.stay()
+            }
+            (State::Keeping | State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),
             _ => return None,
         })
     }
@@ -299,6 +309,8 @@ impl Source {
                 actions.extend(self.close(Ended::Superseded, record));
                 actions
             }
+            // Only the store can say how it goes on.
+            (State::UnknownDurability, _) => Vec::new(),
             (State::Keeping, On::Declined { epoch }) if *epoch >= self.reserved => self.stay(),
             // It never took the offer, or has forgotten a migration that ended.
             (State::Keeping, On::Unheard) => self.stay(),

@@ -1,7 +1,7 @@
 //! What can happen next, and what then becomes of the world.
 
 use limosa_protocol::handover::{
-    ColdStart, Destination, DestinationEvent, Guest, Source, SourceEvent,
+    ColdStart, Destination, DestinationEvent, Doubt, Guest, Source, SourceEvent,
 };
 use limosa_protocol::id::Epoch;
 
@@ -38,6 +38,8 @@ pub(crate) enum Step {
     Reboot { side: Side, is_done: bool },
     /// An agent starts.
     Restart(Side),
+    /// A VM that was kept and runs is about to be moved again.
+    MovesOn,
     /// QEMU ends.
     QemuDies(Side),
     /// The agent notices that it did.
@@ -98,12 +100,14 @@ fn of_source(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Step>) {
     if machine.may_give_up() || aborts_late {
         steps.push(Step::GiveUp(Here));
     }
+    if machine.state() == "keeping" && host.qemu == Guest::Running {
+        steps.push(Step::MovesOn);
+    }
     let starts = may_start(machine.cold_start(), mutation);
     if host.qemu.is_absent() && host.files && starts {
         steps.push(Step::ColdStart(Here));
     }
-    if machine.doubt().is_some()
-        && machine.state() != "unknown-durability"
+    if (machine.state() == "keeping" || is_settled_by_operator(machine.doubt()))
         && host.files
         && may_force(world, world.destination.qemu)
     {
@@ -136,8 +140,7 @@ fn of_destination(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Ste
     if host.qemu.is_absent() && host.files && starts {
         steps.push(Step::ColdStart(There));
     }
-    if machine.doubt().is_some()
-        && machine.state() != "unknown-durability"
+    if (machine.state() == "owner" || is_settled_by_operator(machine.doubt()))
         && host.files
         && may_force(world, world.source.qemu)
     {
@@ -151,6 +154,10 @@ fn may_start(answer: ColdStart, mutation: Option<Mutation>) -> bool {
         ColdStart::Unconfirmed => mutation == Some(Mutation::ColdStartUnasked),
         ColdStart::NotOwner => mutation == Some(Mutation::ColdStartByNonOwner),
     }
+}
+
+fn is_settled_by_operator(doubt: Option<Doubt>) -> bool {
+    doubt.is_some_and(|doubt| doubt != Doubt::UnknownDurability)
 }
 
 /// An operator who is sure has seen that the other host's QEMU ended.
@@ -240,6 +247,7 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             agent_ends(world, side, is_done);
             qemu_ends(world, side);
         }
+        Step::MovesOn => world.tell_source(SourceEvent::MovesOn, true, mutation),
         Step::Restart(Here) => world.restart_source(mutation),
         Step::Restart(There) => world.restart_destination(mutation),
         Step::QemuDies(side) => {

@@ -38,6 +38,9 @@ use crate::store::{MigrationRecord, StoreError};
 /// How often a host that owes a word is asked again.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
+/// Longest wait for the other host's last word before the VM's next move.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+
 /// How one half stands, to be looked at without waiting for its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Standing {
@@ -92,22 +95,27 @@ impl HandOver {
         }
     }
 
-    /// Lets the VM go on to its next migration while the other host of this one
-    /// still owes a word: from here on this half only answers.
+    /// Lets the VM go on to its next migration: waits a moment for the word that
+    /// the other host of this one owes. Without it that host may be made the owner
+    /// by its operator, and nobody here would hear of it.
     pub(crate) async fn move_on(&self) -> Outcome<()> {
-        match self {
-            Self::Source(hand) => hand.move_on().await,
-            Self::Destination(hand) => hand.move_on().await,
+        let mut standing = match self {
+            Self::Source(hand) => {
+                hand.move_on().await;
+                hand.watch()
+            }
+            Self::Destination(hand) => hand.watch(),
+        };
+        let settled = standing.wait_for(|now| now.ended.is_some());
+        if matches!(tokio::time::timeout(SETTLE_MAX, settled).await, Ok(Ok(_))) {
+            return Ok(());
         }
-        match self.standing().ended {
-            Some(_) => Ok(()),
-            None => Err(Failure::conflict(format!(
-                "the last migration of VM {} is not settled with {}: see `limosa vm recover {}`",
-                self.job().view().vm,
-                self.peer(),
-                self.job().view().vm
-            ))),
-        }
+        let (peer, vm) = (self.peer(), self.job().view().vm);
+        Err(Failure::conflict(format!(
+            "VM {vm} is this host's, and {peer} has not confirmed yet that it is out of it; it is \
+             asked every second, and then the VM can move. If {peer} is gone for good, `limosa vm \
+             recover {vm} --force-owner` does without its word"
+        )))
     }
 
     /// Why the VM may not be changed now, if it may not, and what to do about it.

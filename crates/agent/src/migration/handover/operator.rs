@@ -42,7 +42,7 @@ pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Outcome<Recover
         peer_name: hand.peer(),
         peer,
         risk: risk(&hand, guest),
-        may_force: may_force(&hand, guest),
+        may_force: may_force(&hand),
     })
 }
 
@@ -96,11 +96,10 @@ async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Outcome<HandOver> {
     })
 }
 
-fn may_force(hand: &HandOver, guest: Guest) -> bool {
+fn may_force(hand: &HandOver) -> bool {
     match (hand, hand.standing().state) {
-        (HandOver::Source(_), "handed-over") | (HandOver::Destination(_), "ready") => true,
-        (HandOver::Source(_), "keeping") | (HandOver::Destination(_), "owner") => guest.is_absent(),
-        _ => false,
+        (HandOver::Source(_), state) => matches!(state, "handed-over" | "keeping"),
+        (HandOver::Destination(_), state) => matches!(state, "ready" | "owner"),
     }
 }
 
@@ -115,6 +114,12 @@ fn guest_text(guest: Guest) -> &'static str {
 
 fn risk(hand: &HandOver, guest: Guest) -> String {
     let peer = hand.peer();
+    if hand.standing().is_ours && !guest.is_absent() {
+        return format!(
+            "the VM runs here, and its next move or start then waits for no word of {peer}. If an \
+             operator also gives it to {peer}, it runs twice: do not do both"
+        );
+    }
     let lost = match (hand, hand.standing().state) {
         (HandOver::Source(_), "handed-over") => {
             format!("what the guest did on {peer} since it was handed over is lost")

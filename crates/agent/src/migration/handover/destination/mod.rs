@@ -161,6 +161,11 @@ impl DestinationHand {
         *self.standing.borrow()
     }
 
+    /// How it stands from now on.
+    pub(super) fn watch(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
+    }
+
     /// What the machine believes of this host's QEMU.
     pub(super) async fn guest(&self) -> Guest {
         self.inner.lock().await.machine.guest()

@@ -153,10 +153,6 @@ impl DestinationHand {
         });
     }
 
-    pub(crate) async fn move_on(&self) {
-        self.feed(On::MovesOn).await;
-    }
-
     /// An operator gives the VM to this host.
     pub(crate) async fn force_owner(&self, by: String) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
