@@ -8,11 +8,13 @@
 //! what is there, what is gone and what a user noticed.
 
 mod chaos;
+mod commands;
 mod doubt;
 mod faults;
 mod itself;
 mod kvm;
 mod links;
+mod mapped;
 mod moves;
 pub(crate) mod points;
 mod postgres;
@@ -53,6 +55,8 @@ pub(crate) fn all() -> Vec<&'static Story> {
         itself::STORIES,
         strangers::STORIES,
         moves::STORIES,
+        mapped::STORIES,
+        commands::STORIES,
         kvm::STORIES,
         postgres::STORIES,
         faults::STORIES,

@@ -42,6 +42,8 @@ pub(crate) struct Wanted {
     pub machine: String,
     /// Kernel, initial RAM disk and command line
     pub boot: Boot,
+    /// Switches of NICs after the first
+    pub further_switches: Vec<&'static str>,
 }
 
 /// What a VM starts from.
@@ -66,6 +68,8 @@ impl Wanted {
             .enumerate()
             .map(|(n, (format, mib))| json!({"id": format!("d{n}"), "format": format, "size_mib": mib}))
             .collect();
+        let mut nics = vec![json!({"switch": SWITCH, "mac": mac_text(MAC)})];
+        nics.extend(self.further_switches.iter().map(|switch| json!({"switch": switch})));
         json!({
             "name": self.name,
             "memory_mib": self.memory_mib,
@@ -78,7 +82,7 @@ impl Wanted {
                 "firmware": if self.boot.uefi { "uefi" } else { "bios" },
             },
             "disks": disks,
-            "nics": [{"switch": SWITCH, "mac": mac_text(MAC)}],
+            "nics": nics,
         })
     }
 }
