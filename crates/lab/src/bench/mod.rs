@@ -19,6 +19,8 @@ use crate::{demo, paths, print_line, report};
 
 /// Speed of the link.
 const LINK_MBIT: u32 = 1000;
+/// A guest that dirties memory so fast converges by page versions only.
+const FAST_MB_S: u32 = 100;
 /// Calm before and after, so that the guest's load is steady.
 pub(crate) const CALM: Duration = Duration::from_secs(2);
 
@@ -47,8 +49,15 @@ pub(crate) struct Measured {
     pub longest_silence_ms: Option<f64>,
     /// Longest gap on any TCP session
     pub client_gap_ms: f64,
-    /// Most memory that an agent held, in KiB
-    pub agent_kib: Option<u64>,
+    /// Most memory that the agents of source and destination held, in KiB
+    pub agents_kib: Vec<u64>,
+}
+
+/// Whether the source keeps what it sent, to send differences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Versions {
+    Kept,
+    None,
 }
 
 /// Runs all comparisons.
@@ -64,10 +73,16 @@ pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
             ));
             let mut accelerator = "tcg".to_owned();
             if !stock_only {
-                let (chosen, ours) = limosa(&plan, &wanted)?;
+                let (chosen, ours) = limosa(&plan, &wanted, Versions::Kept)?;
                 show(&ours);
                 all.push((name, ours));
                 accelerator = chosen;
+                if dirty_mb_s < FAST_MB_S {
+                    // What the agents need for themselves.
+                    let (_, ours) = limosa(&plan, &wanted, Versions::None)?;
+                    show(&ours);
+                    all.push((name, ours));
+                }
             }
             let theirs = stock::run(&plan, &wanted, &accelerator)?;
             show(&theirs);
@@ -80,9 +95,9 @@ pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
     Ok(())
 }
 
-fn limosa(plan: &Plan, wanted: &Wanted) -> Result<(String, Measured)> {
+fn limosa(plan: &Plan, wanted: &Wanted, versions: Versions) -> Result<(String, Measured)> {
     let mut lab = Lab::up(plan)?;
-    let measured = measure(&mut lab, wanted);
+    let measured = measure(&mut lab, wanted, versions);
     if measured.is_err() {
         for host in lab.hosts() {
             print_line(crate::exec::tail(&host.agent_log(), 2_000));
@@ -92,8 +107,15 @@ fn limosa(plan: &Plan, wanted: &Wanted) -> Result<(String, Measured)> {
     measured
 }
 
-fn measure(lab: &mut Lab, wanted: &Wanted) -> Result<(String, Measured)> {
-    steps::agents_ready(lab)?;
+fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String, Measured)> {
+    for host in lab.hosts_mut() {
+        let mut config = steps::agent_config(host, None, "");
+        if versions == Versions::None {
+            config.push_str("page_versions_mib = 0\n");
+        }
+        host.start_agent(&config, &[])?;
+    }
+    steps::join(lab)?;
     let scene = Scene::on_ready_hosts(lab, wanted)?;
     std::thread::sleep(CALM);
     let accelerator = steps::look(lab.host("a"), &wanted.name)?.and_then(|vm| vm.accelerator);
@@ -111,7 +133,10 @@ fn measure(lab: &mut Lab, wanted: &Wanted) -> Result<(String, Measured)> {
         Duration::from_millis(ms).as_secs_f64()
     };
     let result = Measured {
-        how: "Limosa".to_owned(),
+        how: match versions {
+            Versions::Kept => "Limosa".to_owned(),
+            Versions::None => "no versions".to_owned(),
+        },
         converged: true,
         alive: crate::client::status::ask(lab.client(), crate::net::guest_v4(0)).is_ok(),
         total_s: Duration::from_millis(summary.total_ms).as_secs_f64() - phase_s(Phase::Retire),
@@ -122,7 +147,7 @@ fn measure(lab: &mut Lab, wanted: &Wanted) -> Result<(String, Measured)> {
         blackout_ms: trace.blackout("a", "b").map(|silence| silence.ms()),
         longest_silence_ms: trace.longest_silence().map(|silence| silence.ms()),
         client_gap_ms: noticed.longest_tcp_gap_ms(),
-        agent_kib: lab.hosts().iter().filter_map(crate::host::Host::agent_peak_kib).max(),
+        agents_kib: lab.hosts().iter().filter_map(crate::host::Host::agent_peak_kib).collect(),
     };
     let picture = gathered.into_move(&trace, Some(&noticed), Some(LINK_MBIT));
     let picture = report::Report {
@@ -153,6 +178,10 @@ fn show(result: &Measured) {
         ms(result.blackout_ms),
         ms(result.longest_silence_ms),
         result.client_gap_ms,
-        result.agent_kib.map_or(String::new(), |kib| format!("  agent at most {} MiB", kib / 1024)),
+        match result.agents_kib[..] {
+            [source, destination] =>
+                format!("  agents at most {} and {} MiB", source / 1024, destination / 1024),
+            _ => String::new(),
+        },
     ));
 }

@@ -71,7 +71,7 @@ fn measure(lab: &Lab, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
         blackout_ms: silence.filter(|_| converged).map(|silence| silence.ms()),
         longest_silence_ms: trace.longest_silence().map(|silence| silence.ms()),
         client_gap_ms: noticed.longest_tcp_gap_ms(),
-        agent_kib: None,
+        agents_kib: Vec::new(),
     })
 }
 
