@@ -96,24 +96,14 @@ impl Connections {
 
     /// Whether a connection may be one of this migration.
     fn check(&self, hello: &ChannelHello) -> Outcome<()> {
-        let inner = self.lock();
-        let token =
-            inner.token.as_ref().ok_or_else(|| Failure::conflict("no channels are waited for"))?;
-        // Both are hexadecimal digests of a secret: equality of hashes leaks nothing.
-        if blake3::hash(hello.token.as_bytes()) != blake3::hash(token.as_bytes()) {
-            return Err(Failure::forbidden("a channel with a wrong token"));
-        }
-        if hello.set <= inner.set || hello.set < inner.gathered.set {
-            return Err(Failure::conflict("a channel of a set that is no more"));
-        }
-        Ok(())
+        self.lock().check(hello)
     }
 
     /// Adds a connection that was checked; gives the set once it is whole.
     fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Outcome<Option<Set>> {
-        // Others may have come since.
-        self.check(hello)?;
         let mut inner = self.lock();
+        // Others may have come since.
+        inner.check(hello)?;
         let Inner { set, gathered, .. } = &mut *inner;
         if gathered.set < hello.set {
             gathered.set = hello.set;
@@ -138,6 +128,21 @@ impl Connections {
         *set = hello.set;
         let channels = gathered.channels.iter_mut().filter_map(Option::take).collect();
         Ok(Some(Set { channels, return_path }))
+    }
+}
+
+impl Inner {
+    fn check(&self, hello: &ChannelHello) -> Outcome<()> {
+        let token =
+            self.token.as_ref().ok_or_else(|| Failure::conflict("no channels are waited for"))?;
+        // Both are hexadecimal digests of a secret: equality of hashes leaks nothing.
+        if blake3::hash(hello.token.as_bytes()) != blake3::hash(token.as_bytes()) {
+            return Err(Failure::forbidden("a channel with a wrong token"));
+        }
+        if hello.set <= self.set || hello.set < self.gathered.set {
+            return Err(Failure::conflict("a channel of a set that is no more"));
+        }
+        Ok(())
     }
 }
 
