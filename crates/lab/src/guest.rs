@@ -1,5 +1,6 @@
 //! Guests: made by scripts from Debian's packages, kept in the cache.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -52,8 +53,13 @@ pub(crate) fn full() -> Result<FullGuest> {
     })
 }
 
-/// Runs a script that makes a guest; returns the path it prints.
-fn make(script: &str, limit_s: u32, args: &[&Path]) -> Result<PathBuf> {
+/// Runs a script that keeps something in the cache; returns the path it prints.
+/// One at a time, also with other labs on the same cache.
+pub(crate) fn make(script: &str, limit_s: u32, args: &[&Path]) -> Result<PathBuf> {
+    let cache = paths::cache_dir();
+    std::fs::create_dir_all(&cache)?;
+    let lock = File::create(cache.join("lock"))?;
+    lock.lock().context("waiting for another lab that makes something in the cache")?;
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(script);
     let mut command = exec::limited(limit_s, path);
     command.args(args);

@@ -31,8 +31,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 
 use crate::lab::{Lab, Plan};
-use crate::{exec, paths};
+use crate::{exec, guest, paths};
 
+/// Longest time to fetch a QEMU, in seconds.
+const FETCH_TIMEOUT_S: u32 = 300;
 /// Longest part of one log that is shown for a story that failed, in bytes.
 const SHOWN_LOG_BYTES_MAX: usize = 3_000;
 
@@ -96,10 +98,7 @@ impl std::error::Error for Skipped {}
 
 /// A QEMU of another version than the machine's, fetched once into the cache.
 fn other_qemu() -> Result<PathBuf> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/fetch-qemu");
-    let cache = paths::cache_dir();
-    let told = exec::run(&script.to_string_lossy(), &[cache.as_os_str()])?;
-    Ok(PathBuf::from(told.trim()))
+    guest::make("fetch-qemu", FETCH_TIMEOUT_S, &[&paths::cache_dir()])
 }
 
 /// Runs those stories whose name contains `only`, one after the other.
