@@ -6,8 +6,6 @@
 //! holds that limit low at first, so that an easy guest stops for the shortest
 //! time, and raises it round by round up to what the operator allows.
 
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use limosa_protocol::migration::Phase;
@@ -16,9 +14,9 @@ use limosa_qemu::power;
 use limosa_qemu::qmp::QmpEvent;
 use tokio::sync::broadcast;
 
-use super::Source;
 use super::mirror::{Rate, transfer};
 use super::switchover::{STOPPED_MAX, Stopped, Switched};
+use super::{Source, socket};
 use crate::failure::{Failure, OrFail, Outcome, chain};
 
 /// How often progress is looked at.
@@ -103,9 +101,7 @@ impl Source {
     async fn start_memory(&mut self) -> Outcome<()> {
         let doing = "starting the move of RAM";
         let socket = self.agent.runtime_folder(&self.vm.name).join("migrate.sock");
-        std::fs::remove_file(&socket).ok();
-        let listener = UnixListener::bind(&socket).or_fail(doing)?;
-        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).or_fail(doing)?;
+        let listener = socket::listen(&socket).or_fail(doing)?;
         let plane = self.plane()?;
         plane.attach_migration_socket(listener).or_fail(doing)?;
         let most_ms = self.offer.request.downtime_limit_ms.max(1);

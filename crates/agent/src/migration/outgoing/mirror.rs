@@ -1,8 +1,6 @@
 //! `mirror`: QEMU copies each disk into an NBD export of this agent, whose
 //! blocks cross on the channels; from `ready` on both sides stay equal.
 
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,7 +12,7 @@ use limosa_protocol::vm::DiskKind;
 use limosa_qemu::block::{self, Sync};
 use limosa_qemu::launch::disk_node;
 
-use super::{Source, abort};
+use super::{Source, abort, socket};
 use crate::failure::{Failure, OrFail, Outcome};
 
 /// How often progress is looked at.
@@ -127,11 +125,7 @@ impl Source {
     async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Outcome<()> {
         let doing = format!("mirroring disk {id}");
         let socket = self.mirror_socket(usize::from(index));
-        std::fs::remove_file(&socket).ok();
-        let listener = UnixListener::bind(&socket).or_fail(&doing)?;
-        // The folder lets nobody in but QEMU's user and root.
-        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666))
-            .or_fail(&doing)?;
+        let listener = socket::listen(&socket).or_fail(&doing)?;
         let facts = &self.offer.disks[usize::from(index)];
         let plane = self.plane()?;
         let sink = plane.disk_sink(index).or_fail(&doing)?;

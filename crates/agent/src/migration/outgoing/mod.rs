@@ -14,6 +14,7 @@ mod memory;
 mod mirror;
 mod prepare;
 mod retire;
+mod socket;
 mod switchover;
 
 use std::collections::BTreeSet;
