@@ -93,7 +93,7 @@ async fn stop(
     Body(request): Body<StopRequest>,
 ) -> Outcome<Json<Vm>> {
     let vm = agent.vm(&name)?;
-    power::stop(&vm, &request).await?;
+    power::stop(&agent, &vm, &request).await?;
     Ok(Json(vm.view().await))
 }
 

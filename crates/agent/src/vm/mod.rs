@@ -14,6 +14,7 @@
 //! the store before its guest runs the first instruction.
 
 pub(crate) mod announce;
+pub(crate) mod cgroup;
 pub(crate) mod create;
 pub(crate) mod files;
 pub(crate) mod power;
@@ -128,6 +129,11 @@ impl Vm {
 }
 
 impl Inner {
+    /// Whether that QEMU is the VM's now.
+    fn has(&self, qemu: &Qemu) -> bool {
+        self.qemu.as_ref().is_some_and(|current| current.process == qemu.process)
+    }
+
     /// What keeps anybody from changing the VM now, and what to do about it.
     pub(crate) fn hindrance(&self) -> Option<(String, String)> {
         let name = &self.definition.name;
@@ -253,6 +259,7 @@ pub(crate) async fn restore(agent: &std::sync::Arc<Agent>) -> anyhow::Result<()>
             .map_err(|failure| anyhow::anyhow!("in the state store: {failure}"))?;
         run::find_again(agent, &vm).await;
     }
+    cgroup::remove_stale().await;
     Ok(())
 }
 

@@ -52,11 +52,14 @@ pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Outcome<()> {
 }
 
 /// Stops a VM: asks its guest, or turns it off.
-pub(crate) async fn stop(vm: &Arc<Vm>, request: &StopRequest) -> Outcome<()> {
-    let inner = vm.lock_for_change().await?;
+pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> Outcome<()> {
+    let mut inner = vm.lock_for_change().await?;
     let qemu = inner.running()?.clone();
     if request.force {
-        return run::end(&qemu).await;
+        run::end(&qemu).await?;
+        // Whoever looks next sees a VM that is off.
+        run::note_end(agent, vm, &mut inner, &qemu);
+        return Ok(());
     }
     power::system_powerdown(&qemu.qmp).await.or_fail(&format!("stopping VM {}", vm.name))?;
     // Others may look at the VM, and turn it off, while the guest takes its time.
@@ -68,5 +71,7 @@ pub(crate) async fn stop(vm: &Arc<Vm>, request: &StopRequest) -> Outcome<()> {
              with --timeout, or turn it off with `limosa vm stop --force {0}`",
             vm.name, request.timeout_seconds
         ))
-    })
+    })?;
+    run::note_end(agent, vm, &mut *vm.lock().await, &qemu);
+    Ok(())
 }

@@ -2,7 +2,6 @@
 //! of the agent.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use limosa_qemu::launch::{
 use limosa_qemu::process::{self, ProcessSpec};
 use limosa_qemu::{power, qmp::Qmp};
 
-use super::{Inner, Qemu, Vm, create, files};
+use super::{Inner, Qemu, Vm, cgroup, create, files};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome, chain};
 use crate::fault::{self, Edge, Kind};
@@ -26,11 +25,6 @@ const QEMU_START: Duration = Duration::from_secs(20);
 const QEMU_ANSWER: Duration = Duration::from_secs(5);
 /// Longest wait for a QEMU's end once it closed its socket.
 const QEMU_EXIT: Duration = Duration::from_secs(10);
-/// How often the removal of a busy cgroup is tried, and the pause between.
-const CGROUP_TRY_COUNT_MAX: u32 = 50;
-const CGROUP_TRY_EVERY: Duration = Duration::from_millis(20);
-/// Parent of the cgroups of all VMs, below the cgroup file system's root.
-const CGROUP_PARENT: &str = "limosa";
 
 /// Starts QEMU for a VM, its vCPUs stopped.
 ///
@@ -67,7 +61,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
     let arguments = launch::command_line(&spec, &agent.qemu.facts)
         .or_fail(&format!("VM {} cannot be started by this QEMU", definition.name))?;
     let configuration = files::place(&definition.places.configuration, "configuration")?;
-    let cgroup = make_cgroup(definition);
+    let group = cgroup::make(definition);
     let spawned = process::spawn(&ProcessSpec {
         binary: agent.qemu.binary.clone(),
         args: arguments,
@@ -76,20 +70,20 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
             gid: user.gid,
             groups: user.groups.clone(),
         }),
-        cgroup: cgroup.clone(),
+        cgroup: group.clone(),
         stderr_log: configuration.join("qemu.log"),
         keep_fds: taps,
     })
     .await
     .or_fail(&format!("starting QEMU for VM {}", definition.name));
-    let process = spawned.inspect_err(|_| remove_cgroup(cgroup.as_deref()))?;
+    let process = spawned.inspect_err(|_| cgroup::remove(group.as_deref()))?;
     let started = process.wait_ready(&runtime.join(launch::QMP_SOCKET), QEMU_START).await;
     let qmp = match started {
         Ok(qmp) => qmp,
         Err(error) => {
             process::kill(&process.id).await.ok();
             process::wait_exit(&process.id, QEMU_EXIT).await.ok();
-            remove_cgroup(cgroup.as_deref());
+            cgroup::remove(group.as_deref());
             return Err(Failure::internal(format!(
                 "QEMU for VM {} did not start: {}",
                 definition.name,
@@ -97,7 +91,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
             )));
         }
     };
-    Ok(Qemu { process: process.id, qmp, accelerator: agent.qemu.accelerator, cgroup })
+    Ok(Qemu { process: process.id, qmp, accelerator: agent.qemu.accelerator, cgroup: group })
 }
 
 /// Ends a QEMU and waits until it is gone. Its guest's memory is lost.
@@ -110,7 +104,7 @@ pub(crate) async fn end(qemu: &Qemu) -> Outcome<()> {
         process::kill(&qemu.process).await.or_fail("ending QEMU")?;
         process::wait_exit(&qemu.process, QEMU_EXIT).await.or_fail("ending QEMU")?;
     }
-    remove_cgroup(qemu.cgroup.as_deref());
+    cgroup::remove(qemu.cgroup.as_deref());
     Ok(())
 }
 
@@ -190,48 +184,6 @@ fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>
     definition.disks.iter().map(spec).collect()
 }
 
-/// Where a VM's cgroup is, or would be, on this host.
-fn cgroups_of(definition: &VmDefinition) -> impl Iterator<Item = PathBuf> {
-    let name = definition.uuid.unwrap_or_default().to_string();
-    let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
-    let found = roots.into_iter().filter(|root| root.join("cgroup.controllers").exists());
-    found.map(move |root| root.join(CGROUP_PARENT).join(&name)).take(1)
-}
-
-/// A cgroup of the VM's own, so that an agent under systemd can end without it
-/// and its use of the host can be told apart. Without one the VM runs as well.
-fn make_cgroup(definition: &VmDefinition) -> Option<PathBuf> {
-    let group = cgroups_of(definition).next()?;
-    match std::fs::create_dir_all(&group) {
-        Ok(()) => Some(group),
-        Err(error) => {
-            tracing::warn!(vm = %definition.name, %error, "the VM gets no cgroup of its own");
-            None
-        }
-    }
-}
-
-/// Removes the cgroup of a VM whose processes have ended, whoever ended them.
-pub(crate) fn remove_cgroups(definition: &VmDefinition) {
-    cgroups_of(definition).for_each(|group| remove_cgroup(Some(&group)));
-}
-
-fn remove_cgroup(group: Option<&std::path::Path>) {
-    let Some(group) = group.map(std::path::Path::to_owned) else { return };
-    tokio::spawn(async move {
-        // Busy for a moment after the end of its last process. One that stays
-        // busy has another QEMU of the VM by now.
-        for _ in 0..CGROUP_TRY_COUNT_MAX {
-            match std::fs::remove_dir(&group) {
-                Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
-                    tokio::time::sleep(CGROUP_TRY_EVERY).await;
-                }
-                _ => return,
-            }
-        }
-    });
-}
-
 /// Starts a VM that is off.
 pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Outcome<()> {
     let mut inner = vm.lock_for_change().await?;
@@ -289,27 +241,31 @@ pub(crate) async fn watch(agent: &Arc<Agent>, vm: &Arc<Vm>, inner: &mut Inner, q
         qemu.qmp.wait_closed().await;
         let ended = process::wait_exit(&qemu.process, QEMU_EXIT).await;
         let mut inner = vm.lock().await;
-        let is_current = inner.qemu.as_ref().is_some_and(|current| current.process == qemu.process);
-        if !is_current {
-            return;
-        }
-        if ended.is_err() {
+        if ended.is_ok() {
+            note_end(&agent, &vm, &mut inner, &qemu);
+        } else if inner.has(&qemu) {
             inner.fault = Some(format!(
                 "QEMU (process {}) closed its socket and still runs: end it with \
                  `limosa vm stop --force {}`",
                 qemu.process.pid, vm.name
             ));
-            return;
-        }
-        remove_cgroup(qemu.cgroup.as_deref());
-        if let Err(failure) = forget(&agent, &vm, &mut inner) {
-            tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
-        }
-        tracing::info!(vm = %vm.name, "QEMU ended");
-        if let Some(hand_over) = &inner.hand_over {
-            hand_over.qemu_gone();
         }
     });
+}
+
+/// Notes that a QEMU ended, if it is still the VM's.
+pub(super) fn note_end(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) {
+    if !inner.has(qemu) {
+        return;
+    }
+    cgroup::remove(qemu.cgroup.as_deref());
+    if let Err(failure) = forget(agent, vm, inner) {
+        tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
+    }
+    tracing::info!(vm = %vm.name, "QEMU ended");
+    if let Some(hand_over) = &inner.hand_over {
+        hand_over.qemu_gone();
+    }
 }
 
 async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefinition) {
@@ -339,7 +295,7 @@ pub(crate) async fn find_again(agent: &Arc<Agent>, vm: &Arc<Vm>) {
     };
     if !process::is_alive(&run.process) {
         tracing::warn!(vm = %vm.name, "QEMU ended while the agent was away");
-        remove_cgroup(run.cgroup.as_deref());
+        cgroup::remove(run.cgroup.as_deref());
         if let Err(failure) = forget(agent, vm, &mut inner) {
             tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
         }
@@ -383,14 +339,14 @@ pub(crate) async fn connect_again(
 pub(crate) async fn end_unrecorded(agent: &Agent, definition: &VmDefinition) {
     let name = &definition.name;
     // One that has not got as far as its socket is found by its cgroup.
-    for group in cgroups_of(definition) {
+    if let Some(group) = cgroup::of(definition) {
         for process in process::in_cgroup(&group) {
             tracing::warn!(vm = %name, pid = process.pid, "ending a QEMU that was not recorded");
             if let Err(error) = process::kill(&process).await {
                 tracing::error!(vm = %name, error = chain(&error), "it does not end");
             }
         }
-        remove_cgroup(Some(&group));
+        cgroup::remove(Some(&group));
     }
     let socket = agent.runtime_folder(name).join(launch::QMP_SOCKET);
     let Ok(qmp) = Qmp::connect(&socket, QEMU_ANSWER).await else { return };

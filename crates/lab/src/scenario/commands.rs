@@ -128,7 +128,7 @@ fn remote_operator(lab: &mut Lab) -> Result<()> {
     ended(
         &operator(&homes[0], &["--agent", &agent, "vm", "stop", &wanted.name, "--force"])?,
         0,
-        "",
+        "is off",
     )?;
     ensure!(operator(&homes[1], &trusting)?.status.code() == Some(1), "b let another one in");
     b.limosa(&["operator", "remove", "anna"])?;

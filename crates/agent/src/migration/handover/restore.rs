@@ -21,7 +21,7 @@ use super::{DestinationHand, Durable, HandOver, SourceHand, VmChange};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::store::{MigrationRecord, VmRecord};
-use crate::vm::{Qemu, Vm, run};
+use crate::vm::{Qemu, Vm, cgroup, run};
 
 /// A machine that was made again, and what it orders first.
 pub(crate) enum Restored {
@@ -118,7 +118,7 @@ async fn end_reader(record: &MigrationRecord, definition: &VmDefinition) -> Outc
         }
         None => Ok(()),
     };
-    run::remove_cgroups(definition);
+    cgroup::remove_of(definition);
     ended
 }
 

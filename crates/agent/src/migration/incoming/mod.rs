@@ -36,7 +36,7 @@ use super::job::Job;
 use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
 use crate::store::{MigrationRecord, VmRecord};
-use crate::vm::{Qemu, Vm, files, run};
+use crate::vm::{Qemu, Vm, cgroup, files, run};
 
 /// What one migration receives at its destination.
 pub(crate) struct Incoming {
@@ -267,7 +267,7 @@ pub(crate) async fn free(
     {
         return vec![failure.to_string()];
     }
-    run::remove_cgroups(definition);
+    cgroup::remove_of(definition);
     let mut left = Vec::new();
     let runtime = agent.runtime_folder(&definition.name);
     if runtime.exists()

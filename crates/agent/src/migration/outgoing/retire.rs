@@ -4,7 +4,7 @@
 use limosa_protocol::vm::VmDefinition;
 
 use crate::agent::Agent;
-use crate::vm::{Qemu, files, run};
+use crate::vm::{Qemu, cgroup, files, run};
 
 /// Ends the stopped QEMU and removes the VM's files. Says what stayed.
 pub(crate) async fn free_source(
@@ -21,7 +21,7 @@ pub(crate) async fn free_source(
         // Files of a process that lives are not removed below it.
         return left;
     }
-    run::remove_cgroups(definition);
+    cgroup::remove_of(definition);
     let runtime = agent.runtime_folder(&definition.name);
     if runtime.exists()
         && let Err(error) = std::fs::remove_dir_all(&runtime)
