@@ -9,6 +9,7 @@
 
 mod chaos;
 mod commands;
+mod compare;
 mod doubt;
 mod faults;
 mod itself;
@@ -57,6 +58,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         itself::STORIES,
         strangers::STORIES,
         moves::STORIES,
+        compare::STORIES,
         mapped::STORIES,
         commands::STORIES,
         kvm::STORIES,
@@ -99,6 +101,22 @@ impl std::error::Error for Skipped {}
 /// A QEMU of another version than the machine's, fetched once into the cache.
 fn other_qemu() -> Result<PathBuf> {
     guest::make("fetch-qemu", FETCH_TIMEOUT_S, &[&paths::cache_dir()])
+}
+
+/// Starts the agents of hosts a and b, one of them with another QEMU than the
+/// machine's, and joins them.
+fn start_with_other_qemu(lab: &mut Lab, at: &str, qemu: &Path) -> Result<()> {
+    let folder = qemu.parent().context("QEMU lies in no folder")?;
+    let host = lab.host(at);
+    // Into a place that QEMU's unprivileged user can reach, wherever the clone is.
+    host.run(&["mkdir", "-p", "/etc/limosa/qemu"])?;
+    host.run(&["mount", "--bind", &folder.to_string_lossy(), "/etc/limosa/qemu"])?;
+    for name in ["a", "b"] {
+        let binary = (name == at).then_some("/etc/limosa/qemu/qemu-system-x86_64");
+        let config = steps::agent_config(lab.host(name), binary, "");
+        lab.host_mut(name).start_agent(&config, &[])?;
+    }
+    steps::join(lab)
 }
 
 /// Runs those stories whose name contains `only`, one after the other.

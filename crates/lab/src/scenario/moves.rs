@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::scene::{self, Scene};
 use super::steps::{self, Boot, Wanted};
 use super::{Story, tiny};
-use crate::host::{Host, Storage};
+use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
 /// How often the VM goes there and back in the long story.
@@ -88,15 +88,6 @@ pub(super) const STORIES: &[Story] = &[
         proves: "a VM goes on while its agent is stopped or killed, is found again, and moves",
         plan: Plan::default,
         run: agent_restart,
-    },
-    Story {
-        name: "move-compare-says-why-not",
-        proves: "what stands against a move is said before anything is touched",
-        plan: || Plan {
-            hosts: vec![("a", Storage::Folder), ("b", Storage::Limited { mib: 64 })],
-            ..Plan::default()
-        },
-        run: compare,
     },
 ];
 
@@ -218,18 +209,7 @@ fn by_command(lab: &mut Lab) -> Result<()> {
 }
 
 fn other_qemu(lab: &mut Lab) -> Result<()> {
-    let other = super::other_qemu()?;
-    let folder = other.parent().context("QEMU lies in no folder")?.to_owned();
-    let host = lab.host("b");
-    // Into a place that QEMU's unprivileged user can reach, wherever the clone is.
-    host.run(&["mkdir", "-p", "/etc/limosa/qemu"])?;
-    host.run(&["mount", "--bind", &folder.to_string_lossy(), "/etc/limosa/qemu"])?;
-    let binary = "/etc/limosa/qemu/qemu-system-x86_64";
-    let config = steps::agent_config(host, Some(binary), "");
-    lab.host_mut("b").start_agent(&config, &[])?;
-    let config = steps::agent_config(lab.host("a"), None, "");
-    lab.host_mut("a").start_agent(&config, &[])?;
-    steps::join(lab)?;
+    super::start_with_other_qemu(lab, "b", &super::other_qemu()?)?;
     let versions: Vec<Value> = lab
         .hosts()
         .iter()
@@ -267,40 +247,4 @@ fn agent_restart(lab: &mut Lab) -> Result<()> {
     }
     steps::move_vm(lab, &wanted.name, "a", "b")?;
     scene.end(lab, "b").map(drop)
-}
-
-fn compare(lab: &mut Lab) -> Result<()> {
-    let wanted = Wanted { disks: vec![("qcow2", 192)], ..tiny::working()? };
-    let scene = Scene::set(lab, &wanted)?;
-    let switch = format!("/v1/switches/{}", steps::SWITCH);
-    let removed = lab.host("b").api::<Value>("DELETE", &switch, None)?;
-    ensure!(removed.status < 300, "the switch was not removed: {removed:?}");
-    let path = format!("/v1/vms/{}/compare", wanted.name);
-    let request = serde_json::json!({"to": "b"});
-    let told: Value = lab.host("a").api("POST", &path, Some(&request))?.read()?;
-    let problems = told["problems"].as_array().context("no list of problems")?;
-    let codes: Vec<_> = problems.iter().filter_map(|problem| problem["code"].as_str()).collect();
-    ensure!(codes.contains(&"switch-missing"), "the missing switch is not told: {told}");
-    ensure!(codes.contains(&"no-space"), "the lack of space is not told: {told}");
-    for problem in problems {
-        ensure!(
-            problem["mend"].as_str().is_some_and(|mend| !mend.is_empty()),
-            "no mend: {problem}"
-        );
-    }
-    let elsewhere = serde_json::json!({"to": "b", "storage_path": "/etc/cron.d/vm"});
-    let told: Value = lab.host("a").api("POST", &path, Some(&elsewhere))?.read()?;
-    ensure!(told.to_string().contains("storage_roots"), "b would write to /etc: {told}");
-    let path = format!("/v1/vms/{}/move", wanted.name);
-    let refused = lab.host("a").api("POST", &path, Some(&request))?;
-    if refused.status < 400 {
-        let migration = refused.read()?;
-        let ended = steps::follow(lab.host("a"), &migration, steps::MOVE_TIMEOUT)?;
-        let last = ended.last().context("nothing was said")?;
-        ensure!(
-            last.outcome == Some(limosa_protocol::migration::Outcome::Stayed),
-            "it moved: {last:?}"
-        );
-    }
-    scene.end(lab, "a").map(drop)
 }
