@@ -10,9 +10,11 @@ use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::process;
 
 /// How often the removal of a busy group is tried, and the pause between: it is
-/// busy for a moment after the end of its last process.
-const TRY_COUNT_MAX: u32 = 50;
-const TRY_EVERY: Duration = Duration::from_millis(20);
+/// busy until the kernel has taken all memory of its last process back.
+const TRY_COUNT_MAX: u32 = 1200;
+const TRY_EVERY: Duration = Duration::from_millis(50);
+/// The same while an agent starts, and its users wait for it.
+const STALE_TRY_COUNT_MAX: u32 = 100;
 
 /// Parent of the groups of all VMs.
 fn parent() -> Option<PathBuf> {
@@ -47,12 +49,12 @@ pub(crate) fn remove_of(definition: &VmDefinition) {
 /// by now.
 pub(super) fn remove(group: Option<&Path>) {
     if let Some(group) = group.map(Path::to_owned) {
-        tokio::spawn(async move { try_remove(&group).await });
+        tokio::spawn(async move { try_remove(&group, TRY_COUNT_MAX).await });
     }
 }
 
-async fn try_remove(group: &Path) {
-    for _ in 0..TRY_COUNT_MAX {
+async fn try_remove(group: &Path, try_count: u32) {
+    for _ in 0..try_count {
         match std::fs::remove_dir(group) {
             Err(error) if error.kind() == ErrorKind::ResourceBusy => {
                 tokio::time::sleep(TRY_EVERY).await;
@@ -68,7 +70,7 @@ pub(super) async fn remove_stale() {
     for group in groups.into_iter().flatten().flatten() {
         let is_group = group.file_type().is_ok_and(|kind| kind.is_dir());
         if is_group && process::in_cgroup(&group.path()).is_empty() {
-            try_remove(&group.path()).await;
+            try_remove(&group.path(), STALE_TRY_COUNT_MAX).await;
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::points;
 use super::steps::{self, Wanted};
 use crate::capture::{Capture, Trace};
 use crate::client::{self, Client, Noticed, Talk};
@@ -58,17 +59,27 @@ impl Scene {
         guest_is_well(lab)?;
         let before = self.client.so_far();
         std::thread::sleep(AFTERWARDS);
-        let after = self.client.so_far();
-        for (index, (before, after)) in before.tcp.iter().zip(&after.tcp).enumerate() {
-            ensure!(after.exchanges > before.exchanges, "TCP session {index} stands still");
-        }
-        ensure!(after.heartbeats.exchanges > before.heartbeats.exchanges, "the heart stands still");
+        self.wait_for_exchanges(&before)?;
         let status = guest_is_well(lab)?;
         let noticed = self.client.stop()?;
         let trace = self.capture.stop()?;
         noticed.assert_undisturbed().with_context(|| format!("the guest says {status}"))?;
         ensure!(!trace.two_copies(), "two copies of the VM were running");
         Ok((noticed, trace))
+    }
+}
+
+impl Scene {
+    /// Waits until each session and the heart have gone on since then. After a long
+    /// stop of the guest, TCP tries again only after seconds.
+    fn wait_for_exchanges(&self, before: &Noticed) -> Result<()> {
+        points::wait("all TCP sessions and the heart going on", || {
+            let after = self.client.so_far();
+            let mut sessions = before.tcp.iter().zip(&after.tcp);
+            let is_going_on = sessions.all(|(before, after)| after.exchanges > before.exchanges)
+                && after.heartbeats.exchanges > before.heartbeats.exchanges;
+            Ok(is_going_on.then_some(()))
+        })
     }
 }
 
