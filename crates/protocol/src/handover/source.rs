@@ -167,6 +167,13 @@ impl Source {
         matches!(self.state, State::Copying | State::Asking)
     }
 
+    /// Whether a VM that was kept can move on without the destination's word
+    /// ([`On::MovesOn`]).
+    #[must_use]
+    pub fn may_move_on(&self) -> bool {
+        self.state == State::Keeping && !self.may_be_ready
+    }
+
     /// Whether the VM may be started here from the source's disks.
     #[must_use]
     pub fn cold_start(&self) -> ColdStart {
@@ -269,7 +276,7 @@ impl Source {
             }
             // A destination that was never asked whether it is ready is not, and
             // cannot be made the owner: nothing need be heard of it.
-            (State::Keeping, On::MovesOn) if self.guest == Guest::Running && !self.may_be_ready => {
+            (State::Keeping, On::MovesOn) if self.guest == Guest::Running && self.may_move_on() => {
                 self.stay()
             }
             (State::Keeping | State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),

@@ -40,6 +40,12 @@ async fn check_condition(inner: &Inner) -> Option<Problem> {
     if let Some((what, mend)) = inner.hindrance() {
         return Some(problem(ProblemCode::Busy, what, mend));
     }
+    if let Some(hand) = &inner.hand_over
+        && hand.standing().lacks_word
+    {
+        let (what, mend) = hand.missing_word();
+        return Some(problem(ProblemCode::Busy, what, mend));
+    }
     if let Err(failure) = inner.expect_owned() {
         return Some(problem(
             ProblemCode::Busy,

@@ -50,6 +50,9 @@ pub(crate) struct Standing {
     pub(crate) ended: Option<Ended>,
     /// The guest is this host's, whatever the other host has yet to say.
     pub(crate) is_ours: bool,
+    /// The other host, which does not answer, owes the word without which the VM
+    /// cannot move on.
+    pub(crate) lacks_word: bool,
 }
 
 /// One half of a migration that is not settled yet.
@@ -110,12 +113,22 @@ impl HandOver {
         if matches!(tokio::time::timeout(SETTLE_MAX, settled).await, Ok(Ok(_))) {
             return Ok(());
         }
+        let (what, mend) = self.missing_word();
+        Err(Failure::conflict(format!("{what}: {mend}")))
+    }
+
+    /// That the VM cannot move on yet, and what to do about it.
+    pub(crate) fn missing_word(&self) -> (String, String) {
         let (peer, vm) = (self.peer(), self.job().view().vm);
-        Err(Failure::conflict(format!(
-            "VM {vm} is this host's, and {peer} has not confirmed yet that it is out of it; it is \
-             asked every second, and then the VM can move. If {peer} is gone for good, `limosa vm \
-             recover {vm} --force-owner` does without its word"
-        )))
+        (
+            format!(
+                "VM {vm} is this host's, and {peer} has not confirmed yet that it is out of it"
+            ),
+            format!(
+                "{peer} is asked every second, and then the VM can move. If {peer} is gone for \
+                 good, `limosa vm recover {vm} --force-owner` does without its word"
+            ),
+        )
     }
 
     /// Why the VM may not be changed now, if it may not, and what to do about it.

@@ -63,12 +63,14 @@ struct Inner {
 }
 
 fn standing_of(machine: &Destination, is_unanswered: bool) -> Standing {
+    let is_ours = machine.is_owner() && machine.state() != "starting";
     Standing {
         state: machine.state(),
         cold_start: machine.cold_start(),
         doubt: machine.doubt().filter(|doubt| is_unanswered || *doubt == Doubt::UnknownDurability),
         ended: machine.ended(),
-        is_ours: machine.is_owner() && machine.state() != "starting",
+        is_ours,
+        lacks_word: is_ours && machine.ended().is_none() && is_unanswered,
     }
 }
 

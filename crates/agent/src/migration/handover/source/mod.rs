@@ -75,6 +75,7 @@ fn standing_of(machine: &Source, is_unanswered: bool) -> Standing {
         doubt: machine.doubt().filter(|doubt| is_unanswered || *doubt == Doubt::UnknownDurability),
         ended: machine.ended(),
         is_ours,
+        lacks_word: is_ours && machine.ended().is_none() && is_unanswered && !machine.may_move_on(),
     }
 }
 
