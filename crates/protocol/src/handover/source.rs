@@ -276,9 +276,7 @@ impl Source {
             }
             // A destination that was never asked whether it is ready is not, and
             // cannot be made the owner: nothing need be heard of it.
-            (State::Keeping, On::MovesOn) if self.guest == Guest::Running && self.may_move_on() => {
-                self.stay()
-            }
+            (State::Keeping, On::MovesOn) if self.may_move_on() => self.stay(),
             (State::Keeping | State::Closing(_) | State::Ended(_), On::MovesOn) => Vec::new(),
             _ => return None,
         })

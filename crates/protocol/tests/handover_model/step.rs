@@ -100,7 +100,7 @@ fn of_source(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Step>) {
     if machine.may_give_up() || aborts_late {
         steps.push(Step::GiveUp(Here));
     }
-    if machine.state() == "keeping" && host.qemu == Guest::Running {
+    if machine.state() == "keeping" {
         steps.push(Step::MovesOn);
     }
     let starts = may_start(machine.cold_start(), mutation);
