@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::accelerator::Accelerator;
+use crate::process;
 use crate::qmp::{Qmp, QmpError, part};
 
 /// Longest a probed QEMU may take to answer.
@@ -84,19 +85,24 @@ struct Cpu {
     unavailable_features: Vec<String>,
 }
 
-/// Asks a QEMU binary.
+/// Asks a QEMU binary. To be called on the main thread: the probed QEMU ends with
+/// the thread that started it, so that none is left behind by an agent that was
+/// killed meanwhile.
 ///
 /// # Errors
 /// [`ProbeError`].
 pub async fn probe(binary: &Path, accelerator: Accelerator) -> Result<QemuFacts, ProbeError> {
-    let mut child = tokio::process::Command::new(binary)
+    let mut command = tokio::process::Command::new(binary);
+    command
         .args(["-S", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"])
         // Over its own standard streams: no file that somebody else could make.
         .args(["-accel", &accelerator.to_string(), "-qmp", "stdio"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .kill_on_drop(true)
+        .kill_on_drop(true);
+    process::end_with_parent(&mut command);
+    let mut child = command
         .spawn()
         .map_err(|source| ProbeError::Start { binary: binary.to_owned(), source })?;
     let (Some(reader), Some(writer)) = (child.stdout.take(), child.stdin.take()) else {

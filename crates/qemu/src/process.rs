@@ -221,6 +221,15 @@ fn command(spec: &ProcessSpec) -> Result<tokio::process::Command, ProcessError> 
     Ok(command)
 }
 
+/// Has a helper program killed when this process is, which cannot do it itself
+/// then. To be started by the main thread: it is that thread's end which counts.
+pub(crate) fn end_with_parent(command: &mut tokio::process::Command) {
+    let signal = Some(Signal::KILL);
+    let set = move || Ok(rustix::process::set_parent_process_death_signal(signal)?);
+    // SAFETY: between fork and exec only a system call is made.
+    unsafe { command.pre_exec(set) };
+}
+
 /// Holds the numbers that QEMU's descriptors will have, as far as they are free.
 ///
 /// The standard library opens a pipe by which the child says that its `exec`
