@@ -13,6 +13,7 @@ mod faults;
 mod itself;
 mod kvm;
 mod links;
+mod mapped;
 mod moves;
 pub(crate) mod points;
 mod postgres;
@@ -53,6 +54,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         itself::STORIES,
         strangers::STORIES,
         moves::STORIES,
+        mapped::STORIES,
         kvm::STORIES,
         postgres::STORIES,
         faults::STORIES,
