@@ -8,6 +8,7 @@
 //! what is there, what is gone and what a user noticed.
 
 mod chaos;
+mod commands;
 mod doubt;
 mod faults;
 mod itself;
@@ -58,6 +59,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         kvm::STORIES,
         postgres::STORIES,
         faults::STORIES,
+        commands::STORIES,
         links::STORIES,
         verify::STORIES,
         doubt::STORIES,
