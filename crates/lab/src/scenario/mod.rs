@@ -16,6 +16,7 @@ mod kvm;
 mod links;
 mod mapped;
 mod moves;
+mod operator;
 pub(crate) mod points;
 mod postgres;
 pub(crate) mod scene;
@@ -54,6 +55,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
     [
         itself::STORIES,
         strangers::STORIES,
+        operator::STORIES,
         moves::STORIES,
         mapped::STORIES,
         kvm::STORIES,

@@ -86,7 +86,8 @@ impl Wanted {
 /// Hardware address of the stories' VM.
 pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x11, 0x05, 0x01];
 
-fn mac_text(mac: [u8; 6]) -> String {
+/// An Ethernet address as people write it.
+pub(crate) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
