@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::process::Child;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::points::wait;
@@ -102,13 +102,9 @@ impl Beside {
         wait("telling of a move", || Ok((std::fs::metadata(&self.stderr)?.len() > 0).then_some(())))
     }
 
-    /// Ctrl-C, once: `timeout` would pass it on twice, so it goes to its child.
+    /// Ctrl-C, once.
     fn interrupt(&self) -> Result<()> {
-        let pid = self.child.id();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-        let child = children.split_whitespace().next().context("it has ended already")?;
-        let child = Pid::from_raw(child.parse()?).context("no process")?;
-        Ok(rustix::process::kill_process(child, Signal::INT)?)
+        exec::signal_limited(&self.child, Signal::INT)
     }
 
     /// Waits for its end.

@@ -9,6 +9,7 @@
 
 mod chaos;
 mod commands;
+mod console;
 mod doubt;
 mod faults;
 mod itself;
@@ -56,6 +57,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         itself::STORIES,
         strangers::STORIES,
         operator::STORIES,
+        console::STORIES,
         moves::STORIES,
         mapped::STORIES,
         kvm::STORIES,
