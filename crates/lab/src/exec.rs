@@ -4,9 +4,10 @@
 //! under `timeout`, which kills it and whatever hangs in it.
 
 use std::ffi::OsStr;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal};
 
 /// Longest time for one ordinary command, in seconds.
 pub(crate) const COMMAND_TIMEOUT_S: u32 = 60;
@@ -20,6 +21,15 @@ pub(crate) fn limited(limit_s: u32, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("timeout");
     command.arg("-k").arg("2").arg(limit_s.to_string()).arg(program).stdin(Stdio::null());
     command
+}
+
+/// Sends a signal to what [`limited`] runs, once: `timeout` would pass it on twice.
+pub(crate) fn signal_limited(timeout: &Child, signal: Signal) -> Result<()> {
+    let pid = timeout.id();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let child = children.split_whitespace().next().context("it has ended already")?;
+    let child = Pid::from_raw(child.parse()?).context("no process")?;
+    Ok(rustix::process::kill_process(child, signal)?)
 }
 
 /// Runs `program` with `args` and returns what it wrote to its standard output.

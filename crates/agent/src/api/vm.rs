@@ -1,6 +1,7 @@
 //! VMs: making, looking, running, console, moving.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body as HttpBody;
 use axum::extract::{Request, State};
@@ -25,6 +26,9 @@ use crate::failure::{Failure, OrFail, Outcome};
 use crate::listen::Caller;
 use crate::migration::{self, handover};
 use crate::vm::{create, power, run};
+
+/// How long a console that was just left may take to be closed.
+const CONSOLE_FREE_WAIT: Duration = Duration::from_secs(1);
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
@@ -129,7 +133,15 @@ async fn console(
             "the console is raw bytes: ask for an upgrade to {CONSOLE_PROTOCOL}"
         )));
     }
-    agent.vm(&name)?.lock().await.running()?;
+    let vm = agent.vm(&name)?;
+    vm.lock().await.running()?;
+    // QEMU would let a second one connect, and keep it waiting without a word.
+    let only = tokio::time::timeout(CONSOLE_FREE_WAIT, Arc::clone(&vm.console).lock_owned());
+    let only = only.await.map_err(|_| {
+        Failure::conflict(format!(
+            "the console of VM {name} is open already: leave it there first, with Ctrl-]"
+        ))
+    })?;
     let socket = agent.runtime_folder(&name).join(CONSOLE_SOCKET);
     let mut serial = UnixStream::connect(&socket)
         .await
@@ -143,6 +155,7 @@ async fn console(
             }
             Err(error) => tracing::debug!(%error, "a console was not opened"),
         }
+        drop(only);
     });
     Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)

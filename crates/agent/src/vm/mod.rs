@@ -21,6 +21,7 @@ pub(crate) mod power;
 pub(crate) mod run;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use limosa_protocol::api;
 use limosa_protocol::id::{MigrationId, VmName};
@@ -41,6 +42,8 @@ use crate::store::{MigrationRecord, VmRecord};
 pub(crate) struct Vm {
     pub(crate) name: VmName,
     pub(crate) addresses: Addresses,
+    /// Held by the console that is open: QEMU's serial line takes one at a time.
+    pub(crate) console: Arc<Mutex<()>>,
     inner: Mutex<Inner>,
 }
 
@@ -73,6 +76,7 @@ impl Vm {
         Self {
             name: definition.name.clone(),
             addresses: Addresses::default(),
+            console: Arc::default(),
             inner: Mutex::new(Inner {
                 definition,
                 record,
@@ -242,7 +246,7 @@ pub(crate) fn read_definition(folder: &Path) -> Outcome<VmDefinition> {
 }
 
 /// Reads all recorded VMs and finds their QEMUs again.
-pub(crate) async fn restore(agent: &std::sync::Arc<Agent>) -> anyhow::Result<()> {
+pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
     let migrations = agent.store.all::<MigrationRecord>()?;
     for (name, record) in agent.store.all::<VmRecord>()? {
         let definition = match read_definition(&record.configuration) {
@@ -252,10 +256,10 @@ pub(crate) async fn restore(agent: &std::sync::Arc<Agent>) -> anyhow::Result<()>
                 continue;
             }
         };
-        let vm = std::sync::Arc::new(Vm::new(definition, record));
+        let vm = Arc::new(Vm::new(definition, record));
         recall_addresses(&vm, &migrations).await;
         agent
-            .add_vm(std::sync::Arc::clone(&vm))
+            .add_vm(Arc::clone(&vm))
             .map_err(|failure| anyhow::anyhow!("in the state store: {failure}"))?;
         run::find_again(agent, &vm).await;
     }

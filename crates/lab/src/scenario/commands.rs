@@ -1,209 +1,275 @@
-//! Stories of people at their terminals: following migrations, commanding from
-//! afar, the serial console.
+//! The story of `limosa migration …`: what a person or a script types, what
+//! comes back on which stream, and the exit code.
+//!
+//! ```text
+//! vm move --detach ─► id ─► list, show, watch ──────────────┐
+//!                                        └─ cancel ─► stayed ┴─► watch ends: 3
+//! vm move, Ctrl-C ─► stayed: 3           vm move --detach ─► watch ends: 0
+//! ```
+//!
+//! **Invariant.** Every command here is the real program in a process of its own.
 
-use std::io::{Read, Write};
-use std::process::{Child, Output, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Child;
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::migration::{Migration, Outcome};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::points::wait;
 use super::scene::Scene;
-use super::steps::{self, Wanted};
+use super::steps;
 use super::{Story, tiny};
+use crate::host::{Host, LIMOSA_TIMEOUT_S};
 use crate::lab::{Lab, Plan};
-use crate::{exec, net, paths};
+use crate::{exec, paths};
 
-/// Longest life of a console, in seconds.
-const CONSOLE_TIMEOUT_S: u32 = 120;
+/// A link on which mirroring takes long enough to type commands meanwhile.
+const HELD_LINK_MBIT: u32 = 40;
+/// Exit codes, as `limosa --help` lists them.
+const DONE: i32 = 0;
+const FAILED: i32 = 1;
+const WRONG_USAGE: i32 = 2;
+const STAYED: i32 = 3;
+const LEFT: i32 = 130;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
-        name: "migration-commands",
-        proves: "a move that was let go is listed, shown, watched and cancelled by its id, its \
-                 beginning or its VM; exit codes tell the outcome",
-        plan: || Plan { links_mbit: vec![Some(100)], ..Plan::default() },
-        run: migration_commands,
-    },
-    Story {
-        name: "remote-operator",
-        proves: "an operator whose certificate was let in commands a host from afar, once its \
-                 fingerprint is confirmed; nobody else does",
-        plan: Plan::default,
-        run: remote_operator,
-    },
-    Story {
-        name: "console",
-        proves: "the console shows what the guest says and is typed, is left by Ctrl-], and the \
-                 terminal is as it was",
-        plan: Plan::default,
-        run: console,
-    },
-];
+pub(super) const STORIES: &[Story] = &[Story {
+    name: "migration-commands",
+    proves: "moves are detached, listed, shown, watched and cancelled by commands; exit codes and \
+             JSON say how they ended",
+    plan: || Plan { links_mbit: vec![Some(HELD_LINK_MBIT)], ..Plan::default() },
+    run: commands,
+}];
 
-fn migration_commands(lab: &mut Lab) -> Result<()> {
+fn commands(lab: &mut Lab) -> Result<()> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
-    let a = lab.host("a");
-    let vm = scene.vm.as_str();
-    let begun: Migration = a.limosa_json(&["vm", "move", vm, "--to", "b", "--detach"])?;
-    ensure!(begun.outcome.is_none(), "--detach waited: {:?}", begun.outcome);
-    let id = begun.id.to_string();
-    // The beginning of an id is its time: both would begin alike were it too short.
-    for word in [id.as_str(), &id[..18], vm] {
-        let shown: Migration = a.limosa_json(&["migration", "show", word])?;
-        ensure!(shown.id == begun.id, "{word} showed {}", shown.id);
-    }
-    let listed = a.limosa(&["migration", "list"])?;
-    ensure!(listed.contains(&id) && listed.contains(vm), "not listed: {listed}");
-    let second = a.try_limosa(&["vm", "move", vm, "--to", "b"])?;
-    ended(&second, 1, "being moved")?;
-    ended(&a.try_limosa(&["migration", "watch", "nothing"])?, 1, "migration list")?;
-
-    let mut watching = a.command(CONSOLE_TIMEOUT_S, paths::product("limosa")?);
-    watching.args(["migration", "watch", &id]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let watching = watching.spawn().context("watching")?;
-    a.limosa(&["migration", "cancel", &id])?;
-    ended(&watching.wait_with_output()?, 3, "")?;
-    let shown = a.limosa(&["migration", "show", &id])?;
-    ensure!(shown.contains("cancelled by an operator"), "the end is not told: {shown}");
-    ensure!(a.limosa(&["migration", "list"])?.contains("stayed"), "the list does not tell");
-    ended(&a.try_limosa(&["migration", "cancel", &id])?, 1, "ended")?;
-
+    unknown_names(lab.host("a"))?;
+    let cancelled = detached_and_cancelled(lab, &scene.vm)?;
+    interrupted(lab, &scene.vm)?;
     lab.net().set_speed(0, None)?;
-    let id = a.limosa(&["vm", "move", vm, "--to", "b", "--detach"])?;
-    let watched = a.try_limosa(&["migration", "watch", id.trim(), "--json"])?;
-    ended(&watched, 0, "\"phase\":\"retire\"")?;
-    let view: Migration = serde_json::from_slice(&watched.stdout).context("the summary")?;
-    ensure!(view.outcome == Some(Outcome::Moved) && view.summary.is_some(), "{view:?}");
+    let moved = detached_and_moved(lab, &scene.vm)?;
+    afterwards(lab, &cancelled, &moved)?;
     scene.end(lab, "b").map(drop)
 }
 
-/// Fails unless a command ended with that code, and said that on stderr.
-fn ended(output: &Output, code: i32, said: &str) -> Result<()> {
-    let stderr = exec::lossy(&output.stderr);
-    ensure!(output.status.code() == Some(code), "{}, not {code}: {stderr}", output.status);
-    ensure!(stderr.contains(said), "it does not say {said:?}: {stderr}");
+/// What a command said and how it ended.
+#[derive(Debug)]
+struct Said {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Said {
+    fn ended(self, code: i32) -> Result<Self> {
+        ensure!(self.code == Some(code), "it should end with {code}: {self:?}");
+        Ok(self)
+    }
+
+    fn json(&self) -> Result<Value> {
+        serde_json::from_str(&self.stdout).with_context(|| format!("this is no JSON: {self:?}"))
+    }
+}
+
+fn say(host: &Host, words: &[&str]) -> Result<Said> {
+    let output = host.try_limosa(words)?;
+    Ok(Said {
+        code: output.status.code(),
+        stdout: exec::lossy(&output.stdout),
+        stderr: exec::lossy(&output.stderr),
+    })
+}
+
+/// A command that runs beside the story; what it says goes to the host's logs.
+struct Beside {
+    child: Child,
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Beside {
+    fn begin(host: &Host, name: &str, words: &[&str]) -> Result<Self> {
+        let path = |stream: &str| host.log_dir().join(format!("{name}.{stream}"));
+        let (stdout, stderr) = (path("out"), path("err"));
+        let mut command = host.command(LIMOSA_TIMEOUT_S, paths::product("limosa")?);
+        command.args(words).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
+        Ok(Self { child: command.spawn().context("starting limosa")?, stdout, stderr })
+    }
+
+    /// Waits until it has told of the migration's progress.
+    fn wait_until_it_tells(&self) -> Result<()> {
+        wait("telling of a move", || Ok((std::fs::metadata(&self.stderr)?.len() > 0).then_some(())))
+    }
+
+    /// Ctrl-C, once.
+    fn interrupt(&self) -> Result<()> {
+        exec::signal_limited(&self.child, Signal::INT)
+    }
+
+    /// Waits for its end.
+    fn said(mut self) -> Result<Said> {
+        let status = self.child.wait().context("waiting for limosa")?;
+        Ok(Said {
+            code: status.code(),
+            stdout: std::fs::read_to_string(&self.stdout)?,
+            stderr: std::fs::read_to_string(&self.stderr)?,
+        })
+    }
+}
+
+/// What nobody knows, and what nobody could mean.
+fn unknown_names(host: &Host) -> Result<()> {
+    let none = say(host, &["migration", "list", "--json"])?.ended(DONE)?.json()?;
+    ensure!(none == Value::Array(Vec::new()), "migrations before the first one: {none}");
+    let never = "01890000-0000-7000-8000-000000000000";
+    for (words, named) in [
+        (&["migration", "show", "never"][..], "never"),
+        (&["migration", "show", never], never),
+        (&["migration", "watch", "never"], "never"),
+        (&["migration", "cancel", "never"], "never"),
+        (&["vm", "move", "never", "--to", "b"], "never"),
+        (&["vm", "move", "web1", "--to", "nowhere"], "nowhere"),
+        (&["vm", "move", "web1", "--to", "nowhere", "--detach"], "nowhere"),
+    ] {
+        let said = say(host, words)?.ended(FAILED).with_context(|| words.join(" "))?;
+        ensure!(said.stdout.is_empty(), "a result of nothing: {said:?}");
+        ensure!(said.stderr.contains(named), "{words:?} does not name it: {said:?}");
+        let failure = say(host, &[words, &["--json"]].concat())?.ended(FAILED)?.json()?;
+        ensure!(
+            failure["code"].is_string() && failure["message"].is_string(),
+            "{words:?} with --json says {failure}"
+        );
+    }
+    for words in [
+        &["migration", "show"][..],
+        &["migration", "stop", "web1"],
+        &["vm", "move", "web1"],
+        &["vm", "move", "web1", "--to", "b", "--detatch"],
+    ] {
+        say(host, words)?.ended(WRONG_USAGE).with_context(|| words.join(" "))?;
+    }
     Ok(())
 }
 
-fn remote_operator(lab: &mut Lab) -> Result<()> {
-    steps::agents_ready(lab)?;
-    let wanted = Wanted { disks: vec![("qcow2", 16)], ..tiny::working()? };
-    steps::create(lab.host("b"), &wanted)?;
-    let (a, b) = (lab.host("a"), lab.host("b"));
-    let agent = format!("https://{}", net::host_v4(1, 0)?);
-    let fingerprint: Value = b.limosa_json(&["host", "show"])?;
-    let fingerprint = fingerprint["fingerprint"].as_str().context("b tells no fingerprint")?;
-    // A person at a, with a home of their own.
-    let homes = ["anna", "other"].map(|name| a.run_dir().join(name));
-    let operator = |home: &std::path::Path, words: &[&str]| -> Result<Output> {
-        let mut command = a.command(CONSOLE_TIMEOUT_S, paths::product("limosa")?);
-        command.args(words).env("XDG_CONFIG_HOME", home).stdin(Stdio::null());
-        exec::output(&mut command)
-    };
-    let list = ["--agent", &agent, "vm", "list"];
-    let trusting = ["--agent", &agent, "--fingerprint", fingerprint, "vm", "list"];
-    for home in &homes {
-        ended(&operator(home, &["operator", "identity"])?, 0, "")?;
-        ended(&operator(home, &list)?, 1, "fingerprint")?;
-        let before = operator(home, &trusting)?;
-        ensure!(before.status.code() == Some(1), "b let a stranger in: {before:?}");
-    }
-    let wrong = fingerprint.replace(|digit: char| digit.is_ascii_hexdigit(), "0");
-    let words = ["--agent", &agent, "--fingerprint", &wrong, "vm", "list"];
-    ended(&operator(&homes[0], &words)?, 1, "")?;
+fn show(host: &Host, word: &str) -> Result<Value> {
+    say(host, &["migration", "show", word, "--json"])?.ended(DONE)?.json()
+}
 
-    let told = operator(&homes[0], &["operator", "identity", "--json"])?;
-    let told: Value = serde_json::from_slice(&told.stdout)?;
-    let certificate = told["certificate"].as_str().context("no certificate")?;
-    b.limosa(&["operator", "add", "anna", "--certificate", certificate])?;
-    let listed = operator(&homes[0], &trusting)?;
-    ended(&listed, 0, "")?;
-    ensure!(exec::lossy(&listed.stdout).contains(&wanted.name), "b's VMs are not listed");
-    // The fingerprint was confirmed once.
-    ended(&operator(&homes[0], &["--agent", &agent, "vm", "start", &wanted.name])?, 0, "")?;
-    ensure!(b.qemu_pids().len() == 1, "b started nothing");
-    ended(
-        &operator(&homes[0], &["--agent", &agent, "vm", "stop", &wanted.name, "--force"])?,
-        0,
-        "is off",
-    )?;
-    ensure!(operator(&homes[1], &trusting)?.status.code() == Some(1), "b let another one in");
-    b.limosa(&["operator", "remove", "anna"])?;
-    ensure!(operator(&homes[0], &list)?.status.code() == Some(1), "b still lets anna in");
+/// Waits until a migration mirrors disks.
+fn mirrors(host: &Host, word: &str) -> Result<()> {
+    wait("coming to mirror", || {
+        let view = show(host, word)?;
+        ensure!(view["outcome"].is_null(), "it ended: {view}");
+        Ok((view["phase"] == "mirror").then_some(()))
+    })
+}
+
+/// Detaches a move, looks at it in all ways, and cancels it. Returns its id.
+fn detached_and_cancelled(lab: &Lab, vm: &str) -> Result<String> {
+    let host = lab.host("a");
+    let said = say(host, &["vm", "move", vm, "--to", "b", "--detach"])?.ended(DONE)?;
+    let id = said.stdout.trim().to_owned();
+    ensure!(id.len() == 36, "the id should be all of stdout: {said:?}");
+    // It was not waited for.
+    mirrors(host, &id)?;
+    let second = say(host, &["vm", "move", vm, "--to", "b"])?.ended(FAILED)?;
+    ensure!(second.stderr.contains(&id), "what moves already is moved again: {second:?}");
+
+    let listed = say(host, &["migration", "list"])?.ended(DONE)?.stdout;
+    let row = listed.lines().find(|line| line.contains(&id)).context("it is not listed")?;
+    ensure!(row.contains(vm) && row.contains("mirror"), "it is listed as {row}");
+    for host in lab.hosts() {
+        let listed = say(host, &["migration", "list", "--json"])?.ended(DONE)?.json()?;
+        ensure!(listed[0]["id"] == *id, "{} lists {listed}", host.name());
+    }
+    // By its id, by the beginning of it, by its VM.
+    for word in [&id, &id[..18], vm] {
+        let view = show(host, word)?;
+        ensure!(view["id"] == *id && view["phase"] == "mirror", "{word} is {view}");
+        let shown = say(host, &["migration", "show", word])?.ended(DONE)?.stdout;
+        ensure!(shown.contains(&id) && shown.contains("mirror"), "{word} is shown as {shown}");
+    }
+
+    let left = Beside::begin(host, "left", &["migration", "watch", &id])?;
+    left.wait_until_it_tells()?;
+    left.interrupt()?;
+    left.said()?.ended(LEFT).context("a watch that was left")?;
+    let watch = Beside::begin(host, "watch", &["migration", "watch", &id])?;
+    let watch_json = Beside::begin(host, "watch-json", &["migration", "watch", vm, "--json"])?;
+    watch.wait_until_it_tells()?;
+    watch_json.wait_until_it_tells()?;
+    // Nobody's watching or leaving has ended it.
+    ensure!(show(host, &id)?["outcome"].is_null(), "it ended by itself: {}", show(host, &id)?);
+    say(host, &["migration", "cancel", &id])?.ended(DONE)?;
+    let watched = watch.said()?.ended(STAYED)?;
+    ensure!(watched.stdout.contains("stayed at a"), "the watch ended with {watched:?}");
+    assert_ended(&watch_json.said()?.ended(STAYED)?, &id, "stayed")?;
+    let view = show(host, &id)?;
+    let why = view["reason"].as_str().unwrap_or_default();
+    ensure!(why.contains("cancelled by an operator"), "it stayed because {view}");
+    steps::assert_only_at(lab, vm, "a")?;
+    Ok(id)
+}
+
+/// With `--json`, stdout is the migration's end and stderr a line for each moment.
+fn assert_ended(said: &Said, id: &str, outcome: &str) -> Result<()> {
+    let end = said.json()?;
+    ensure!(end["id"] == *id && end["outcome"] == outcome, "it ended as {end}");
+    ensure!(end["summary"].is_object(), "it ended without a summary: {end}");
+    for line in said.stderr.lines() {
+        let view: Value = serde_json::from_str(line).with_context(|| format!("no JSON: {line}"))?;
+        ensure!(view["id"] == *id, "a line of another migration: {line}");
+    }
     Ok(())
 }
 
-/// A program in a pseudo terminal.
-struct Terminal {
-    program: Child,
-    shown: Arc<Mutex<Vec<u8>>>,
+/// Ctrl-C in a move that is not detached cancels it.
+fn interrupted(lab: &Lab, vm: &str) -> Result<()> {
+    let host = lab.host("a");
+    let moving = Beside::begin(host, "move", &["vm", "move", vm, "--to", "b"])?;
+    moving.wait_until_it_tells()?;
+    mirrors(host, vm)?;
+    moving.interrupt()?;
+    let said = moving.said()?.ended(STAYED)?;
+    ensure!(said.stdout.contains("cancelled by an operator"), "it ended with {said:?}");
+    steps::assert_only_at(lab, vm, "a")
 }
 
-impl Terminal {
-    fn open(lab: &Lab, line: &str) -> Result<Self> {
-        let mut command = lab.host("a").command(CONSOLE_TIMEOUT_S, "script");
-        command.args(["-q", "-e", "-c", line, "/dev/null"]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut program = command.spawn().context("starting a terminal")?;
-        let mut output = program.stdout.take().context("no output")?;
-        let shown = Arc::<Mutex<Vec<u8>>>::default();
-        let screen = Arc::clone(&shown);
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(length @ 1..) = output.read(&mut buffer) {
-                let mut screen = screen.lock().unwrap_or_else(PoisonError::into_inner);
-                screen.extend_from_slice(&buffer[..length]);
-            }
-        });
-        Ok(Self { program, shown })
-    }
-
-    fn shown(&self) -> String {
-        exec::lossy(&self.shown.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn wait_for(&self, text: &str) -> Result<()> {
-        let shown = wait(text, || Ok(self.shown().contains(text).then_some(())));
-        shown.with_context(|| format!("the terminal shows {:?}", self.shown()))
-    }
-
-    fn type_in(&mut self, text: &[u8]) -> Result<()> {
-        let input = self.program.stdin.as_mut().context("no input")?;
-        input.write_all(text)?;
-        Ok(input.flush()?)
-    }
+/// Detaches a move and watches it to its good end. Returns its id.
+fn detached_and_moved(lab: &Lab, vm: &str) -> Result<String> {
+    let host = lab.host("a");
+    let words = ["vm", "move", vm, "--to", "b", "--detach", "--json"];
+    let begun = say(host, &words)?.ended(DONE)?.json()?;
+    let id = begun["id"].as_str().context("no id")?.to_owned();
+    assert_ended(&say(host, &["migration", "watch", &id, "--json"])?.ended(DONE)?, &id, "moved")?;
+    steps::assert_only_at(lab, vm, "b")?;
+    Ok(id)
 }
 
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        self.program.kill().ok();
-        self.program.wait().ok();
+/// What has ended can be looked at, on both hosts, and not be cancelled.
+fn afterwards(lab: &Lab, cancelled: &str, moved: &str) -> Result<()> {
+    for host in lab.hosts() {
+        for (id, code, outcome) in [(cancelled, STAYED, "stayed"), (moved, DONE, "moved")] {
+            let words = ["migration", "watch", id, "--json"];
+            let said = say(host, &words)?.ended(code).with_context(|| host.name().to_owned())?;
+            assert_ended(&said, id, outcome).with_context(|| host.name().to_owned())?;
+            let late = say(host, &["migration", "cancel", id])?.ended(FAILED)?;
+            ensure!(late.stderr.contains(outcome), "a cancel too late says {late:?}");
+        }
+        let listed = say(host, &["migration", "list", "--json"])?.ended(DONE)?.json()?;
+        let ids: Vec<&str> = listed
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|view| view["id"].as_str())
+            .collect();
+        // Oldest first; between the two is the one that Ctrl-C ended.
+        ensure!(
+            ids.len() == 3 && ids[0] == cancelled && ids[2] == moved,
+            "{} lists {ids:?}",
+            host.name()
+        );
     }
-}
-
-fn console(lab: &mut Lab) -> Result<()> {
-    let scene = Scene::set(lab, &tiny::working()?)?;
-    let limosa = paths::product("limosa")?;
-    let line = format!(
-        "stty -echo; stty -g; {} vm console {}; echo left with $?; stty -g; echo over",
-        limosa.display(),
-        scene.vm
-    );
-    let mut terminal = Terminal::open(lab, &line)?;
-    terminal.wait_for("Ctrl-] leaves it")?;
-    // This terminal echoes nothing, so it is the guest's that does.
-    terminal.type_in(b"is anybody there?")?;
-    terminal.wait_for("is anybody there?")?;
-    terminal.type_in(b"\x1d")?;
-    terminal.wait_for("over")?;
-    let shown = terminal.shown();
-    ensure!(shown.contains("left with 0"), "{shown:?}");
-    let modes: Vec<&str> =
-        shown.lines().map(str::trim).filter(|line| line.matches(':').count() > 20).collect();
-    ensure!(modes.len() == 2 && modes[0] == modes[1], "the terminal's mode: {modes:?}");
-    drop(terminal);
-    scene.end(lab, "a").map(drop)
+    Ok(())
 }

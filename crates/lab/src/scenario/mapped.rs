@@ -1,7 +1,15 @@
-//! A move to places of other names: switches, folders, images.
+//! The story of a VM whose files and switches are others at the destination.
+//!
+//! ```text
+//!  a: lan, back             b: front, store            a                     b
+//!  usual folder  ─────────► --storage-path  ─────────► --disk d0=…  ───────► usual folder
+//! ```
+//!
+//! **Invariant.** Each leg says where everything must lie after it; the next one
+//! looks that nothing is left there.
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::api::Switch;
+use limosa_protocol::api::Vm;
 use serde_json::{Value, json};
 
 use super::scene::{self, Scene};
@@ -10,74 +18,163 @@ use super::{Story, tiny};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
-/// A second switch of the source.
-const SIDE: &str = "side";
-/// The folder, and the image of one disk, that the operator chose at the destination.
-const FOLDER: &str = "/var/lib/limosa/moved/web1";
-const IMAGE: &str = "/var/lib/limosa/fast/second.qcow2";
-/// What the guest may write meanwhile, and file systems' own, in KiB.
-const GROWTH_KIB_MAX: u64 = 20 << 10;
+/// Hardware address of the VM's second NIC.
+const SECOND_MAC: &str = "52:54:00:11:05:02";
+/// Size of each disk, in MiB. A good half of it is never written by the guest.
+const DISK_MIB: u64 = 192;
+/// Most that an image may grow by in a move, in bytes: the guest goes on writing
+/// its journal, whose ring has 16 MiB.
+const GROWTH_BYTES_MAX: u64 = 20 << 20;
+/// What `stat` calls a block, in bytes.
+const STAT_BLOCK_BYTES: u64 = 512;
 
 pub(super) const STORIES: &[Story] = &[Story {
     name: "move-mapped",
-    proves: "a VM moves to switches of other names and to the folder and image that were named; \
+    proves: "a VM with two disks and two NICs goes where --storage-path, --disk and --switch say; \
              holes stay holes",
     plan: Plan::default,
     run: mapped,
 }];
 
+/// One move, and where the VM is after it.
+struct Leg {
+    from: &'static str,
+    to: &'static str,
+    options: &'static [&'static str],
+    images: [&'static str; 2],
+    switches: [&'static str; 2],
+}
+
+const USUAL: [&str; 2] =
+    ["/var/lib/limosa/vms/web1/disks/d0.raw", "/var/lib/limosa/vms/web1/disks/d1.qcow2"];
+const AT_A: [&str; 2] = [steps::SWITCH, "back"];
+const AT_B: [&str; 2] = ["front", "store"];
+/// Neither folder is one that Limosa would choose by itself.
+const ELSEWHERE: &str = "/var/lib/limosa/elsewhere";
+const IMAGES: &str = "/var/lib/limosa/images";
+
+const LEGS: &[Leg] = &[
+    Leg {
+        from: "a",
+        to: "b",
+        options: &["--storage-path", ELSEWHERE, "--switch", "lan=front", "--switch", "back=store"],
+        images: [
+            "/var/lib/limosa/elsewhere/disks/d0.raw",
+            "/var/lib/limosa/elsewhere/disks/d1.qcow2",
+        ],
+        switches: AT_B,
+    },
+    Leg {
+        from: "b",
+        to: "a",
+        options: &[
+            "--disk",
+            "d0=/var/lib/limosa/images/first.raw",
+            "--switch",
+            "front=lan",
+            "--switch",
+            "store=back",
+        ],
+        images: ["/var/lib/limosa/images/first.raw", USUAL[1]],
+        switches: AT_A,
+    },
+    Leg {
+        from: "a",
+        to: "b",
+        options: &["--switch", "lan=front", "--switch", "back=store"],
+        images: USUAL,
+        switches: AT_B,
+    },
+];
+
 fn mapped(lab: &mut Lab) -> Result<()> {
-    let wanted = Wanted {
-        disks: vec![("raw", 192), ("qcow2", 256)],
-        further_switches: vec![SIDE],
-        ..tiny::working()?
-    };
     steps::agents_ready(lab)?;
-    make_switch(lab.host("a"), SIDE, None)?;
-    // At b neither is called as at a.
-    let path = format!("/v1/switches/{}", steps::SWITCH);
-    let removed = lab.host("b").api::<Value>("DELETE", &path, None)?;
-    ensure!(removed.status < 300, "the switch was not removed: {removed:?}");
-    let office = make_switch(lab.host("b"), "office", Some("lan0"))?;
-    let back = make_switch(lab.host("b"), "back", None)?;
-    let scene = Scene::on_ready_hosts(lab, &wanted)?;
-    let disks = "/var/lib/limosa/vms/web1/disks";
-    let before =
-        allocated_kib(lab.host("a"), [&format!("{disks}/d0.raw"), &format!("{disks}/d1.qcow2")])?;
-    ensure!(before.iter().all(|kib| *kib < 100 << 10), "there are no holes: {before:?} KiB");
-
-    let order = ["vm", "move", &wanted.name, "--to", "b"];
-    let refused = lab.host("a").try_limosa(&order)?;
-    let said = crate::exec::lossy(&refused.stderr);
-    ensure!(!refused.status.success() && said.contains("--switch"), "b has no such switch: {said}");
-    let image = format!("d1={IMAGE}");
-    let places = ["--storage-path", FOLDER, "--disk", &image];
-    let switches = ["--switch", "lan=office", "--switch", "side=back"];
-    lab.host("a").limosa(&[&order[..], &places, &switches].concat())?;
-
-    steps::assert_only_at(lab, &wanted.name, "b")?;
-    scene::guest_is_well(lab)?;
-    let after = allocated_kib(lab.host("b"), [&format!("{FOLDER}/disks/d0.raw"), IMAGE])?;
-    for (before, after) in before.iter().zip(&after) {
-        ensure!(*after <= before + GROWTH_KIB_MAX, "{before} KiB became {after} KiB");
-    }
-    lab.host("b").run(&["test", "-f", &format!("{FOLDER}/vm.toml")])?;
-    for bridge in [office, back] {
-        let plugged = lab.host("b").run(&["ls", &format!("/sys/class/net/{bridge}/brif")])?;
-        ensure!(plugged.contains("lm"), "no NIC of the VM is at {bridge}: {plugged}");
+    switches(lab)?;
+    let disks = vec![("raw", DISK_MIB), ("qcow2", DISK_MIB)];
+    let wanted = Wanted { disks, ..tiny::working()? };
+    let mut definition = wanted.definition();
+    let nics = definition["nics"].as_array_mut().context("no list of NICs")?;
+    nics.push(json!({"switch": AT_A[1], "mac": SECOND_MAC}));
+    lab.host("a").api("POST", "/v1/vms", Some(&definition))?.read::<Vm>()?;
+    let scene = Scene::of_created(lab, &wanted.name)?;
+    unmapped_is_refused(lab.host("a"), &wanted.name)?;
+    let mut images = USUAL;
+    for leg in LEGS {
+        go(lab, &wanted.name, leg, images)
+            .with_context(|| format!("{} to {} with {:?}", leg.from, leg.to, leg.options))?;
+        images = leg.images;
     }
     scene.end(lab, "b").map(drop)
 }
 
-/// Makes a switch; returns its bridge.
-fn make_switch(host: &Host, name: &str, uplink: Option<&str>) -> Result<String> {
-    let request = json!({"name": name, "uplink": uplink});
-    let made: Switch = host.api("POST", "/v1/switches", Some(&request))?.read()?;
-    made.bridge.context("a switch without a bridge")
+/// Gives the hosts switches with other names; those with an uplink are one network.
+fn switches(lab: &Lab) -> Result<()> {
+    let path = format!("/v1/switches/{}", steps::SWITCH);
+    let removed = lab.host("b").api::<Value>("DELETE", &path, None)?;
+    ensure!(removed.status < 300, "the switch of b was not removed: {removed:?}");
+    for (host, wanted) in [
+        ("a", json!({"name": AT_A[1]})),
+        ("b", json!({"name": AT_B[0], "uplink": "lan0"})),
+        ("b", json!({"name": AT_B[1]})),
+    ] {
+        lab.host(host).api("POST", "/v1/switches", Some(&wanted))?.read::<Value>()?;
+    }
+    Ok(())
 }
 
-fn allocated_kib(host: &Host, images: [&str; 2]) -> Result<Vec<u64>> {
-    let told = host.run(&["du", "-k", images[0], images[1]])?;
-    let sizes = told.lines().filter_map(|line| line.split_whitespace().next());
-    Ok(sizes.map(str::parse).collect::<Result<_, _>>()?)
+/// Without the mapping, the switches are missing there: both are told.
+fn unmapped_is_refused(host: &Host, vm: &str) -> Result<()> {
+    let refused = host.try_limosa(&["vm", "move", vm, "--to", "b"])?;
+    let said = crate::exec::lossy(&refused.stderr);
+    ensure!(refused.status.code() == Some(1), "it ended with {}: {said}", refused.status);
+    ensure!(AT_A.iter().all(|switch| said.contains(switch)), "not both are told: {said}");
+    Ok(())
+}
+
+fn go(lab: &Lab, vm: &str, leg: &Leg, left: [&str; 2]) -> Result<()> {
+    let (from, to) = (lab.host(leg.from), lab.host(leg.to));
+    let before = left.iter().map(|path| allocated_bytes(from, path)).collect::<Result<Vec<_>>>()?;
+    from.limosa(&[&["vm", "move", vm, "--to", leg.to], leg.options].concat())?;
+    steps::assert_only_at(lab, vm, leg.to)?;
+    for path in left.into_iter().chain([ELSEWHERE]) {
+        let found = from.run(&["sh", "-c", &format!("ls -d {path} 2>/dev/null; :")])?;
+        ensure!(found.is_empty(), "left behind at {}: {found}", leg.from);
+    }
+    let found = from.run(&["sh", "-c", &format!("ls {IMAGES} 2>/dev/null; :")])?;
+    ensure!(found.is_empty(), "left behind at {}: {IMAGES}/{found}", leg.from);
+
+    let told = steps::look(to, vm)?.context("it is not there")?.definition;
+    for (index, path) in leg.images.into_iter().enumerate() {
+        let disk = &told.disks[index];
+        ensure!(
+            disk.path.as_deref() == Some(path.as_ref()),
+            "disk {index} should lie at {path}: {disk:?}"
+        );
+        let (before, after) = (before[index], allocated_bytes(to, path)?);
+        ensure!(
+            after <= before + GROWTH_BYTES_MAX,
+            "{path}: {before} bytes were allocated, now {after}"
+        );
+        ensure!(after < DISK_MIB << 20, "{path} has no holes any more");
+    }
+    for (index, switch) in leg.switches.into_iter().enumerate() {
+        let nic = &told.nics[index];
+        ensure!(nic.switch.as_str() == switch, "NIC {index} should be on {switch}: {nic:?}");
+        ensure!(taps_on(to, switch)? == 1, "no TAP of the VM is on the bridge of {switch}");
+    }
+    scene::guest_is_well(lab).map(drop)
+}
+
+fn allocated_bytes(host: &Host, path: &str) -> Result<u64> {
+    let blocks: u64 = host.run(&["stat", "-c", "%b", path])?.trim().parse()?;
+    Ok(blocks * STAT_BLOCK_BYTES)
+}
+
+/// How many TAPs are ports of a switch's bridge.
+fn taps_on(host: &Host, switch: &str) -> Result<usize> {
+    let look = format!(
+        "for port in $(ls /sys/class/net/ls-{switch}/brif); do \
+         [ ! -e /sys/class/net/$port/tun_flags ] || echo $port; done"
+    );
+    Ok(host.namespace().run(&["sh", "-c", &look])?.lines().count())
 }

@@ -10,6 +10,7 @@
 mod chaos;
 mod commands;
 mod compare;
+mod console;
 mod doubt;
 mod faults;
 mod itself;
@@ -17,6 +18,7 @@ mod kvm;
 mod links;
 mod mapped;
 mod moves;
+mod operator;
 pub(crate) mod points;
 mod postgres;
 pub(crate) mod scene;
@@ -57,13 +59,15 @@ pub(crate) fn all() -> Vec<&'static Story> {
     [
         itself::STORIES,
         strangers::STORIES,
+        operator::STORIES,
+        console::STORIES,
         moves::STORIES,
         compare::STORIES,
         mapped::STORIES,
-        commands::STORIES,
         kvm::STORIES,
         postgres::STORIES,
         faults::STORIES,
+        commands::STORIES,
         links::STORIES,
         verify::STORIES,
         doubt::STORIES,

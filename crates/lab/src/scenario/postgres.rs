@@ -127,7 +127,6 @@ fn start(lab: &Lab, full: &FullGuest) -> Result<()> {
             append: "console=ttyS0 quiet root=/dev/vda".to_owned(),
             uefi: false,
         },
-        further_switches: Vec::new(),
     };
     let mut definition = wanted.definition();
     definition["disks"] = json!([{"id": "d0", "format": "qcow2", "path": IMAGE}]);

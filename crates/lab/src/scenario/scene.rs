@@ -40,11 +40,22 @@ impl Scene {
     pub(crate) fn on_ready_hosts(lab: &Lab, wanted: &Wanted) -> Result<Self> {
         let capture = Capture::start(lab.net(), steps::MAC)?;
         steps::create_and_start(&lab.hosts()[0], wanted)?;
+        Self::talking(lab, &wanted.name, capture)
+    }
+
+    /// The same with a VM that the first host has, off.
+    pub(crate) fn of_created(lab: &Lab, vm: &str) -> Result<Self> {
+        let capture = Capture::start(lab.net(), steps::MAC)?;
+        steps::power(&lab.hosts()[0], vm, "start")?;
+        Self::talking(lab, vm, capture)
+    }
+
+    fn talking(lab: &Lab, vm: &str, capture: Capture) -> Result<Self> {
         client::status::wait(lab.client(), net::guest_v4(0), BOOT_TIMEOUT)
             .context("the guest did not come up")?;
         let client = Client::start(lab.client(), Talk::with(net::guest_v4(0)))?;
         client.wait_until_answered(BOOT_TIMEOUT)?;
-        Ok(Self { vm: wanted.name.clone(), client, capture })
+        Ok(Self { vm: vm.to_owned(), client, capture })
     }
 
     /// What the outside has seen so far.

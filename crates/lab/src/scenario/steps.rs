@@ -42,8 +42,6 @@ pub(crate) struct Wanted {
     pub machine: String,
     /// Kernel, initial RAM disk and command line
     pub boot: Boot,
-    /// Switches of NICs after the first
-    pub further_switches: Vec<&'static str>,
 }
 
 /// What a VM starts from.
@@ -68,8 +66,6 @@ impl Wanted {
             .enumerate()
             .map(|(n, (format, mib))| json!({"id": format!("d{n}"), "format": format, "size_mib": mib}))
             .collect();
-        let mut nics = vec![json!({"switch": SWITCH, "mac": mac_text(MAC)})];
-        nics.extend(self.further_switches.iter().map(|switch| json!({"switch": switch})));
         json!({
             "name": self.name,
             "memory_mib": self.memory_mib,
@@ -82,7 +78,7 @@ impl Wanted {
                 "firmware": if self.boot.uefi { "uefi" } else { "bios" },
             },
             "disks": disks,
-            "nics": nics,
+            "nics": [{"switch": SWITCH, "mac": mac_text(MAC)}],
         })
     }
 }
@@ -90,7 +86,8 @@ impl Wanted {
 /// Hardware address of the stories' VM.
 pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x11, 0x05, 0x01];
 
-fn mac_text(mac: [u8; 6]) -> String {
+/// An Ethernet address as people write it.
+pub(crate) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 

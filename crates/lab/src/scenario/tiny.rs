@@ -31,6 +31,5 @@ pub(crate) fn wanted(name: &str, memory_mib: u64, dirty_mb_s: u32) -> Result<Wan
         disks: vec![("qcow2", 192)],
         machine: "q35".to_owned(),
         boot,
-        further_switches: Vec::new(),
     })
 }
