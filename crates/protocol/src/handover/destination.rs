@@ -148,6 +148,25 @@ impl Destination {
         )
     }
 
+    /// Whether something may still be received.
+    #[must_use]
+    pub fn is_preparing(&self) -> bool {
+        self.state == State::Preparing
+    }
+
+    /// Whether an operator's decision for this host can be taken
+    /// ([`On::ForceOwner`]).
+    #[must_use]
+    pub fn may_force_owner(&self) -> bool {
+        matches!(self.state, State::Ready | State::Owner | State::Declined)
+    }
+
+    /// Whether the VM is this host's and open to its operators: past its start.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.is_owner() && self.state != State::Starting
+    }
+
     /// Whether a failure or a cancel can still be taken
     /// ([`On::GiveUp`]).
     #[must_use]
@@ -171,6 +190,7 @@ impl Destination {
         match self.state {
             State::Ready => Some(Doubt::CommitUnheard),
             State::Owner if self.guest.is_absent() => Some(Doubt::Unconfirmed),
+            State::Declined => Some(Doubt::GivenBack),
             State::UnknownDurability => Some(Doubt::UnknownDurability),
             _ => None,
         }
@@ -208,7 +228,6 @@ impl Destination {
         match event {
             On::Recorded(receipt) => self.on_recorded(&receipt),
             On::RecordFailed => self.on_record_failed(),
-            On::Reread { receipt, guest } => self.on_reread(receipt, guest),
             On::QemuGone => {
                 if self.guest != Guest::Off {
                     self.guest = Guest::Gone;
@@ -247,7 +266,9 @@ impl Destination {
                 self.state = State::Closing(Ended::Stayed);
                 self.persist(Stage::Stayed)
             }
-            (State::Ready, On::ForceOwner) => {
+            // Of a copy that was given back, too, when the source is lost for good:
+            // it may be the last.
+            (State::Ready | State::Declined, On::ForceOwner) => {
                 self.epoch = forced(self.epoch);
                 // With no guest to run, the operator's word is also for its start.
                 if self.guest.is_absent() {
@@ -305,7 +326,7 @@ impl Destination {
             (State::Owner, On::Stays { epoch }) if *epoch > self.epoch => {
                 self.state = State::Closing(Ended::Superseded);
                 let mut actions = Vec::new();
-                if self.guest == Guest::Running {
+                if !self.guest.is_absent() {
                     actions.push(Do::StopGuest);
                 }
                 actions.extend(self.persist(Stage::Superseded));
@@ -375,16 +396,6 @@ impl Destination {
             }
             _ => None,
         }
-    }
-
-    fn on_reread(&mut self, receipt: Receipt, guest: Guest) -> Option<Vec<Do>> {
-        let is_ours = receipt.record().migration == self.migration;
-        if self.state != State::UnknownDurability || !is_ours {
-            return None;
-        }
-        let (destination, actions) = Self::restore(receipt, guest).ok()?;
-        *self = destination;
-        Some(actions)
     }
 
     fn on_started(&mut self, runs: bool) -> Option<Vec<Do>> {

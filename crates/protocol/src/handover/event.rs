@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!              Ready, Running, Declined, Asked ◄── words ──► Commit, Stays, Retired, Undecided
-//! store ──► Recorded, RecordFailed, Reread ──► machine ──► Persist ──► store
+//! store ──► Recorded, RecordFailed ───────────► machine ──► Persist ──► store
 //! QEMU  ──► GuestRuns, GuestNeverRan, QemuGone ─►     └──► TakeDisks, RunGuest, FreeVm ──► QEMU
 //! ```
 //!
 //! **Invariant.** A list of actions has at most one whose result the machine
 //! waits for, and that is its last.
 
-use super::{Committed, Guest, Receipt, Record};
+use super::{Committed, Receipt, Record};
 use crate::id::Epoch;
 
 /// What happens to a source.
@@ -27,13 +27,6 @@ pub enum SourceEvent {
     Recorded(Receipt),
     /// A record may or may not be durable
     RecordFailed,
-    /// The store was opened and read again, and what it holds was written again
-    Reread {
-        /// For what it holds
-        receipt: Receipt,
-        /// What has become of QEMU
-        guest: Guest,
-    },
     /// The destination owns the VM and runs it, or it is off there
     Running {
         /// At which epoch it owns it
@@ -76,7 +69,6 @@ impl SourceEvent {
             Self::Ready { .. } => "ready",
             Self::Recorded(_) => "recorded",
             Self::RecordFailed => "record-failed",
-            Self::Reread { .. } => "reread",
             Self::Running { .. } => "running",
             Self::Declined { .. } => "declined",
             Self::Unheard => "unheard",
@@ -94,8 +86,8 @@ impl SourceEvent {
 }
 
 /// What the source's agent is to do, in this order. Only the last of a list has
-/// a result that is reported back ([`SourceAction::reports_back`]); until then
-/// the machine is given nothing else but `Asked` and `QemuGone`.
+/// a result that is reported back (of `Persist`, `RunGuest` and `FreeVm`); until
+/// then the machine is given nothing else but `Asked` and `QemuGone`.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub enum SourceAction {
@@ -128,14 +120,6 @@ pub enum SourceAction {
     FreeVm,
 }
 
-impl SourceAction {
-    /// Whether the machine waits for this action's result.
-    #[must_use]
-    pub fn reports_back(&self) -> bool {
-        matches!(self, Self::Persist(_) | Self::RunGuest | Self::FreeVm)
-    }
-}
-
 /// What happens to a destination.
 #[derive(Debug, PartialEq, Eq)]
 pub enum DestinationEvent {
@@ -146,13 +130,6 @@ pub enum DestinationEvent {
     Recorded(Receipt),
     /// A record may or may not be durable
     RecordFailed,
-    /// The store was opened and read again, and what it holds was written again
-    Reread {
-        /// For what it holds
-        receipt: Receipt,
-        /// What has become of QEMU
-        guest: Guest,
-    },
     /// The source has handed over, durably
     Commit {
         /// At which epoch
@@ -198,7 +175,6 @@ impl DestinationEvent {
             Self::Complete => "complete",
             Self::Recorded(_) => "recorded",
             Self::RecordFailed => "record-failed",
-            Self::Reread { .. } => "reread",
             Self::Commit { .. } => "commit",
             Self::Stays { .. } => "stays",
             Self::Retired { .. } => "retired",
@@ -217,9 +193,8 @@ impl DestinationEvent {
 }
 
 /// What the destination's agent is to do, in this order. Only the last of a
-/// list has a result that is reported back
-/// ([`DestinationAction::reports_back`]); until then the machine is given
-/// nothing else but `QemuGone`.
+/// list has a result that is reported back (of `Persist`, `RunGuest` and
+/// `FreeCopy`); until then the machine is given nothing else but `QemuGone`.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub enum DestinationAction {
@@ -251,12 +226,4 @@ pub enum DestinationAction {
     StopGuest,
     /// End QEMU and remove what was made here; then report `Freed`
     FreeCopy,
-}
-
-impl DestinationAction {
-    /// Whether the machine waits for this action's result.
-    #[must_use]
-    pub fn reports_back(&self) -> bool {
-        matches!(self, Self::Persist(_) | Self::RunGuest | Self::FreeCopy)
-    }
 }

@@ -171,6 +171,9 @@ pub enum Doubt {
     /// The VM is ours and off, and the other host has not said that it is out of
     /// it. Settled by its word, or by the operator.
     Unconfirmed,
+    /// Destination: its whole copy was given back, and the source has not said
+    /// that it has the VM. Settled by its word, or by the operator.
+    GivenBack,
     /// A record may or may not be on the disk. Settled by reading the store
     /// again: a restart of the agent.
     UnknownDurability,

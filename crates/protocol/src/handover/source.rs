@@ -167,6 +167,36 @@ impl Source {
         matches!(self.state, State::Copying | State::Asking)
     }
 
+    /// Whether an operator's decision for this host can be taken
+    /// ([`On::ForceOwner`]).
+    #[must_use]
+    pub fn may_force_owner(&self) -> bool {
+        matches!(self.state, State::HandedOver | State::Keeping)
+    }
+
+    /// Whether everything is sent, and the destination is to be asked whether it
+    /// is ready.
+    #[must_use]
+    pub fn is_asking(&self) -> bool {
+        self.state == State::Asking
+    }
+
+    /// Whether the commit point is passed: only the destination's word or the
+    /// operator's brings the VM back.
+    #[must_use]
+    pub fn is_handed_over(&self) -> bool {
+        matches!(self.state, State::HandedOver | State::Retiring | State::Closing(Ended::Moved))
+    }
+
+    /// Whether the VM is this host's, whatever the destination has yet to confirm.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        matches!(
+            self.state,
+            State::Keeping | State::Closing(Ended::Stayed) | State::Ended(Ended::Stayed)
+        )
+    }
+
     /// Whether a VM that was kept can move on without the destination's word
     /// ([`On::MovesOn`]).
     #[must_use]
@@ -230,7 +260,6 @@ impl Source {
         match event {
             On::Recorded(receipt) => self.on_recorded(&receipt),
             On::RecordFailed => self.on_record_failed(),
-            On::Reread { receipt, guest } => self.on_reread(receipt, guest),
             On::QemuGone => Some(self.on_qemu_gone()),
             On::GuestRuns | On::GuestNeverRan => self.on_resumed(event == On::GuestRuns),
             On::Asked | On::Silence => Some(self.say_again(event == On::Silence)),
@@ -307,8 +336,9 @@ impl Source {
             {
                 self.reserved = *epoch;
                 let record = Record { stage: Stage::Superseded, ..self.record() };
+                // One that was not let run after all may have been since, by its user.
                 let mut actions = Vec::new();
-                if self.guest == Guest::Running {
+                if !self.guest.is_absent() {
                     actions.push(Do::StopGuest);
                 }
                 actions.extend(self.close(Ended::Superseded, record));
@@ -371,16 +401,6 @@ impl Source {
             }
             _ => None,
         }
-    }
-
-    fn on_reread(&mut self, receipt: Receipt, guest: Guest) -> Option<Vec<Do>> {
-        let is_ours = receipt.record().migration == self.migration;
-        if self.state != State::UnknownDurability || !is_ours {
-            return None;
-        }
-        let (source, actions) = Self::restore(receipt, guest).ok()?;
-        *self = source;
-        Some(actions)
     }
 
     fn on_qemu_gone(&mut self) -> Vec<Do> {

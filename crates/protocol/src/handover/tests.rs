@@ -1,3 +1,5 @@
+//! Single rules of the machines; every order of events is the model's.
+
 use super::*;
 use crate::id::MigrationId;
 use uuid::Uuid;
@@ -70,10 +72,10 @@ fn another_receipt_does_not_commit() {
     assert!(matches!(&actions[..], [SourceAction::SendCommit(c)] if c.epoch() == Epoch(4)));
 }
 
-/// Goal: after a failed sync nothing happens until the store was read again, and
-/// then what it holds decides.
+/// Goal: after a failed sync nothing happens until a restart has read the store,
+/// and then what it holds decides.
 #[test]
-fn a_failed_sync_stands_still_until_reread() {
+fn a_failed_sync_stands_still_until_a_restart() {
     let mut store = OneRecord { fails: true, ..OneRecord::default() };
     for (held, then) in [(Stage::Offered, "resuming"), (Stage::HandedOver, "handed-over")] {
         let (mut source, wanted) = committing();
@@ -83,8 +85,7 @@ fn a_failed_sync_stands_still_until_reread() {
         assert_eq!(source.on(SourceEvent::Asked).unwrap(), []);
         source.on(SourceEvent::ForceOwner).unwrap_err();
         source.on(SourceEvent::GiveUp).unwrap_err();
-        let receipt = receipt(record(held));
-        source.on(SourceEvent::Reread { receipt, guest: Guest::Stopped }).unwrap();
+        let (source, _) = Source::restore(receipt(record(held)), Guest::Stopped).unwrap();
         assert_eq!(source.state(), then);
     }
 }

@@ -1,7 +1,8 @@
 //! What becomes of a world in which nothing fails any more.
 //!
 //! All that was under way is lost; agents start again, work in flight succeeds,
-//! and whoever waits asks. The way is one, so it needs no search.
+//! and whoever waits asks. Of a host that is destroyed nothing more is heard, and
+//! an operator decides on the other. The way is one, so it needs no search.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
@@ -52,7 +53,10 @@ fn comes_to_rest(world: &mut World, mutation: Option<Mutation>) -> bool {
             continue;
         }
         if world.has_ended() || silent_rounds == SILENT_ROUNDS_MAX {
-            return world.has_ended() && has_exactly_one(world);
+            return match survivor(world) {
+                None => world.has_ended() && has_exactly_one(world),
+                Some(side) => ends_alone(world, side, mutation),
+            };
         }
         silent_rounds += 1;
         step::take(world, Step::Silence(Side::Source), mutation);
@@ -61,7 +65,40 @@ fn comes_to_rest(world: &mut World, mutation: Option<Mutation>) -> bool {
     false
 }
 
+/// The host that is left of a pair of which one is destroyed.
+fn survivor(world: &World) -> Option<Side> {
+    match (world.source.is_lost, world.destination.is_lost) {
+        (true, _) => Some(Side::Destination),
+        (_, true) => Some(Side::Source),
+        _ => None,
+    }
+}
+
+/// Whether its operator can have the VM there, if it holds a whole copy.
+fn ends_alone(world: &mut World, side: Side, mutation: Option<Mutation>) -> bool {
+    let (files, may_force) = match side {
+        Side::Source => {
+            let machine = world.source.machine.as_ref();
+            (world.source.files, machine.is_some_and(Source::may_force_owner))
+        }
+        Side::Destination => {
+            let machine = world.destination.machine.as_ref();
+            (world.destination.files, machine.is_some_and(Destination::may_force_owner))
+        }
+    };
+    if may_force {
+        step::take(world, Step::Force(side), mutation);
+        while let Some(next) = next_step(world) {
+            step::take(world, next, mutation);
+        }
+    }
+    !files || has_exactly_one(world)
+}
+
 fn next_step(world: &World) -> Option<Step> {
+    if let Some(side) = survivor(world) {
+        return next_step_alone(world, side);
+    }
     if must_start(&world.source, Source::state) {
         return Some(Step::Restart(Side::Source));
     }
@@ -89,6 +126,33 @@ fn next_step(world: &World) -> Option<Step> {
         return Some(Step::AllArrives);
     }
     (source.state() == "copying").then_some(Step::GiveUp(Side::Source))
+}
+
+/// The same on the only host there is.
+fn next_step_alone(world: &World, side: Side) -> Option<Step> {
+    fn of<M>(
+        side: Side,
+        host: &Host<M>,
+        state: fn(&M) -> &'static str,
+        guest: fn(&M) -> Guest,
+    ) -> Option<Step> {
+        if must_start(host, state) {
+            return Some(Step::Restart(side));
+        }
+        if host.work.is_some() {
+            return Some(Step::Done(side));
+        }
+        let machine = host.machine.as_ref()?;
+        if host.qemu == Guest::Gone && !guest(machine).is_absent() {
+            return Some(Step::Notice(side));
+        }
+        // Nothing more arrives: the link has been away for long enough.
+        matches!(state(machine), "copying" | "asking" | "preparing").then_some(Step::GiveUp(side))
+    }
+    match side {
+        Side::Source => of(side, &world.source, Source::state, Source::guest),
+        Side::Destination => of(side, &world.destination, Destination::state, Destination::guest),
+    }
 }
 
 /// Its agent is down, or has stopped trusting its store.

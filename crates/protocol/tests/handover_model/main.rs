@@ -75,7 +75,9 @@ impl Model for HandOver {
             Property::sometimes("it is taken back", |_, world: &World| world.was_taken_back()),
             Property::sometimes(
                 "one host gives way to the operator's",
-                |model: &Self, world: &World| model.budget.forces == 0 || world.was_superseded(),
+                |model: &Self, world: &World| {
+                    model.budget != Budget::OPERATOR || world.was_superseded()
+                },
             ),
         ]
     }
@@ -105,6 +107,7 @@ fn check(name: &str, budget: Budget) {
 fn every_order_of_events_keeps_the_promise() {
     check("faults", Budget::FAULTS);
     check("faults and an operator who is sure", Budget::OPERATOR);
+    check("faults and a host that is destroyed", Budget::LOSS);
 }
 
 /// Goal: the checker sees; each of these bugs breaks a property, and is shown by

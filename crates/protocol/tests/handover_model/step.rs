@@ -1,7 +1,7 @@
 //! What can happen next, and what then becomes of the world.
 
 use limosa_protocol::handover::{
-    ColdStart, Destination, DestinationEvent, Doubt, Guest, Source, SourceEvent,
+    ColdStart, Destination, DestinationEvent, Guest, Source, SourceEvent,
 };
 use limosa_protocol::id::Epoch;
 
@@ -48,6 +48,8 @@ pub(crate) enum Step {
     ColdStart(Side),
     /// An operator makes a host the owner.
     Force(Side),
+    /// A host is destroyed.
+    Destroy(Side),
 }
 
 use Side::{Destination as There, Source as Here};
@@ -64,6 +66,9 @@ pub(crate) fn possible(world: &World, mutation: Option<Mutation>, steps: &mut Ve
     of_destination(world, mutation, steps);
     of_host(Here, &world.source, world, steps);
     of_host(There, &world.destination, world, steps);
+    if world.budget.losses > 0 {
+        steps.extend([Step::Destroy(Here), Step::Destroy(There)]);
+    }
 }
 
 pub(crate) fn all_can_arrive(world: &World) -> bool {
@@ -107,10 +112,7 @@ fn of_source(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Step>) {
     if host.qemu.is_absent() && host.files && starts {
         steps.push(Step::ColdStart(Here));
     }
-    if (machine.state() == "keeping" || is_settled_by_operator(machine.doubt()))
-        && host.files
-        && may_force(world, world.destination.qemu)
-    {
+    if machine.may_force_owner() && host.files && may_force(world, &world.destination) {
         steps.push(Step::Force(Here));
     }
 }
@@ -140,9 +142,10 @@ fn of_destination(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Ste
     if host.qemu.is_absent() && host.files && starts {
         steps.push(Step::ColdStart(There));
     }
-    if (machine.state() == "owner" || is_settled_by_operator(machine.doubt()))
-        && host.files
-        && may_force(world, world.source.qemu)
+    // A source that has heard *declined* may start the VM at any later time: only
+    // one that never comes back cannot.
+    let is_given_back = machine.state() == "declined" && !world.source.is_lost;
+    if machine.may_force_owner() && !is_given_back && host.files && may_force(world, &world.source)
     {
         steps.push(Step::Force(There));
     }
@@ -156,17 +159,19 @@ fn may_start(answer: ColdStart, mutation: Option<Mutation>) -> bool {
     }
 }
 
-fn is_settled_by_operator(doubt: Option<Doubt>) -> bool {
-    doubt.is_some_and(|doubt| doubt != Doubt::UnknownDurability)
-}
-
-/// An operator who is sure has seen that the other host's QEMU ended.
-fn may_force(world: &World, other: Guest) -> bool {
-    (world.budget.forces > 0 && other.is_absent()) || world.budget.wrong_forces > 0
+/// An operator who is sure has seen that the other host's QEMU ended, or that the
+/// host is destroyed.
+fn may_force<M>(world: &World, other: &Host<M>) -> bool {
+    (world.budget.forces > 0 && other.qemu.is_absent())
+        || world.budget.wrong_forces > 0
+        || other.is_lost
 }
 
 fn of_host<M>(side: Side, host: &Host<M>, world: &World, steps: &mut Vec<Step>) {
     let budget = &world.budget;
+    if host.is_lost {
+        return;
+    }
     if budget.qemu_deaths > 0 && !host.qemu.is_absent() {
         steps.push(Step::QemuDies(side));
     }
@@ -259,6 +264,13 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
         Step::ColdStart(Here) => world.source_runs(),
         Step::ColdStart(There) => world.destination_runs(),
         Step::Force(side) => force(world, side, mutation),
+        Step::Destroy(side) => {
+            spend(&mut world.budget.losses);
+            match side {
+                Here => world.source.destroy(),
+                There => world.destination.destroy(),
+            }
+        }
     }
 }
 
@@ -325,9 +337,9 @@ fn destination_gives_up(world: &mut World, mutation: Option<Mutation>) {
 fn force(world: &mut World, side: Side, mutation: Option<Mutation>) {
     let budget = &mut world.budget;
     if budget.forces > 0 {
-        budget.forces -= 1
-    } else {
-        budget.wrong_forces -= 1
+        spend(&mut budget.forces);
+    } else if budget.wrong_forces > 0 {
+        spend(&mut budget.wrong_forces);
     }
     world.forced = true;
     match side {

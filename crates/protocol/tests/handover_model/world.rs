@@ -43,6 +43,8 @@ pub(crate) struct Budget {
     pub(crate) forces: u8,
     /// Operators who force an owner and only believe so.
     pub(crate) wrong_forces: u8,
+    /// Hosts that are destroyed. Their operators know, and decide on the other.
+    pub(crate) losses: u8,
 }
 
 impl Budget {
@@ -54,6 +56,7 @@ impl Budget {
         refused_starts: 0,
         forces: 0,
         wrong_forces: 0,
+        losses: 0,
     };
     /// Faults without end; no operator decides.
     pub(crate) const FAULTS: Self = Self {
@@ -66,6 +69,8 @@ impl Budget {
     };
     /// The same, and one operator who made sure.
     pub(crate) const OPERATOR: Self = Self { forces: 1, ..Self::FAULTS };
+    /// Faults without end, and one host that never comes back.
+    pub(crate) const LOSS: Self = Self { losses: 1, ..Self::FAULTS };
     /// An operator who did not.
     pub(crate) const WRONG_OPERATOR: Self = Self { crashes: 1, wrong_forces: 1, ..Self::NONE };
 }
@@ -118,6 +123,8 @@ pub(crate) struct Host<M> {
     pub(crate) files: bool,
     /// They are what the guest wrote last.
     pub(crate) newest: bool,
+    /// It is destroyed, with all it held.
+    pub(crate) is_lost: bool,
 }
 
 /// A moment.
@@ -186,6 +193,7 @@ impl World {
                 disks_taken: vm == MovingVm::Runs,
                 files: true,
                 newest: true,
+                is_lost: false,
             },
             destination: Host {
                 machine: Some(destination),
@@ -195,6 +203,7 @@ impl World {
                 disks_taken: false,
                 files: true,
                 newest: false,
+                is_lost: false,
             },
             said: said.into(),
             budget,
@@ -221,9 +230,13 @@ impl World {
             && !(source.disks_taken && destination.disks_taken)
     }
 
-    /// The newest copy is on a host that knows that it is whole.
+    /// The newest copy is on a host that knows that it is whole; a host that is
+    /// destroyed may take it along.
     pub(crate) fn is_recoverable(&self) -> bool {
         let (source, destination) = (&self.source, &self.destination);
+        if source.is_lost || destination.is_lost {
+            return true;
+        }
         let is_whole = destination.stored.stage != Stage::Preparing;
         (source.files && source.newest) || (destination.files && destination.newest && is_whole)
     }
@@ -275,6 +288,12 @@ impl<M> Host<M> {
             self.qemu = Guest::Gone;
         }
         self.disks_taken = false;
+    }
+
+    pub(crate) fn destroy(&mut self) {
+        self.agent_ends(false);
+        self.free();
+        self.is_lost = true;
     }
 
     pub(crate) fn stop(&mut self) {
