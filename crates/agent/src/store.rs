@@ -87,6 +87,8 @@ pub(crate) struct MigrationRecord {
     /// Destination: addresses the guest was seen to use at the source.
     #[serde(default)]
     pub(crate) addresses: Vec<GuestAddress>,
+    /// Destination: the guest is its users'. One that stands was paused by them.
+    pub(crate) has_run: bool,
     /// The operator who gave the VM to this host, and when.
     pub(crate) forced: Option<String>,
 }

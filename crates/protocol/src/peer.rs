@@ -23,6 +23,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::handover::Committed;
 use crate::id::{Epoch, HostName, MigrationId};
 use crate::migration::{MoveRequest, Problem};
 use crate::vm::{Mac, NIC_COUNT_MAX, VmDefinition};
@@ -215,11 +216,25 @@ pub struct GuestAddress {
     pub address: IpAddr,
 }
 
-/// The source has handed over, durably.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The source has handed over, durably: made of the proof of it, or read from the
+/// wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Commit {
-    /// The epoch handed over
-    pub epoch: Epoch,
+    epoch: Epoch,
+}
+
+impl Commit {
+    /// Says what is proven.
+    #[must_use]
+    pub fn of(committed: &Committed) -> Self {
+        Self { epoch: committed.epoch() }
+    }
+
+    /// The epoch handed over.
+    #[must_use]
+    pub fn epoch(self) -> Epoch {
+        self.epoch
+    }
 }
 
 /// The source has the VM, and keeps it.
@@ -274,10 +289,7 @@ pub enum SourceWord {
     /// Nothing is decided yet: ask again
     Undecided,
     /// It has handed over, durably: run
-    Commit {
-        /// Epoch handed over
-        epoch: Epoch,
-    },
+    Commit(Commit),
     /// It has the VM: do not run it
     Stays {
         /// Epoch it owns

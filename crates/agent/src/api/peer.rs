@@ -133,9 +133,9 @@ async fn commit(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-    Body(Commit { epoch }): Body<Commit>,
+    Body(commit): Body<Commit>,
 ) -> Outcome<Json<DestinationWord>> {
-    answer(&agent, id, caller, DestinationEvent::Commit { epoch }).await
+    answer(&agent, id, caller, DestinationEvent::Commit { epoch: commit.epoch() }).await
 }
 
 async fn retired(

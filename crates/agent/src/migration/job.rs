@@ -129,8 +129,8 @@ impl Job {
         }
         if clock.committed {
             return Err(Failure::conflict(format!(
-                "migration {} is past its commit point: the VM belongs to {} now",
-                view.id, view.destination
+                "migration {} cannot be cancelled any more: its end is being settled",
+                view.id
             )));
         }
         self.cancelled.cancel();
@@ -161,6 +161,18 @@ impl Job {
         self.view.send_modify(|view| {
             view.outcome = Some(End::InDoubt);
             view.reason = Some(reason);
+        });
+    }
+
+    /// Tells that the end will be known after all.
+    pub(crate) fn tell_no_doubt(&self) {
+        self.view.send_if_modified(|view| {
+            let was_told = view.outcome == Some(End::InDoubt) && view.ended_unix_ms.is_none();
+            if was_told {
+                view.outcome = None;
+                view.reason = None;
+            }
+            was_told
         });
     }
 

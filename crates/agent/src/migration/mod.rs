@@ -27,7 +27,7 @@ use limosa_protocol::migration::{Migration, Role};
 use tokio::sync::watch;
 
 use crate::failure::{Failure, Outcome};
-use crate::store::{MigrationRecord, Store};
+use crate::store::{MigrationRecord, Store, StoreError};
 use handover::HandOver;
 use incoming::Incoming;
 use job::Job;
@@ -117,7 +117,12 @@ impl Migrations {
 
     /// All migrations, the oldest first: those recorded, as they are now.
     pub(crate) fn list(&self, store: &Store) -> Outcome<Vec<Migration>> {
-        let recorded = store.all::<MigrationRecord>()?;
+        let recorded = match store.all::<MigrationRecord>() {
+            Ok(recorded) => recorded,
+            // Those under way are what an operator now needs to see.
+            Err(StoreError::Failed) => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
         let mut views: BTreeMap<_, _> =
             recorded.into_iter().map(|(_, record)| (record.view.id, record.view)).collect();
         for (id, under_way) in self.lock().iter() {
@@ -149,6 +154,11 @@ impl Migrations {
         let under_way = self.lock().get(&id).cloned();
         match under_way {
             Some(under_way) => {
+                // The whole VM may be here only: that is not given up unheard.
+                if let Some(doubt) = under_way.hand.standing().doubt {
+                    let what = under_way.hand.doubt_text(doubt);
+                    return Err(Failure::conflict(format!("nothing was cancelled: {what}")));
+                }
                 under_way.job().cancel()?;
                 Ok(under_way.job().view())
             }

@@ -164,10 +164,14 @@ async fn recover(
     if !force_owner {
         return session.result(&known, about_recovery);
     }
+    // Also who confirms in advance is told what is known, and what is risked; as
+    // JSON that is the result.
+    if !session.json {
+        about_recovery(&known)?;
+    }
     let confirm = match confirm {
         Some(name) => name,
         None => {
-            about_recovery(&known)?;
             let question = format!("Give VM {vm} to this host? Type its name:");
             let typed = ask(&question, "--confirm NAME")?;
             if typed != vm.as_str() {

@@ -22,7 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_protocol::handover::{ColdStart, Doubt, Ended};
-use limosa_protocol::id::{HostName, MigrationId};
+use limosa_protocol::id::{HostName, MigrationId, VmName};
+use limosa_qemu::{power, process};
 
 pub(crate) use destination::{DestinationHand, first_record as first_destination_record};
 pub(crate) use durable::{Durable, VmChange};
@@ -32,8 +33,9 @@ pub(crate) use source::{Handed, SourceHand};
 
 use super::job::Job;
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
-use crate::store::{MigrationRecord, StoreError};
+use crate::failure::{Failure, OrFail, Outcome};
+use crate::store::{MigrationRecord, RunRecord, StoreError};
+use crate::vm::{Qemu, Vm};
 
 /// How often a host that owes a word is asked again.
 const ASK_EVERY: Duration = Duration::from_secs(1);
@@ -41,15 +43,66 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 /// Longest wait for the other host's last word before the VM's next move.
 const SETTLE_MAX: Duration = Duration::from_secs(5);
 
+/// What came of asking the other host for the word that it owes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PeerStand {
+    /// It answered, or was not asked yet.
+    Settles,
+    /// No answer.
+    IsSilent,
+    /// It has lost its records of the migration.
+    HasForgotten,
+    /// It answers, and does not say how it stands.
+    CannotTell,
+}
+
+impl PeerStand {
+    pub(crate) fn is_silent(self) -> bool {
+        self == Self::IsSilent
+    }
+
+    /// Of what a machine cannot settle by itself: what the other host does not
+    /// settle either.
+    fn doubt(self, of_machine: Option<Doubt>) -> Option<Doubt> {
+        of_machine.filter(|doubt| self != Self::Settles || *doubt == Doubt::UnknownDurability)
+    }
+
+    /// Why the other host does not settle it, and what makes it do so.
+    fn text(self, peer: &HostName) -> String {
+        match self {
+            Self::Settles | Self::IsSilent => {
+                format!("{peer} does not answer. It settles by itself when {peer} does")
+            }
+            Self::HasForgotten => format!(
+                "{peer} answers, and has lost its records of this migration, so it cannot settle \
+                 it: look there whether a QEMU of the VM runs"
+            ),
+            Self::CannotTell => format!(
+                "{peer} answers, and cannot say how it stands. It settles by itself once it can; \
+                 its log says what holds it up (a state store that failed needs a restart of \
+                 limosad there)"
+            ),
+        }
+    }
+}
+
 /// How one half stands, to be looked at without waiting for its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Standing {
+    /// For people
     pub(crate) state: &'static str,
     pub(crate) cold_start: ColdStart,
     pub(crate) doubt: Option<Doubt>,
+    pub(crate) peer: PeerStand,
     pub(crate) ended: Option<Ended>,
     /// The guest is this host's, whatever the other host has yet to say.
     pub(crate) is_ours: bool,
+    /// Something may still be received.
+    pub(crate) is_receiving: bool,
+    /// It was handed over: only the other host's word or an operator brings it back.
+    pub(crate) is_theirs: bool,
+    /// An operator may decide for this host.
+    pub(crate) may_force_owner: bool,
     /// The other host, which does not answer, owes the word without which the VM
     /// cannot move on.
     pub(crate) lacks_word: bool,
@@ -140,6 +193,13 @@ impl HandOver {
         }
         Some(match standing.doubt {
             Some(doubt) => (format!("VM {vm} is in doubt"), self.doubt_text(doubt)),
+            None if standing.is_theirs => (
+                format!("VM {vm} belongs to {}, to which it was handed over", self.peer()),
+                format!(
+                    "work with it there; `limosa migration show {}` tells what is left to do here",
+                    self.id()
+                ),
+            ),
             None => (
                 format!("VM {vm} is being moved"),
                 format!(
@@ -169,46 +229,94 @@ impl HandOver {
                  is asked every second. If {peer} is gone for good, `limosa vm recover {vm}` says \
                  what to do"
             ))),
-            ColdStart::NotOwner => {
-                self.expect_ours()?;
-                Err(Failure::conflict(format!("VM {vm} belongs to {peer}")))
-            }
+            ColdStart::NotOwner => self.expect_ours(),
         }
     }
 
     /// What a doubt is, and what settles it.
     pub(crate) fn doubt_text(&self, doubt: Doubt) -> String {
-        doubt_text(doubt, &self.peer(), &self.job().view())
+        doubt_text(doubt, self.standing().peer, &self.peer(), &self.job().view().vm)
     }
 }
 
 /// What a doubt is, and what settles it.
-fn doubt_text(
-    doubt: Doubt,
-    peer: &HostName,
-    view: &limosa_protocol::migration::Migration,
-) -> String {
-    let vm = &view.vm;
-    match doubt {
+fn doubt_text(doubt: Doubt, stand: PeerStand, peer: &HostName, vm: &VmName) -> String {
+    let what = match doubt {
         Doubt::CommitUnanswered => format!(
             "handed over to {peer}, which does not say whether the VM runs; the copy here stays \
-             stopped. It settles by itself when {peer} answers; if {peer} is gone for good, see \
-             `limosa vm recover {vm}`"
+             stopped"
         ),
         Doubt::CommitUnheard => format!(
             "the whole VM is here, and {peer} does not say whether it handed it over; the copy \
-             here stays stopped. It settles by itself when {peer} answers; if {peer} is gone for \
-             good, see `limosa vm recover {vm}`"
+             here stays stopped"
         ),
         Doubt::Unconfirmed => format!(
-            "the VM is this host's and off, and {peer} has not confirmed that it is out of it. It \
-             settles by itself when {peer} answers; if {peer} is gone for good, see `limosa vm \
-             recover {vm}`"
+            "the VM is this host's and off, and {peer} has not confirmed that it is out of it"
         ),
-        Doubt::UnknownDurability => "whether the last step was recorded is not known, because the \
+        Doubt::GivenBack => format!(
+            "the whole VM is here, stopped; it was given back to {peer}, which has not said that \
+             it has it"
+        ),
+        Doubt::UnknownDurability => {
+            return "whether the last step was recorded is not known, because the \
             state store failed; the copy here stays as it is. Look at the disk of the state \
             folder, then restart limosad here: it settles by reading its record again"
-            .to_owned(),
+                .to_owned();
+        }
+    };
+    format!(
+        "{what}. {}; if {peer} is gone for good, see `limosa vm recover {vm}`",
+        stand.text(peer)
+    )
+}
+
+/// Tells a doubt when it comes or changes, and that it is over.
+fn tell_doubt(job: &Job, peer: &HostName, before: Standing, now: Standing) {
+    if (before.doubt, before.peer) == (now.doubt, now.peer) {
+        return;
+    }
+    match now.doubt {
+        Some(doubt) => {
+            let text = doubt_text(doubt, now.peer, peer, &job.view().vm);
+            tracing::warn!(migration = %job.id(), reason = text, "in doubt");
+            // A VM that is ours and off has ended its migration as far as an
+            // operator who waits for it is concerned.
+            if !now.is_ours {
+                job.tell_in_doubt(text);
+            }
+        }
+        None if before.doubt.is_some() => job.tell_no_doubt(),
+        None => {}
+    }
+}
+
+/// Stops the vCPUs of a VM that another host owns, by ending its QEMU if need be:
+/// two of them must not run.
+async fn stop_guest(vm: &Vm) {
+    let of_vm = vm.lock().await;
+    let stopped = match &of_vm.qemu {
+        Some(qemu) => power::stop(&qemu.qmp).await.or_fail("stopping the guest"),
+        None => Err(Failure::internal("its QEMU does not answer")),
+    };
+    let Err(failure) = stopped else { return };
+    let process = match (&of_vm.qemu, &of_vm.record.run) {
+        (Some(qemu), _) => Some(&qemu.process),
+        (None, run) => run.as_ref().map(|run| &run.process),
+    };
+    let Some(process) = process else { return };
+    tracing::error!(vm = %vm.name, %failure, "another host owns the VM: its QEMU here is ended");
+    if let Err(error) = process::kill(process).await {
+        tracing::error!(vm = %vm.name, %error, "QEMU of a VM that another host owns was not ended");
+    }
+}
+
+/// Ends a QEMU that was started and does not answer, known only by its record.
+async fn end_unanswering(qemu: Option<&Qemu>, run: Option<&RunRecord>) -> Outcome<()> {
+    match (qemu, run) {
+        (None, Some(run)) => {
+            process::kill(&run.process).await.or_fail("ending a QEMU that does not answer")
+        }
+        _ => Ok(()),
     }
 }
 

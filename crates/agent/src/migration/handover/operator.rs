@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use limosa_protocol::api::{Recovery, RecoveryPeer};
-use limosa_protocol::handover::Guest;
+use limosa_protocol::handover::{Doubt, Guest};
 use limosa_protocol::id::VmName;
 use limosa_protocol::peer::{DestinationWord, SourceWord};
 
-use super::HandOver;
+use super::{HandOver, Standing};
 use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, Outcome};
 
@@ -42,7 +42,7 @@ pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Outcome<Recover
         peer_name: hand.peer(),
         peer,
         risk: risk(&hand, guest),
-        may_force: may_force(&hand),
+        may_force: standing.may_force_owner,
     })
 }
 
@@ -72,6 +72,7 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Ou
         )));
     }
     let hand = unsettled(agent, vm).await?;
+    expect_files(agent, vm).await?;
     let by = format!("{by}, {} ms since 1970", now_unix_ms());
     tracing::warn!(%vm, migration = %hand.id(), by, "an operator gives the VM to this host");
     match &hand {
@@ -96,10 +97,43 @@ async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Outcome<HandOver> {
     })
 }
 
-fn may_force(hand: &HandOver) -> bool {
-    match (hand, hand.standing().state) {
-        (HandOver::Source(_), state) => matches!(state, "handed-over" | "keeping"),
-        (HandOver::Destination(_), state) => matches!(state, "ready" | "owner"),
+/// Fails when the disks are not here any more: a source may have begun to free
+/// them when its agent ended.
+async fn expect_files(agent: &Arc<Agent>, vm: &VmName) -> Outcome<()> {
+    let found = agent.vm(vm)?;
+    let of_vm = found.lock().await;
+    for disk in &of_vm.definition.disks {
+        if let Some(image) = disk.path.as_ref().filter(|image| !image.exists()) {
+            return Err(Failure::conflict(format!(
+                "disk {} of VM {vm} is not here any more ({}): this host has no whole copy to \
+                 give; nothing was forced",
+                disk.id,
+                image.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Fails when an operator's decision cannot be taken.
+pub(super) fn expect_forcible(standing: Standing) -> Outcome<()> {
+    if standing.may_force_owner {
+        return Ok(());
+    }
+    Err(Failure::conflict(format!(
+        "nothing was forced: a migration that is {} needs no operator",
+        standing.state
+    )))
+}
+
+/// Fails when a decision may or may not be recorded.
+pub(super) fn expect_recorded(standing: Standing) -> Outcome<()> {
+    match standing.doubt {
+        Some(Doubt::UnknownDurability) => Err(Failure::internal(
+            "the decision may or may not be recorded, because the state store failed: look at its \
+             disk, restart limosad here, and then see `limosa vm recover` again",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -120,15 +154,17 @@ fn risk(hand: &HandOver, guest: Guest) -> String {
              operator also gives it to {peer}, it runs twice: do not do both"
         );
     }
-    let lost = match (hand, hand.standing().state) {
-        (HandOver::Source(_), "handed-over") => {
+    let lost = match hand.standing().doubt {
+        Some(Doubt::CommitUnanswered) => {
             format!("what the guest did on {peer} since it was handed over is lost")
         }
-        (HandOver::Destination(_), "ready") => {
-            format!(
-                "what the guest did on {peer} after this copy, should {peer} have kept it, is lost"
-            )
-        }
+        Some(Doubt::CommitUnheard) => format!(
+            "what the guest did on {peer} after this copy, should {peer} have kept it, is lost"
+        ),
+        Some(Doubt::GivenBack) => format!(
+            "what the guest did on {peer} since this copy was given back is lost; and should \
+             {peer} ever come back, it may start its copy without asking: delete that one first"
+        ),
         _ => "nothing is lost that this host's disks do not lack already".to_owned(),
     };
     let start = if guest.is_absent() {

@@ -15,7 +15,7 @@ use limosa_protocol::handover::{DestinationAction, Guest, Receipt, SourceAction,
 use limosa_protocol::migration::Role;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::power::{self, RunState};
-use limosa_qemu::process;
+use limosa_qemu::process::{self, ProcessId};
 
 use super::{DestinationHand, Durable, HandOver, SourceHand, VmChange};
 use crate::agent::Agent;
@@ -54,7 +54,12 @@ async fn restore_one(agent: &Arc<Agent>, mut record: MigrationRecord) -> Outcome
     // What was read may so far be only in the kernel's memory, when a sync
     // failed before the restart.
     let read = record.handover;
-    let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
+    // The VM's record was written in one step with it, and is as uncertain.
+    let vm = match agent.store.get::<VmRecord>(record.view.vm.as_str())? {
+        Some(of_vm) => VmChange::Put(of_vm),
+        None => VmChange::Remove,
+    };
+    let mut store = Durable { store: &agent.store, migration: &mut record, vm };
     let receipt = persist(&mut store, read)?;
     match record.view.role {
         Role::Source => restore_source(agent, record, receipt).await,
@@ -80,7 +85,11 @@ async fn restore_source(
         match (&of_vm.qemu, record.handover.stage) {
             (Some(qemu), Stage::HandedOver) => (Guest::Stopped, Some(qemu.clone())),
             (Some(qemu), _) => (Guest::Running, Some(qemu.clone())),
-            // It lives and does not answer: it has the guest.
+            // It lives and does not answer: it has the guest, which stands if it
+            // was handed over.
+            (None, Stage::HandedOver) if of_vm.expect_answering().is_err() => {
+                (Guest::Stopped, None)
+            }
             (None, _) if of_vm.expect_answering().is_err() => (Guest::Running, None),
             (None, _) => (Guest::Gone, None),
         }
@@ -189,7 +198,7 @@ async fn look_at_destination(
                 Ok(qemu) => Some(qemu),
                 Err(failure) => {
                     tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
-                    return (Guest::Running, None);
+                    return (end_unless_owner(vm, record, &run.process).await, None);
                 }
             }
         }
@@ -200,8 +209,12 @@ async fn look_at_destination(
         }
     };
     let Some(qemu) = qemu else { return (Guest::Gone, None) };
-    // Before `owner` nothing lets it run. After it a guest that stands has not
-    // run yet, or its user paused it: that one is let run again.
+    if record.has_run {
+        // One that stands was paused by its users.
+        return (Guest::Running, Some(qemu));
+    }
+    // Before `owner` nothing lets it run; after it a guest that stands has not
+    // run yet.
     let stands = match power::query_status(&qemu.qmp).await {
         Ok(status) => matches!(
             status,
@@ -210,6 +223,21 @@ async fn look_at_destination(
         Err(_) => false,
     };
     (if stands { Guest::Stopped } else { Guest::Running }, Some(qemu))
+}
+
+/// What becomes of a QEMU that received and does not answer any more. Before
+/// `owner` its guest never ran: without it the source is who has the VM.
+async fn end_unless_owner(vm: &Vm, record: &MigrationRecord, process: &ProcessId) -> Guest {
+    if record.handover.stage == Stage::Owner {
+        return Guest::Running;
+    }
+    match process::kill(process).await {
+        Ok(()) => Guest::Gone,
+        Err(error) => {
+            tracing::error!(vm = %vm.name, %error, "QEMU was not ended");
+            Guest::Running
+        }
+    }
 }
 
 /// Lets restored machines go on; peers may be asked, and ask back, from here.
@@ -224,6 +252,8 @@ pub(crate) fn settle(restored: Vec<Restored>) {
                 Restored::Destination(hand, actions) => {
                     hand.go_on(actions).await;
                     hand.spawn_settling();
+                    hand.job().cancelled().await;
+                    hand.give_up("cancelled by an operator of the destination").await;
                 }
             }
         });

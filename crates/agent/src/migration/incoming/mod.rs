@@ -26,7 +26,7 @@ use tokio::sync::{Mutex, mpsc};
 
 pub(crate) use channels::{Set, accept_channel};
 pub(crate) use receive::end_plane;
-pub(crate) use take_over::let_run;
+pub(crate) use take_over::{let_run, stands};
 
 use channels::Connections;
 
@@ -143,6 +143,7 @@ impl Incoming {
             made: what_could_be_made(&definition),
             run: None,
             addresses: Vec::new(),
+            has_run: false,
             forced: None,
         };
         agent.add_vm(Arc::clone(&vm))?;

@@ -101,6 +101,11 @@ impl Incoming {
     }
 }
 
+/// Looks whether a guest that is to stay paused is there.
+pub(crate) async fn stands(qemu: &Qemu) -> Outcome<()> {
+    power::query_status(&qemu.qmp).await.or_fail("looking at the paused guest").map(drop)
+}
+
 /// Lets the guest run, unless it does. An error means that it surely did not.
 pub(crate) async fn let_run(qemu: &Qemu) -> Outcome<()> {
     let doing = "running the guest at the destination";

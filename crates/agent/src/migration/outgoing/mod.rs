@@ -111,6 +111,7 @@ pub(crate) async fn begin(
         made: Vec::new(),
         run: off.then(|| run::run_record(&qemu)),
         addresses: Vec::new(),
+        has_run: false,
         forced: None,
     };
     let begun = SourceHand::begin(agent, vm, &job, record, &qemu).and_then(|hand| {

@@ -235,7 +235,11 @@ impl Source {
     /// *ready?*, the commit, and what follows. From here on the machine decides.
     pub(super) async fn hand_over(mut self, switched: Switched) {
         let hand = Arc::clone(&self.hand);
-        hand.feed(On::Delivered).await;
+        let asks = hand.feed(On::Delivered).await;
+        if !asks.contains(&SourceAction::AskReady) {
+            // It was given up meanwhile, so the destination must not become ready.
+            return abort::abort(self, &Failure::conflict("the move was given up")).await;
+        }
         let ready = match self.ask_ready(&switched).await {
             Ok(ready) => ready,
             Err(failure) => return abort::abort(self, &failure).await,

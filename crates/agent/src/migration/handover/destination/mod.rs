@@ -15,21 +15,23 @@ use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
 
 use limosa_plane::DestinationPlane;
 use limosa_protocol::handover::{
-    Destination, DestinationAction as Do, DestinationEvent as On, Doubt, Ended, Guest, Receipt,
-    Record, Stage, persist,
+    Destination, DestinationAction as Do, DestinationEvent as On, Ended, Guest, Receipt, Record,
+    Stage, persist,
 };
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Outcome as End;
 use limosa_protocol::peer::Offer;
 use limosa_protocol::vm::VmDefinition;
-use limosa_qemu::power;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
+use super::{
+    Durable, PeerStand, Standing, VmChange, end_unanswering, forget, stop_guest, tell_doubt,
+    tell_unknown,
+};
 use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
-use crate::migration::incoming::{self, Set, let_run};
+use crate::migration::incoming::{self, Set, let_run, stands};
 use crate::migration::job::Job;
 use crate::peer_link::PeerLink;
 use crate::store::{MigrationRecord, VmRecord};
@@ -58,19 +60,27 @@ struct Inner {
     definition: VmDefinition,
     /// From its start until the VM has it.
     qemu: Option<Qemu>,
+    /// Operators may work with the VM.
     is_open: bool,
-    is_unanswered: bool,
+    /// What came of asking for the word that the source owes.
+    peer: PeerStand,
+    /// Answers in a row that nothing is decided.
+    undecided_count: u32,
 }
 
-fn standing_of(machine: &Destination, is_unanswered: bool) -> Standing {
-    let is_ours = machine.is_owner() && machine.state() != "starting";
+fn standing_of(machine: &Destination, peer: PeerStand) -> Standing {
+    let is_ours = machine.is_ours();
     Standing {
         state: machine.state(),
         cold_start: machine.cold_start(),
-        doubt: machine.doubt().filter(|doubt| is_unanswered || *doubt == Doubt::UnknownDurability),
+        doubt: peer.doubt(machine.doubt()),
+        peer,
         ended: machine.ended(),
         is_ours,
-        lacks_word: is_ours && machine.ended().is_none() && is_unanswered,
+        is_receiving: machine.is_preparing(),
+        is_theirs: false,
+        may_force_owner: machine.may_force_owner(),
+        lacks_word: is_ours && machine.ended().is_none() && peer.is_silent(),
     }
 }
 
@@ -128,7 +138,7 @@ impl DestinationHand {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let source = record.view.source.clone();
-        let standing = watch::Sender::new(standing_of(&machine, false));
+        let standing = watch::Sender::new(standing_of(&machine, PeerStand::Settles));
         let hand = Arc::new(Self {
             agent: Arc::clone(agent),
             vm: Arc::clone(vm),
@@ -140,7 +150,8 @@ impl DestinationHand {
                 definition,
                 qemu,
                 is_open: false,
-                is_unanswered: false,
+                peer: PeerStand::Settles,
+                undecided_count: 0,
             }),
             standing,
             gone: CancellationToken::new(),
@@ -148,6 +159,7 @@ impl DestinationHand {
             link: BlockingMutex::default(),
         });
         hand.spawn_qemu_watch();
+        hand.spawn_note_of_run();
         hand
     }
 
@@ -175,10 +187,10 @@ impl DestinationHand {
 
     /// Whether something may still be received.
     pub(crate) fn expect_preparing(&self) -> Outcome<()> {
-        match self.standing().state {
-            "preparing" => Ok(()),
-            _ => Err(Failure::conflict("this migration takes nothing more")),
+        if self.standing().is_receiving {
+            return Ok(());
         }
+        Err(Failure::conflict("this migration takes nothing more"))
     }
 
     /// The same, once nothing is being done: given up and freed, or not.
@@ -283,7 +295,7 @@ impl DestinationHand {
                 // QEMU takes them when it lets the guest run.
                 Do::TakeDisks => {}
                 Do::RunGuest => return Some(self.run_guest(inner).await),
-                Do::StopGuest => self.stop_guest().await,
+                Do::StopGuest => stop_guest(&self.vm).await,
                 Do::FreeCopy => {
                     self.free(inner).await;
                     return Some(On::Freed);
@@ -304,14 +316,16 @@ impl DestinationHand {
             }
             Stage::Declined => VmChange::Remove,
             Stage::Done => {
-                self.note_end(inner, End::Moved);
                 let mut of_vm = self.vm.lock().await;
                 of_vm.record.epoch = record.epoch;
-                if inner.is_open {
-                    VmChange::Put(of_vm.record.clone())
+                // Before its end is noted, which forgets its QEMU.
+                let of_vm = if inner.is_open {
+                    of_vm.record.clone()
                 } else {
-                    VmChange::Put(self.vm_record(inner, record))
-                }
+                    self.vm_record(inner, record)
+                };
+                self.note_end(inner, End::Moved);
+                VmChange::Put(of_vm)
             }
             Stage::Stayed => {
                 self.note_end(inner, End::Stayed);
@@ -357,24 +371,34 @@ impl DestinationHand {
     }
 
     async fn run_guest(&self, inner: &mut Inner) -> On {
-        let Some(qemu) = inner.qemu.clone().filter(|_| !inner.record.paused) else {
-            return On::GuestRuns;
-        };
-        if let Err(failure) = let_run(&qemu).await {
+        let Some(qemu) = inner.qemu.clone() else { return On::GuestRuns };
+        let runs = if inner.record.paused { stands(&qemu).await } else { let_run(&qemu).await };
+        if let Err(failure) = runs {
             inner.record.view.reason = Some(format!("the guest never ran here: {failure}"));
             return On::GuestNeverRan;
         }
-        announce(&self.agent, &self.vm, &inner.definition, &qemu).await;
+        if !inner.record.paused {
+            announce(&self.agent, &self.vm, &inner.definition, &qemu).await;
+        }
         On::GuestRuns
     }
 
-    async fn stop_guest(&self) {
-        let qemu = self.vm.lock().await.qemu.clone();
-        if let Some(qemu) = qemu
-            && let Err(error) = power::stop(&qemu.qmp).await
-        {
-            tracing::error!(vm = %self.vm.name, %error, "the guest was not stopped");
-        }
+    /// Notes, durably, that the guest is its users': one that stands after a
+    /// restart is then not let run. Nobody waits for that.
+    fn spawn_note_of_run(self: &Arc<Self>) {
+        let (hand, mut standing) = (Arc::downgrade(self), self.standing.subscribe());
+        tokio::spawn(async move {
+            // The sender is the half's own: once that is gone, nothing is left to do.
+            standing.wait_for(|now| now.is_ours || now.ended.is_some()).await.ok();
+            let Some(hand) = hand.upgrade() else { return };
+            let mut inner = hand.inner.lock().await;
+            if inner.machine.is_ours() && inner.machine.ended().is_none() && !inner.record.has_run {
+                inner.record.has_run = true;
+                if let Err(error) = hand.agent.store.put(&hand.id().to_string(), &inner.record) {
+                    tell_unknown(&inner.record, &error);
+                }
+            }
+        });
     }
 
     async fn free(&self, inner: &mut Inner) {
@@ -384,8 +408,12 @@ impl DestinationHand {
         let qemu = inner.qemu.take();
         // From here on the watch on QEMU finds another one's VM.
         self.vm.lock().await.qemu = None;
-        let left =
-            incoming::free(&self.agent, &inner.definition, qemu.as_ref(), &inner.record.made).await;
+        let made = &inner.record.made;
+        let left = match end_unanswering(qemu.as_ref(), inner.record.run.as_ref()).await {
+            Ok(()) => incoming::free(&self.agent, &inner.definition, qemu.as_ref(), made).await,
+            // Files of a process that lives are not removed below it.
+            Err(failure) => vec![failure.to_string()],
+        };
         if !left.is_empty() {
             let why = inner.record.view.reason.take().unwrap_or_default();
             inner.record.view.reason =
@@ -396,20 +424,12 @@ impl DestinationHand {
 
     /// Tells where the machine stands now, and opens the VM once it is ours.
     async fn publish(&self, inner: &mut Inner) {
-        let standing = standing_of(&inner.machine, inner.is_unanswered);
+        let standing = standing_of(&inner.machine, inner.peer);
         let before = self.standing.send_replace(standing);
         if standing.is_ours && !inner.is_open {
             self.open(inner).await;
         }
-        if standing.doubt != before.doubt
-            && let Some(doubt) = standing.doubt
-        {
-            let text = doubt_text(doubt, &self.source, &self.job.view());
-            tracing::warn!(migration = %self.id(), reason = text, "in doubt");
-            if !standing.is_ours {
-                self.job.tell_in_doubt(text);
-            }
-        }
+        tell_doubt(&self.job, &self.source, before, standing);
         let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
         self.job.tell(&inner.record.view);
         let mut of_vm = self.vm.lock().await;

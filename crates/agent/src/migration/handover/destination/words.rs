@@ -8,12 +8,15 @@ use limosa_protocol::id::Epoch;
 use limosa_protocol::peer::{DestinationWord, SourceWord};
 
 use super::DestinationHand;
-use crate::failure::{Failure, Outcome};
-use crate::migration::handover::ASK_EVERY;
+use crate::failure::Outcome;
+use crate::migration::handover::operator::{expect_forcible, expect_recorded};
+use crate::migration::handover::{ASK_EVERY, PeerStand};
 use crate::peer_link::{PeerError, PeerLink};
 
 /// How often a source that sends is asked whether it still means to.
 const ASK_WHILE_RECEIVING_EVERY: Duration = Duration::from_secs(5);
+/// Answers in a row that nothing is decided, after which a whole copy is in doubt.
+const UNDECIDED_COUNT_MAX: u32 = 5;
 
 impl DestinationHand {
     /// What this half answers now.
@@ -100,16 +103,11 @@ impl DestinationHand {
     /// Asks the source, and takes its word.
     async fn ask_source(&self) {
         let answer = self.look_at_peer().await;
-        let mut inner = self.inner.lock().await;
-        if inner.is_unanswered == answer.is_ok() {
-            inner.is_unanswered = answer.is_err();
-            self.publish(&mut inner).await;
-        }
-        drop(inner);
+        self.note_answer(&answer).await;
         let event = match answer {
             Ok(SourceWord::Unheard) => On::Unheard,
             Ok(SourceWord::Undecided) => On::Undecided,
-            Ok(SourceWord::Commit { epoch }) => On::Commit { epoch },
+            Ok(SourceWord::Commit(commit)) => On::Commit { epoch: commit.epoch() },
             Ok(SourceWord::Stays { epoch }) => {
                 self.note_reason("the source kept the VM").await;
                 On::Stays { epoch }
@@ -121,12 +119,38 @@ impl DestinationHand {
         self.feed(event).await;
     }
 
+    /// Notes whether what was answered can settle anything.
+    async fn note_answer(&self, answer: &Result<SourceWord, PeerError>) {
+        let mut inner = self.inner.lock().await;
+        let stand = match answer {
+            Ok(SourceWord::Unheard) => PeerStand::HasForgotten,
+            Ok(SourceWord::Undecided) => {
+                inner.undecided_count = inner.undecided_count.saturating_add(1);
+                // It may be about to commit; for seconds it is not.
+                if inner.undecided_count >= UNDECIDED_COUNT_MAX {
+                    PeerStand::CannotTell
+                } else {
+                    PeerStand::Settles
+                }
+            }
+            Ok(_) => PeerStand::Settles,
+            Err(_) => PeerStand::IsSilent,
+        };
+        if !matches!(answer, Ok(SourceWord::Undecided)) {
+            inner.undecided_count = 0;
+        }
+        if inner.peer != stand {
+            inner.peer = stand;
+            self.publish(&mut inner).await;
+        }
+    }
+
     /// Asks the source, again and again, whenever the machine wants to know.
     pub(crate) fn spawn_settling(self: &Arc<Self>) {
         let hand = Arc::clone(self);
         tokio::spawn(async move {
             while hand.standing().ended.is_none() {
-                let is_receiving = hand.standing().state == "preparing";
+                let is_receiving = hand.standing().is_receiving;
                 let pause = if is_receiving { ASK_WHILE_RECEIVING_EVERY } else { ASK_EVERY };
                 tokio::time::sleep(pause).await;
                 let words = hand.feed(On::Silence).await;
@@ -156,16 +180,11 @@ impl DestinationHand {
     /// An operator gives the VM to this host.
     pub(crate) async fn force_owner(&self, by: String) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
+        expect_forcible(self.standing())?;
         inner.record.forced = Some(by.clone());
         inner.record.view.reason = Some(format!("given to this host by an operator ({by})"));
-        let before = inner.machine.state();
         self.feed_locked(&mut inner, On::ForceOwner).await;
-        let after = inner.machine.state();
-        if before == after {
-            return Err(Failure::conflict(format!(
-                "nothing was forced: a migration that is {after} needs no operator"
-            )));
-        }
-        Ok(())
+        drop(inner);
+        expect_recorded(self.standing())
     }
 }

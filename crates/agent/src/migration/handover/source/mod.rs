@@ -11,16 +11,17 @@ mod words;
 use std::sync::Arc;
 
 use limosa_protocol::handover::{
-    ColdStart, Doubt, Ended, Guest, Receipt, Record, Source, SourceAction as Do, SourceEvent as On,
-    Stage, persist,
+    Ended, Guest, Receipt, Record, Source, SourceAction as Do, SourceEvent as On, Stage, persist,
 };
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Downtime, Outcome as End};
-use limosa_qemu::power;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Durable, Standing, VmChange, doubt_text, forget, tell_unknown};
+use super::{
+    Durable, PeerStand, Standing, VmChange, end_unanswering, forget, stop_guest, tell_doubt,
+    tell_unknown,
+};
 use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
 use crate::migration::job::Job;
@@ -52,8 +53,10 @@ struct Inner {
     reason: Option<String>,
     /// The connection broke, so its reason is at the other end.
     reason_is_theirs: bool,
-    /// The destination owes a word, and did not answer when last asked.
-    is_unanswered: bool,
+    /// What came of asking for the word that the destination owes.
+    peer: PeerStand,
+    /// Operators may work with the VM.
+    is_open: bool,
 }
 
 /// What the end of a move tells of it.
@@ -63,19 +66,22 @@ pub(crate) struct Handed {
     pub(crate) proofs: Vec<String>,
 }
 
-fn standing_of(machine: &Source, is_unanswered: bool) -> Standing {
-    let is_ours = match machine.state() {
-        "keeping" | "stayed" => true,
-        "closing" => machine.cold_start() == ColdStart::Unconfirmed,
-        _ => false,
-    };
+fn standing_of(machine: &Source, peer: PeerStand) -> Standing {
+    let is_ours = machine.is_ours();
     Standing {
         state: machine.state(),
         cold_start: machine.cold_start(),
-        doubt: machine.doubt().filter(|doubt| is_unanswered || *doubt == Doubt::UnknownDurability),
+        doubt: peer.doubt(machine.doubt()),
+        peer,
         ended: machine.ended(),
         is_ours,
-        lacks_word: is_ours && machine.ended().is_none() && is_unanswered && !machine.may_move_on(),
+        is_receiving: false,
+        is_theirs: machine.is_handed_over(),
+        may_force_owner: machine.may_force_owner(),
+        lacks_word: is_ours
+            && machine.ended().is_none()
+            && peer.is_silent()
+            && !machine.may_move_on(),
     }
 }
 
@@ -126,7 +132,7 @@ impl SourceHand {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let destination = record.view.destination.clone();
-        let standing = watch::Sender::new(standing_of(&machine, false));
+        let standing = watch::Sender::new(standing_of(&machine, PeerStand::Settles));
         let hand = Arc::new(Self {
             agent: Arc::clone(agent),
             vm: Arc::clone(vm),
@@ -139,7 +145,8 @@ impl SourceHand {
                 handed: Handed::default(),
                 reason: None,
                 reason_is_theirs: false,
-                is_unanswered: false,
+                peer: PeerStand::Settles,
+                is_open: false,
             }),
             link: std::sync::Mutex::default(),
             standing,
@@ -223,7 +230,7 @@ impl SourceHand {
                 Do::Persist(record) => return Some(self.persist(inner, record).await),
                 Do::TakeDisks => self.take_disks(inner).await,
                 Do::RunGuest => return Some(self.run_guest(inner).await),
-                Do::StopGuest => self.stop_guest(inner).await,
+                Do::StopGuest => stop_guest(&self.vm).await,
                 Do::FreeVm => {
                     self.free(inner).await;
                     return Some(On::Freed);
@@ -262,6 +269,8 @@ impl SourceHand {
                     "an operator gave the VM to {}; what is here is kept and never started",
                     self.destination
                 ));
+                // Whatever end was told before, it is not true any more.
+                inner.record.view.ended_unix_ms = None;
                 self.note_end(inner, End::Moved);
             }
             Stage::Offered | Stage::Preparing | Stage::Ready | Stage::Declined => {}
@@ -312,42 +321,29 @@ impl SourceHand {
         }
     }
 
-    async fn stop_guest(&self, inner: &Inner) {
-        if let Some(qemu) = &inner.qemu
-            && let Err(error) = power::stop(&qemu.qmp).await
-        {
-            tracing::error!(vm = %self.vm.name, %error, "the guest was not stopped");
-        }
-    }
-
     async fn free(&self, inner: &mut Inner) {
         let mut of_vm = self.vm.lock().await;
         // From here on the watch on QEMU finds another one's VM.
         of_vm.qemu = None;
         let retain = inner.record.retain_source_disks;
         let qemu = inner.qemu.take();
-        let left = free_source(&self.agent, &of_vm.definition, qemu.as_ref(), retain).await;
+        let left = match end_unanswering(qemu.as_ref(), of_vm.record.run.as_ref()).await {
+            Ok(()) => free_source(&self.agent, &of_vm.definition, qemu.as_ref(), retain).await,
+            // Files of a process that lives are not removed below it.
+            Err(failure) => vec![failure.to_string()],
+        };
         inner.reason = left_behind(&left);
     }
 
     /// Tells where the machine stands now, and lets the VM go when it is ours.
     async fn publish(&self, inner: &mut Inner) {
-        let standing = standing_of(&inner.machine, inner.is_unanswered);
+        let standing = standing_of(&inner.machine, inner.peer);
         let before = self.standing.send_replace(standing);
-        if standing.is_ours && !before.is_ours {
+        if standing.is_ours && !inner.is_open {
+            inner.is_open = true;
             self.let_go(inner).await;
         }
-        if standing.doubt != before.doubt
-            && let Some(doubt) = standing.doubt
-        {
-            let text = doubt_text(doubt, &self.destination, &self.job.view());
-            tracing::warn!(migration = %self.job.id(), reason = text, "in doubt");
-            // A VM that is ours and off has ended its migration as far as an
-            // operator who waits for it is concerned.
-            if !standing.is_ours {
-                self.job.tell_in_doubt(text);
-            }
-        }
+        tell_doubt(&self.job, &self.destination, before, standing);
         let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
         if ended == Ended::Moved {
             self.agent.drop_vm_if(&self.vm);
@@ -363,8 +359,9 @@ impl SourceHand {
 
     /// The VM is an operator's again; the other host is asked on beside it.
     async fn let_go(&self, inner: &mut Inner) {
-        if let Some(qemu) = inner.qemu.take()
-            && inner.record.off
+        // The guest's own QEMU stays: the other host's word may yet order to stop it.
+        let reader = if inner.record.off { inner.qemu.take() } else { None };
+        if let Some(qemu) = reader
             && let Err(failure) = run::end(&qemu).await
         {
             tracing::error!(vm = %self.vm.name, %failure, "a QEMU that read disks was not ended");

@@ -7,8 +7,9 @@ use limosa_protocol::migration::Outcome as End;
 use limosa_protocol::peer::{Commit, DestinationWord, Retired, SourceWord, Stays};
 
 use super::SourceHand;
-use crate::failure::{Failure, Outcome};
-use crate::migration::handover::{ASK_EVERY, tell_unknown};
+use crate::failure::Outcome;
+use crate::migration::handover::operator::{expect_forcible, expect_recorded};
+use crate::migration::handover::{ASK_EVERY, PeerStand, tell_unknown};
 use crate::peer_link::{PeerError, PeerLink};
 
 /// Longest wait for the destination's answer to *commit*, in milliseconds.
@@ -79,7 +80,7 @@ impl SourceHand {
         let link = self.link()?;
         let answer = match word {
             Do::SendCommit(committed) => {
-                let commit = Commit { epoch: committed.epoch() };
+                let commit = Commit::of(committed);
                 link.post_within(&path("commit"), &commit, COMMIT_MS_MAX).await
             }
             Do::SendStays { epoch } => {
@@ -94,20 +95,27 @@ impl SourceHand {
             }
             // Asked by `outgoing`, which knows what goes with it; a state that
             // only repeats it has nothing to add.
-            _ => Ok(DestinationWord::Undecided),
+            _ => return Ok(DestinationWord::Undecided),
         };
-        self.note_answered(answer.is_ok()).await;
+        self.note_answer(&answer).await;
         answer
     }
 
-    async fn note_answered(&self, is_answered: bool) {
-        if !is_answered {
-            // Paired again it may have another certificate or address.
-            self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
-        }
+    /// Notes whether what was answered can settle anything.
+    async fn note_answer(&self, answer: &Result<DestinationWord, PeerError>) {
+        let stand = match answer {
+            Ok(DestinationWord::Unheard) => PeerStand::HasForgotten,
+            Ok(DestinationWord::Undecided) => PeerStand::CannotTell,
+            Ok(_) => PeerStand::Settles,
+            Err(_) => {
+                // Paired again it may have another certificate or address.
+                self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
+                PeerStand::IsSilent
+            }
+        };
         let mut inner = self.inner.lock().await;
-        if inner.is_unanswered == is_answered {
-            inner.is_unanswered = !is_answered;
+        if inner.peer != stand {
+            inner.peer = stand;
             self.publish(&mut inner).await;
         }
     }
@@ -116,7 +124,7 @@ impl SourceHand {
     pub(crate) async fn answer(&self) -> SourceWord {
         let words = self.feed(On::Asked).await;
         words.first().map_or(SourceWord::Undecided, |word| match word {
-            Do::SendCommit(committed) => SourceWord::Commit { epoch: committed.epoch() },
+            Do::SendCommit(committed) => SourceWord::Commit(Commit::of(committed)),
             Do::SendStays { epoch } => SourceWord::Stays { epoch: *epoch },
             Do::SendRetired { epoch } => SourceWord::Retired { epoch: *epoch },
             _ => SourceWord::Undecided,
@@ -206,19 +214,13 @@ impl SourceHand {
     /// An operator gives the VM to this host.
     pub(crate) async fn force_owner(self: &Arc<Self>, by: String) -> Outcome<()> {
         let mut inner = self.inner.lock().await;
+        expect_forcible(self.standing())?;
         inner.record.forced = Some(by.clone());
         inner.reason = Some(format!("given to this host by an operator ({by})"));
-        let before = inner.machine.state();
         let words = self.feed_locked(&mut inner, On::ForceOwner).await;
-        let after = inner.machine.state();
         drop(inner);
-        if before == after {
-            return Err(Failure::conflict(format!(
-                "nothing was forced: a migration that is {after} needs no operator"
-            )));
-        }
         self.finish(words).await;
-        Ok(())
+        expect_recorded(self.standing())
     }
 
     /// Asks the destination how it stands.
