@@ -2,6 +2,8 @@
 //!
 //! The checks are those of the fuzzer, in `fuzz/checks`.
 
+#![expect(clippy::disallowed_methods, reason = "seeds are read from files")]
+
 #[path = "../../../fuzz/checks/frame.rs"]
 mod frame;
 #[path = "../../../fuzz/checks/replay.rs"]

@@ -30,6 +30,8 @@
 
 mod destination;
 mod event;
+#[cfg(test)]
+mod pairs;
 mod receipt;
 mod source;
 #[cfg(test)]

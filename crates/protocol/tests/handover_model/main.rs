@@ -15,6 +15,7 @@
 //! without end. One operator decides, once ([`world::Budget`]).
 
 #![expect(clippy::print_stdout, reason = "sizes and times of the model are its result")]
+#![expect(clippy::disallowed_types, reason = "only the time of the search is looked at")]
 
 mod heal;
 mod mutation;
@@ -67,7 +68,7 @@ impl Model for HandOver {
             Property::always("a machine expects what it ordered", |_, world: &World| {
                 world.illegal.is_none()
             }),
-            Property::always("what heals ends with exactly one", |model: &Self, world: &World| {
+            Property::always(HEALS, |model: &Self, world: &World| {
                 heal::heals(world, model.mutation)
             }),
             Property::sometimes("it moves", |_, world: &World| world.has_moved()),
@@ -84,6 +85,8 @@ impl Model for HandOver {
 }
 
 const CHECKER_THREADS: usize = 2;
+/// What every world without further faults comes to.
+const HEALS: &str = "what heals ends with exactly one";
 /// What must never break.
 const TWO_RUN: &str = "at most one host runs the guest";
 
@@ -150,6 +153,16 @@ fn an_operator_who_is_wrong_is_not_protected() {
     let path = checker.discovery(TWO_RUN);
     println!("{:?}", path.as_ref().map(|path| path.clone().into_actions()));
     assert!(path.is_some());
+}
+
+/// Goal: as soon as the two hosts speak, the one with the lower epoch gives way,
+/// also when an operator was wrong.
+#[test]
+fn a_wrong_decision_is_healed() {
+    let model = HandOver { mutation: None, budget: Budget::WRONG_OPERATOR };
+    let checker = model.checker().threads(CHECKER_THREADS).spawn_bfs().join();
+    let path = checker.discovery(HEALS);
+    assert!(path.is_none(), "{:?}", path.map(stateright::Path::into_actions));
 }
 
 impl HandOver {
