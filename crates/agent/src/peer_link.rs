@@ -3,21 +3,19 @@
 //! A switchover must not wait for a new TLS handshake, so a [`PeerLink`] keeps
 //! its connection and makes a new one only when that one broke.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::TryStreamExt;
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, Limited, StreamBody};
-use hyper::body::{Bytes, Frame};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
 use hyper::client::conn::http1::SendRequest;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use limosa_auth::{Fingerprint, tls};
 use limosa_protocol::api::{BODY_BYTES_MAX, PORT};
 use limosa_protocol::id::HostName;
-use limosa_protocol::peer::{CHANNEL_ALPN, CHANNEL_HELLO_BYTES_MAX, ChannelHello};
+use limosa_protocol::peer::{CHANNEL_ALPN, CHANNEL_HELLO_BYTES_MAX, ChannelHello, FileReceived};
 use limosa_protocol::{api, peer};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -36,6 +34,8 @@ use crate::store::{PeerRecord, StoreError};
 const CONNECT_MS_MAX: u64 = 5_000;
 /// Longest wait for an answer, where the caller names no other.
 const ANSWER_MS_MAX: u64 = 30_000;
+/// Longest wait until a part of a file is there.
+const FILE_PART_MS_MAX: u64 = 60_000;
 /// A peer that acknowledges nothing for this long is gone.
 const SILENCE_MS_MAX: u32 = 10_000;
 /// Bytes in the send buffer of a data channel: what is in it when the guest is
@@ -171,26 +171,14 @@ impl PeerLink {
         self.request(Method::GET, path, body, limit_ms).await
     }
 
-    /// Sends a file.
-    pub(crate) async fn put_file(&self, path: &str, file: &Path) -> Result<(), PeerError> {
-        let local = |error: std::io::Error| {
-            PeerError::Here(format!("cannot read {}: {error}", file.display()))
-        };
-        let opened = tokio::fs::File::open(file).await.map_err(local)?;
-        let length = opened.metadata().await.map_err(local)?.len();
-        if length > peer::FILE_BYTES_MAX {
-            return Err(PeerError::Here(format!(
-                "{} has {length} bytes, more than the {} that can move beside disks",
-                file.display(),
-                peer::FILE_BYTES_MAX
-            )));
-        }
-        let chunks = tokio_util::io::ReaderStream::with_capacity(opened, 256 << 10);
-        let body = BodyExt::boxed(StreamBody::new(chunks.map_ok(Frame::data)));
-        // A minute for each 64 MiB: a slow link must be allowed to be slow.
-        let limit_ms = ANSWER_MS_MAX + length / (64 << 20) * 60_000;
-        let () = self.request(Method::PUT, path, body, limit_ms).await?;
-        Ok(())
+    /// Sends a part of a file.
+    pub(crate) async fn put_part(
+        &self,
+        path: &str,
+        part: Bytes,
+    ) -> Result<FileReceived, PeerError> {
+        let body = Full::new(part).map_err(|never| match never {}).boxed();
+        self.request(Method::PUT, path, body, FILE_PART_MS_MAX).await
     }
 
     async fn request<R: DeserializeOwned>(

@@ -6,7 +6,7 @@
 //! |--:|---------|------|--------|
 //! | 1 | `POST /peer/v1/compare` | [`Offer`] | [`OfferAnswer`] |
 //! | 2 | `POST /peer/v1/migrations` | [`Offer`] | [`OfferAnswer`]; no problems: place is made |
-//! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}` | bytes of kernel, initial RAM disk or UEFI's variables | |
+//! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}/{offset}` | a part of kernel, initial RAM disk or UEFI's variables | [`FileReceived`]; may be repeated |
 //! | 4 | `POST /peer/v1/migrations/{id}/receive` | [`Receive`] | [`Receiving`]; channels may connect |
 //! | 5 | `POST /peer/v1/migrations/{id}/verify` | | [`Digests`], only with full verification |
 //! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationWord`] |
@@ -37,6 +37,9 @@ pub const CHANNEL_COUNT_MAX: u8 = 16;
 /// Largest file that travels beside the disks (kernel, initial RAM disk, UEFI's
 /// variables), in bytes.
 pub const FILE_BYTES_MAX: u64 = 512 << 20;
+/// Largest part of such a file in one request, in bytes. It is what a lost link
+/// has sent again at most.
+pub const FILE_PART_BYTES_MAX: usize = 4 << 20;
 
 /// Most addresses that are remembered of one card of a guest.
 pub const CARD_ADDRESS_COUNT_MAX: usize = 32;
@@ -214,6 +217,13 @@ pub struct GuestAddress {
     pub mac: Mac,
     /// The address
     pub address: IpAddr,
+}
+
+/// How much of a file has arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileReceived {
+    /// From its beginning; the next part begins there
+    pub received_bytes: u64,
 }
 
 /// The source has handed over, durably: made of the proof of it, or read from the

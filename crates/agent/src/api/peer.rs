@@ -9,8 +9,8 @@ use limosa_protocol::handover::{DestinationEvent, Stage};
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
-    Commit, DestinationWord, Digests, OfferAnswer, ReadyRequest, Receive, Receiving, Retired,
-    SourceWord, Stays, VerifyRequest,
+    Commit, DestinationWord, Digests, FILE_PART_BYTES_MAX, FileReceived, OfferAnswer, ReadyRequest,
+    Receive, Receiving, Retired, SourceWord, Stays, VerifyRequest,
 };
 use serde_json::Value;
 
@@ -29,8 +29,8 @@ pub(super) fn routes() -> Router<Arc<Agent>> {
         .route("/peer/v1/migrations", post(accept))
         .route("/peer/v1/migrations/{id}", get(view))
         .route(
-            "/peer/v1/migrations/{id}/files/{name}",
-            put(take_file).layer(DefaultBodyLimit::disable()),
+            "/peer/v1/migrations/{id}/files/{name}/{offset}",
+            put(take_file).layer(DefaultBodyLimit::max(FILE_PART_BYTES_MAX)),
         )
         .route("/peer/v1/migrations/{id}/receive", post(receive))
         .route("/peer/v1/migrations/{id}/verify", post(verify))
@@ -93,10 +93,10 @@ async fn accept(
 async fn take_file(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
-    Named((id, name)): Named<(MigrationId, String)>,
-    body: axum::body::Body,
-) -> Outcome<Json<()>> {
-    incoming(&agent, id, caller)?.take_file(&name, body).await.map(Json)
+    Named((id, name, offset)): Named<(MigrationId, String, u64)>,
+    part: axum::body::Bytes,
+) -> Outcome<Json<FileReceived>> {
+    incoming(&agent, id, caller)?.take_file(&name, offset, &part).await.map(Json)
 }
 
 async fn receive(

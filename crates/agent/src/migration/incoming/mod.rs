@@ -20,7 +20,7 @@ use std::sync::Arc;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
-use limosa_protocol::peer::{Offer, OfferAnswer};
+use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer};
 use limosa_protocol::vm::VmDefinition;
 use tokio::sync::{Mutex, mpsc};
 
@@ -47,6 +47,8 @@ pub(crate) struct Incoming {
     vm: Arc<Vm>,
     hand: Arc<DestinationHand>,
     connections: Connections,
+    /// Whose turn it is to write a small file.
+    file_turn: Mutex<()>,
     inner: Mutex<Inner>,
 }
 
@@ -167,6 +169,7 @@ impl Incoming {
             vm,
             hand: Arc::clone(&hand),
             connections: Connections::default(),
+            file_turn: Mutex::default(),
             inner: Mutex::default(),
         });
         let added = agent
@@ -210,8 +213,14 @@ impl Incoming {
         self.hand.note(|record| record.made = made).await
     }
 
-    /// Takes a small file that moves beside the disks.
-    pub(crate) async fn take_file(&self, name: &str, body: axum::body::Body) -> Outcome<()> {
+    /// Takes a part of a small file that moves beside the disks. A part that is
+    /// here already, whose answer was lost, changes nothing.
+    pub(crate) async fn take_file(
+        &self,
+        name: &str,
+        offset: u64,
+        part: &[u8],
+    ) -> Outcome<FileReceived> {
         self.hand.expect_preparing()?;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);
         let known = files::small_files(&self.definition)?;
@@ -223,15 +232,18 @@ impl Incoming {
             files::place(&self.definition.places.configuration, "configuration")?.to_owned();
         let path = folder.join(name);
         let noted = path.clone();
-        // A transfer that broke off is made again.
-        self.hand
-            .note(|record| {
-                if !record.made.contains(&noted) {
-                    record.made.push(noted);
-                }
-            })
-            .await?;
-        receive::write_file(&path, body, *size_bytes).await
+        // One part at a time, also when an earlier request is still being done.
+        let _turn = self.file_turn.lock().await;
+        if offset == 0 {
+            self.hand
+                .note(|record| {
+                    if !record.made.contains(&noted) {
+                        record.made.push(noted);
+                    }
+                })
+                .await?;
+        }
+        receive::append(&path, offset, part, *size_bytes).await
     }
 
     /// Notes a failure and declines: the source finds out when it asks, or by

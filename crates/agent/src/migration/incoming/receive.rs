@@ -5,13 +5,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use http_body_util::BodyExt;
 use limosa_plane::nbd::client::NbdClient;
 use limosa_plane::{
     DestinationPlane, DestinationSpec, DiskTarget, Place, PlaneError, PlaneEvent, RamTarget,
 };
 use limosa_protocol::migration::{Phase, Verify};
-use limosa_protocol::peer::{self, Receive};
+use limosa_protocol::peer::{self, FileReceived, Receive};
 use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
 use limosa_qemu::{block, migrate, process};
@@ -216,37 +215,68 @@ pub(super) async fn close_plane(plane: DestinationPlane) -> Outcome<()> {
     joined.or_fail("closing the data plane")?.or_fail("closing the data plane")
 }
 
-/// Writes a body of a known size to a new file, and syncs it.
-pub(super) async fn write_file(
+/// Writes the next part of a file of a known size, and syncs the file once it is
+/// whole. Says how much of it is here.
+pub(super) async fn append(
     path: &Path,
-    mut body: axum::body::Body,
+    offset: u64,
+    part: &[u8],
     size_bytes: u64,
-) -> Outcome<()> {
+) -> Outcome<FileReceived> {
     let doing = format!("receiving {}", path.display());
     if size_bytes > peer::FILE_BYTES_MAX {
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
     }
-    match tokio::fs::remove_file(path).await {
-        // Of a transfer that broke off.
-        Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error).or_fail(&doing),
+    let mut file = tokio::fs::OpenOptions::new();
+    // Its first part makes it, in a folder that only the agent writes.
+    let mut file = file
+        .append(true)
+        .create(offset == 0)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .await
+        .or_fail(&doing)?;
+    let here = file.metadata().await.or_fail(&doing)?.len();
+    if offset < here {
+        return Ok(FileReceived { received_bytes: here });
     }
-    let mut file = tokio::fs::File::create_new(path).await.or_fail(&doing)?;
+    let received_bytes = offset.saturating_add(part.len() as u64);
+    if offset > here || received_bytes > size_bytes {
+        return Err(Failure::bad_request(format!(
+            "{doing}: {} bytes at {offset} of {size_bytes} do not follow the {here} that are here",
+            part.len()
+        )));
+    }
     // QEMU's user reads it, whatever the agent's umask is.
     file.set_permissions(Permissions::from_mode(0o644)).await.or_fail(&doing)?;
-    let mut received = 0u64;
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Failure::peer(format!("{doing}: {error}")))?;
-        let Ok(bytes) = frame.into_data() else { continue };
-        received += bytes.len() as u64;
-        if received > size_bytes {
-            return Err(Failure::bad_request(format!("{doing}: more than the offered bytes")));
-        }
-        file.write_all(&bytes).await.or_fail(&doing)?;
+    file.write_all(part).await.or_fail(&doing)?;
+    if received_bytes == size_bytes {
+        file.sync_all().await.or_fail(&doing)?;
     }
-    if received != size_bytes {
-        return Err(Failure::peer(format!("{doing}: {received} of {size_bytes} bytes came")));
+    Ok(FileReceived { received_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a part whose answer was lost changes nothing when it comes again, and
+    /// nothing but the next part is taken.
+    #[tokio::test]
+    async fn a_file_grows_by_its_next_part_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kernel");
+        let append = async |offset, part| {
+            append(&path, offset, part, 6).await.map(|received| received.received_bytes).ok()
+        };
+        assert_eq!(append(0, b"abcd").await, Some(4));
+        assert_eq!(append(0, b"abcd").await, Some(4));
+        assert_eq!(append(5, b"f").await, None);
+        assert_eq!(append(4, b"efg").await, None);
+        assert_eq!(append(4, b"ef").await, Some(6));
+        assert_eq!(append(4, b"ef").await, Some(6));
+        assert_eq!(append(6, b"g").await, None);
+        assert_eq!(std::fs::read(&path).unwrap(), b"abcdef");
+        assert!(super::append(&path, 0, b"", peer::FILE_BYTES_MAX + 1).await.is_err());
     }
-    file.sync_all().await.or_fail(&doing)
 }

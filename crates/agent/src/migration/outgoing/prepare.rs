@@ -1,12 +1,16 @@
 //! `prepare`: the destination makes room, and the channels are opened.
 
+use std::io::SeekFrom;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use hyper::body::Bytes;
 use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
-use limosa_protocol::peer::{OfferAnswer, Receive, Receiving};
+use limosa_protocol::peer::{FILE_PART_BYTES_MAX, OfferAnswer, Receive, Receiving};
 use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::RAM_BACKEND_ID;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
 use super::link::{self, Connector, link_wait};
@@ -22,11 +26,7 @@ impl Source {
     pub(super) async fn prepare(&mut self) -> Outcome<()> {
         self.offer().await?;
         for (name, path) in crate::vm::files::small_files(&self.offer.definition)? {
-            let to = self.path(&format!("files/{name}"));
-            let mut patience = self.patience();
-            while let Err(error) = self.link.put_file(&to, &path).await {
-                patience.again(error).await?;
-            }
+            self.send_file(name, &path).await?;
         }
         let channel_count = self.agent.config.migration.channels;
         let token = self.receive(channel_count).await?;
@@ -65,6 +65,42 @@ impl Source {
             format!("{} found reasons against the move", self.link.name()),
             answer.problems,
         ))
+    }
+
+    /// Sends a file that moves beside the disks, part by part.
+    async fn send_file(&self, name: &str, path: &Path) -> Outcome<()> {
+        let doing = format!("sending {}", path.display());
+        let mut file = tokio::fs::File::open(path).await.or_fail(&doing)?;
+        let size_bytes = file.metadata().await.or_fail(&doing)?.len();
+        let mut sent_bytes = 0;
+        loop {
+            let mut part = Vec::new();
+            file.seek(SeekFrom::Start(sent_bytes)).await.or_fail(&doing)?;
+            (&mut file)
+                .take(FILE_PART_BYTES_MAX as u64)
+                .read_to_end(&mut part)
+                .await
+                .or_fail(&doing)?;
+            let to = self.path(&format!("files/{name}/{sent_bytes}"));
+            let part = Bytes::from(part);
+            let mut patience = self.patience();
+            let received = loop {
+                match self.link.put_part(&to, part.clone()).await {
+                    Ok(received) => break received.received_bytes,
+                    Err(error) => patience.again(error).await?,
+                }
+            };
+            match received {
+                all if all == size_bytes => return Ok(()),
+                more if more > sent_bytes && more < size_bytes => sent_bytes = more,
+                other => {
+                    return Err(Failure::peer(format!(
+                        "{doing}: {} says that it has {other} of {size_bytes} bytes",
+                        self.link.name()
+                    )));
+                }
+            }
+        }
     }
 
     /// Has the destination get ready for channels; gives their token.
