@@ -73,6 +73,11 @@ impl Source {
                 MigrationStatus::Failed | MigrationStatus::Cancelled => {
                     return Err(memory_failure(status.error_desc.as_deref()));
                 }
+                // Its event was lost among others: nothing else would tell.
+                MigrationStatus::PreSwitchover => {
+                    let at = Instant::now() - since_stop(unix_now(), stopped_us, LOOK_EVERY);
+                    return Ok(Stopped { at, events });
+                }
                 _ => {}
             }
             let Some(ram) = status.ram else { continue };

@@ -366,19 +366,23 @@ async fn wait_completed(
     events: &mut broadcast::Receiver<QmpEvent>,
 ) -> Outcome<()> {
     loop {
-        match events.recv().await {
-            Ok(event) => match migrate::migration_event(&event) {
-                Some(MigrationStatus::Completed) => return Ok(()),
-                Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => {
-                    let why = migrate::status(qmp).await.ok().and_then(|status| status.error_desc);
-                    return Err(memory_failure(why.as_deref()));
-                }
-                _ => {}
-            },
-            Err(broadcast::error::RecvError::Lagged(_)) => {}
+        let told = match events.recv().await {
+            Ok(event) => migrate::migration_event(&event),
+            // The one that is waited for may be among those that were lost.
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                Some(migrate::status(qmp).await.or_fail("asking QEMU")?.status)
+            }
             Err(error @ broadcast::error::RecvError::Closed) => {
                 return Err(Failure::internal(format!("QEMU ended: {}", chain(&error))));
             }
+        };
+        match told {
+            Some(MigrationStatus::Completed) => return Ok(()),
+            Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => {
+                let why = migrate::status(qmp).await.ok().and_then(|status| status.error_desc);
+                return Err(memory_failure(why.as_deref()));
+            }
+            _ => {}
         }
     }
 }
