@@ -21,7 +21,7 @@ use crate::failure::{Failure, Outcome, chain};
 use crate::migration::Migrations;
 use crate::net::Net;
 use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError};
-use crate::vm::Vm;
+use crate::vm::{Inner, Vm};
 
 /// Most VMs of one host.
 pub(crate) const VM_COUNT_MAX: usize = 1024;
@@ -165,13 +165,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Forgets a VM.
-    pub(crate) fn drop_vm(&self, name: &VmName) {
-        self.lock_vms().remove(name);
-    }
-
-    /// Forgets a VM, unless another one has its name by now.
-    pub(crate) fn drop_vm_if(&self, vm: &Arc<Vm>) {
+    /// Forgets a VM, and turns away who waits for its lock, which `inner` is.
+    pub(crate) fn drop_vm(&self, vm: &Arc<Vm>, inner: &mut Inner) {
+        inner.has_left = true;
         let mut vms = self.lock_vms();
         if vms.get(&vm.name).is_some_and(|held| Arc::ptr_eq(held, vm)) {
             vms.remove(&vm.name);
