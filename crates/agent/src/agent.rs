@@ -38,7 +38,8 @@ pub(crate) struct Agent {
     pub(crate) migrations: Migrations,
     vms: Mutex<BTreeMap<VmName, Arc<Vm>>>,
     invitation: Mutex<Option<Invitation>>,
-    /// Held from looking whether a VM's place is free to having taken it.
+    /// Held from looking whether a VM's place is free, or a switch is in use, to
+    /// having acted on it.
     pub(crate) placing: tokio::sync::Mutex<()>,
 }
 
@@ -90,15 +91,18 @@ impl Agent {
     }
 
     fn trust_recorded_peers(&self) -> anyhow::Result<()> {
-        let recorded = |name: &str, hex: &str, role| -> anyhow::Result<()> {
+        let trust = |name: &str, hex: &str, role| -> anyhow::Result<()> {
             let der = decode_hex(hex).with_context(|| format!("certificate of {name}"))?;
             Ok(self.trust.insert(TrustedPeer::new(name.to_owned(), role, der))?)
         };
         for (name, peer) in self.store.all::<PeerRecord>()? {
-            recorded(&name, &peer.certificate_hex, Role::Host)?;
+            trust(&name, &peer.certificate_hex, Role::Host)?;
         }
         for (name, operator) in self.store.all::<OperatorRecord>()? {
-            recorded(&name, &operator.certificate_hex, Role::Operator)?;
+            // A certificate that is also a paired host's stays that.
+            if let Err(error) = trust(&name, &operator.certificate_hex, Role::Operator) {
+                tracing::error!(operator = name, error = format!("{error:#}"), "not let in");
+            }
         }
         Ok(())
     }
