@@ -21,7 +21,7 @@ use crate::failure::{Failure, Outcome, chain};
 use crate::migration::Migrations;
 use crate::net::Net;
 use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError};
-use crate::vm::Vm;
+use crate::vm::{Inner, Vm};
 
 /// Most VMs of one host.
 pub(crate) const VM_COUNT_MAX: usize = 1024;
@@ -38,7 +38,8 @@ pub(crate) struct Agent {
     pub(crate) migrations: Migrations,
     vms: Mutex<BTreeMap<VmName, Arc<Vm>>>,
     invitation: Mutex<Option<Invitation>>,
-    /// Held from looking whether a VM's place is free to having taken it.
+    /// Held from looking whether a VM's place is free, or a switch is in use, to
+    /// having acted on it.
     pub(crate) placing: tokio::sync::Mutex<()>,
 }
 
@@ -90,15 +91,18 @@ impl Agent {
     }
 
     fn trust_recorded_peers(&self) -> anyhow::Result<()> {
-        let recorded = |name: &str, hex: &str, role| -> anyhow::Result<()> {
+        let trust = |name: &str, hex: &str, role| -> anyhow::Result<()> {
             let der = decode_hex(hex).with_context(|| format!("certificate of {name}"))?;
             Ok(self.trust.insert(TrustedPeer::new(name.to_owned(), role, der))?)
         };
         for (name, peer) in self.store.all::<PeerRecord>()? {
-            recorded(&name, &peer.certificate_hex, Role::Host)?;
+            trust(&name, &peer.certificate_hex, Role::Host)?;
         }
         for (name, operator) in self.store.all::<OperatorRecord>()? {
-            recorded(&name, &operator.certificate_hex, Role::Operator)?;
+            // A certificate that is also a paired host's stays that.
+            if let Err(error) = trust(&name, &operator.certificate_hex, Role::Operator) {
+                tracing::error!(operator = name, error = format!("{error:#}"), "not let in");
+            }
         }
         Ok(())
     }
@@ -165,13 +169,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Forgets a VM.
-    pub(crate) fn drop_vm(&self, name: &VmName) {
-        self.lock_vms().remove(name);
-    }
-
-    /// Forgets a VM, unless another one has its name by now.
-    pub(crate) fn drop_vm_if(&self, vm: &Arc<Vm>) {
+    /// Forgets a VM, and turns away who waits for its lock, which `inner` is.
+    pub(crate) fn drop_vm(&self, vm: &Arc<Vm>, inner: &mut Inner) {
+        inner.has_left = true;
         let mut vms = self.lock_vms();
         if vms.get(&vm.name).is_some_and(|held| Arc::ptr_eq(held, vm)) {
             vms.remove(&vm.name);

@@ -11,6 +11,8 @@
 //! **Invariant.** What a caller may do is decided by its [`Caller`], which is
 //! made here from credentials that the kernel or TLS has proven.
 
+mod places;
+
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -31,11 +33,14 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use crate::agent::Agent;
 use crate::peer_link;
+use places::{Handshake, Places};
 
-/// Most connections at a time over TCP, and as many over the local socket.
-const CONNECTION_COUNT_MAX: usize = 512;
+/// Most connections at a time over the local socket; [`places`] has those over TCP.
+const LOCAL_COUNT_MAX: usize = 512;
 /// Longest TLS handshake.
-const HANDSHAKE_MS_MAX: u64 = 10_000;
+const HANDSHAKE_MS_MAX: u64 = 5_000;
+/// Longest conversation of a host that pairs.
+const PAIRING_MS_MAX: u64 = 60_000;
 /// Longest wait for the next request: a control link is kept for a whole migration.
 const HEAD_MS_MAX: u64 = 600_000;
 
@@ -68,7 +73,7 @@ pub(crate) async fn local(agent: Arc<Agent>, api: Router) -> anyhow::Result<()> 
     let path = agent.config.socket();
     let listener = bind_local(&path, &agent.config.group)
         .with_context(|| format!("cannot listen on {}", path.display()))?;
-    let places = Arc::new(Semaphore::new(CONNECTION_COUNT_MAX));
+    let places = Arc::new(Semaphore::new(LOCAL_COUNT_MAX));
     loop {
         let place = Arc::clone(&places).acquire_owned().await?;
         let (stream, _) = match listener.accept().await {
@@ -127,9 +132,9 @@ pub(crate) async fn remote(
     listener: TcpListener,
     api: Router,
 ) -> anyhow::Result<()> {
-    let places = Arc::new(Semaphore::new(CONNECTION_COUNT_MAX));
+    let places = Arc::new(Places::new());
     loop {
-        let place = Arc::clone(&places).acquire_owned().await?;
+        let place = places.handshake().await?;
         let (stream, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -138,21 +143,32 @@ pub(crate) async fn remote(
                 continue;
             }
         };
-        let (agent, api) = (Arc::clone(&agent), api.clone());
+        let Some(handshake) = places.begin(address.ip(), place) else {
+            tracing::debug!(%address, "too many connections from there say nothing");
+            continue;
+        };
+        let (agent, api, places) = (Arc::clone(&agent), api.clone(), Arc::clone(&places));
         tokio::spawn(async move {
-            if let Err(error) = one_remote(agent, stream, address, api).await {
+            let connection = Connection { stream, address, handshake };
+            if let Err(error) = one_remote(agent, connection, api, &places).await {
                 tracing::debug!(%address, error = format!("{error:#}"), "a connection ended");
             }
-            drop(place);
         });
     }
 }
 
-async fn one_remote(
-    agent: Arc<Agent>,
+/// A connection that was just accepted.
+struct Connection {
     stream: TcpStream,
     address: SocketAddr,
+    handshake: Handshake,
+}
+
+async fn one_remote(
+    agent: Arc<Agent>,
+    Connection { stream, address, handshake: held }: Connection,
     api: Router,
+    places: &Places,
 ) -> anyhow::Result<()> {
     peer_link::tune(&stream)?;
     let handshake = async {
@@ -172,12 +188,21 @@ async fn one_remote(
     if pairs {
         let certificate = tls::peer_certificate(connection).context("no certificate")?;
         let certificate_der = certificate.as_ref().to_vec();
+        let _place = places::take(&places.pairing)?;
+        drop(held);
         let conversation = crate::pairing::router(agent);
-        serve(stream, conversation, Caller::Stranger { certificate_der, address }).await;
+        let served = serve(stream, conversation, Caller::Stranger { certificate_der, address });
+        tokio::time::timeout(Duration::from_millis(PAIRING_MS_MAX), served).await?;
         return Ok(());
     }
     let fingerprint = tls::peer_fingerprint(connection).context("no certificate")?;
     let peer = agent.trust.lookup(&fingerprint).context("trusted no more")?;
+    let of_role = match peer.role {
+        Role::Host => &places.hosts,
+        Role::Operator => &places.operators,
+    };
+    let _place = places::take(of_role)?;
+    drop(held);
     let is_channel = connection.alpn_protocol() == Some(tls::ALPN_CHANNEL);
     match (peer.role, is_channel) {
         (Role::Host, true) => {

@@ -12,6 +12,7 @@
 //! disk before the other side is told.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::routing::post;
@@ -33,6 +34,9 @@ use crate::failure::{Failure, OrFail, Outcome, chain};
 use crate::listen::Caller;
 use crate::peer_link::{connect, with_port};
 use crate::store::PeerRecord;
+
+/// Longest wait for the other host's answer to one request.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// First request of a pairing.
 #[derive(Debug, Serialize, Deserialize)]
@@ -187,13 +191,15 @@ async fn ask<B: Serialize, R: DeserializeOwned>(
         .body(Full::new(Bytes::from(bytes)))
         .or_fail("writing a pairing message")?;
     let lost = |what: String| Failure::peer(format!("the pairing was cut off: {what}"));
-    let answer = sender.send_request(request).await.map_err(|error| lost(chain(&error)))?;
-    let is_success = answer.status().is_success();
-    let bytes = Limited::new(answer.into_body(), BODY_BYTES_MAX)
-        .collect()
+    let exchange = async {
+        let answer = sender.send_request(request).await.map_err(|error| lost(chain(&error)))?;
+        let is_success = answer.status().is_success();
+        let body = Limited::new(answer.into_body(), BODY_BYTES_MAX).collect().await;
+        Ok((is_success, body.map_err(|error| lost(error.to_string()))?.to_bytes()))
+    };
+    let (is_success, bytes) = tokio::time::timeout(ANSWER_MAX, exchange)
         .await
-        .map_err(|error| lost(error.to_string()))?
-        .to_bytes();
+        .unwrap_or_else(|_| Err(lost(format!("no answer within {} s", ANSWER_MAX.as_secs()))))?;
     if is_success {
         serde_json::from_slice(&bytes).map_err(|error| lost(error.to_string()))
     } else {

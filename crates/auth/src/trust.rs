@@ -91,6 +91,12 @@ pub enum TrustError {
         /// The certificate that has it.
         fingerprint: Fingerprint,
     },
+    /// The certificate is trusted in another role. Remove that peer first.
+    #[error("that certificate is trusted as {name:?} in another role: remove that peer first")]
+    RoleTaken {
+        /// The peer that has it.
+        name: String,
+    },
     /// The record does not fit itself; the store it came from is damaged.
     #[error("the certificate kept for {name:?} does not have the fingerprint {fingerprint}")]
     Damaged {
@@ -131,7 +137,7 @@ impl TrustStore {
     }
 
     /// Trusts a peer from now on. A peer that is known already (by its
-    /// fingerprint) takes the new name and role.
+    /// fingerprint) takes the new name; its role stays.
     pub fn insert(&self, peer: TrustedPeer) -> Result<(), TrustError> {
         add(&mut self.peers.write().unwrap_or_else(PoisonError::into_inner), peer)
     }
@@ -183,6 +189,10 @@ fn add(peers: &mut Peers, peer: TrustedPeer) -> Result<(), TrustError> {
         let fingerprint = holder.fingerprint;
         return Err(TrustError::NameTaken { name: name.clone(), fingerprint });
     }
+    let known = peers.get(fingerprint);
+    if let Some(known) = known.filter(|known| known.role != peer.role) {
+        return Err(TrustError::RoleTaken { name: known.name.clone() });
+    }
     peers.insert(peer.fingerprint, peer);
     Ok(())
 }
@@ -212,6 +222,16 @@ mod tests {
         store.insert(peer("one", b"second")).unwrap();
         assert_eq!(store.remove("uno"), Some(peer("uno", b"first")));
         assert_eq!(store.lookup(&Fingerprint::of_certificate(b"first")), None);
+    }
+
+    /// Goal: no certificate gains or loses rights by being added again.
+    #[test]
+    fn a_role_stays_with_its_certificate() {
+        let store = TrustStore::new();
+        store.insert(peer("one", b"first")).unwrap();
+        let operator = TrustedPeer { role: Role::Operator, ..peer("alice", b"first") };
+        assert_eq!(store.insert(operator), Err(TrustError::RoleTaken { name: "one".to_owned() }));
+        assert_eq!(store.peers(), [peer("one", b"first")]);
     }
 
     /// Goal: a damaged list is refused as a whole and leaves the old one.

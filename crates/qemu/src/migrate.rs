@@ -48,15 +48,18 @@ pub enum MigrationStatus {
 }
 
 /// What QEMU says of its migration.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Deserialize)]
 pub struct MigrateStatus {
     /// Where it stands
+    #[serde(default)]
     pub status: MigrationStatus,
     /// What it says of RAM, once it does
     pub ram: Option<RamStatus>,
     /// How long QEMU had the vCPUs stopped, in milliseconds, once it is done
+    #[serde(rename = "downtime")]
     pub downtime_ms: Option<u64>,
     /// Why it failed
+    #[serde(rename = "error-desc")]
     pub error_desc: Option<String>,
 }
 
@@ -177,18 +180,7 @@ pub async fn continue_from_pre_switchover(qmp: &Qmp) -> Result<(), QmpError> {
 /// # Errors
 /// As every command.
 pub async fn status(qmp: &Qmp) -> Result<MigrateStatus, QmpError> {
-    let mut answer = qmp.execute("query-migrate", json!({})).await?;
-    let status = match answer["status"].take() {
-        Value::Null => MigrationStatus::None,
-        word => part("query-migrate", word)?,
-    };
-    let ram = match answer["ram"].take() {
-        Value::Null => None,
-        ram => Some(part("query-migrate", ram)?),
-    };
-    let error_desc = answer["error-desc"].as_str().map(str::to_owned);
-    let downtime_ms = answer["downtime"].as_u64();
-    Ok(MigrateStatus { status, ram, downtime_ms, error_desc })
+    part("query-migrate", qmp.execute("query-migrate", json!({})).await?)
 }
 
 /// Reads an event about the migration. The end of QEMU counts as its failure.

@@ -50,8 +50,13 @@ pub enum RunState {
 /// # Errors
 /// As every command.
 pub async fn query_status(qmp: &Qmp) -> Result<RunState, QmpError> {
-    let mut answer = qmp.execute("query-status", json!({})).await?;
-    part("query-status", answer["status"].take())
+    let answer = qmp.execute("query-status", json!({})).await?;
+    part::<StatusAnswer>("query-status", answer).map(|answer| answer.status)
+}
+
+#[derive(Deserialize)]
+struct StatusAnswer {
+    status: RunState,
 }
 
 /// Lets the vCPUs run; activates disks that a migration left inactive.

@@ -114,8 +114,23 @@ pub async fn probe(binary: &Path, accelerator: Accelerator) -> Result<QemuFacts,
     Ok(facts?)
 }
 
+#[derive(Deserialize)]
+struct VersionAnswer {
+    qemu: Version,
+}
+
+#[derive(Deserialize)]
+struct Expansion {
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    props: BTreeMap<String, Value>,
+}
+
 async fn ask(qmp: Qmp) -> Result<QemuFacts, QmpError> {
-    let mut version = qmp.execute("query-version", json!({})).await?;
+    let version = qmp.execute("query-version", json!({})).await?;
     let machines = qmp.execute("query-machines", json!({})).await?;
     let machines: Vec<Machine> = part("query-machines", machines)?;
     let commands = qmp.execute("query-commands", json!({})).await?;
@@ -123,16 +138,16 @@ async fn ask(qmp: Qmp) -> Result<QemuFacts, QmpError> {
     let cpus = qmp.execute("query-cpu-definitions", json!({})).await?;
     let cpus: Vec<Cpu> = part("query-cpu-definitions", cpus)?;
     let wish = json!({ "type": "full", "model": { "name": "max" } });
-    let mut most = qmp.execute("query-cpu-model-expansion", wish).await?;
-    let shown: BTreeMap<String, Value> =
-        part("query-cpu-model-expansion", most["model"]["props"].take())?;
-    let features = shown
+    let most = qmp.execute("query-cpu-model-expansion", wish).await?;
+    let most: Expansion = part("query-cpu-model-expansion", most)?;
+    let features = most.model.props;
+    let features = features
         .into_iter()
         .filter(|(_, value)| *value == Value::Bool(true))
         .map(|(name, _)| name)
         .collect();
     Ok(QemuFacts {
-        version: part("query-version", version["qemu"].take())?,
+        version: part::<VersionAnswer>("query-version", version)?.qemu,
         aliases: machines
             .iter()
             .filter_map(|machine| Some((machine.alias.clone()?, machine.name.clone())))

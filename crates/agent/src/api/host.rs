@@ -91,9 +91,16 @@ async fn pair(State(agent): Shared, Body(request): Body<PairRequest>) -> Outcome
     responses((status = 200), (status = 404, body = ApiFailure)))]
 async fn unpair(State(agent): Shared, Named(name): Named<HostName>) -> Outcome<Json<()>> {
     if let Some(migration) = agent.migrations.under_way_with(&name) {
-        return Err(Failure::conflict(format!(
-            "a migration with {name} is under way: end it with `limosa migration cancel {migration}`"
-        )));
+        let (id, vm) = (migration.id, migration.vm);
+        return Err(Failure::conflict(match migration.outcome {
+            None => format!(
+                "a migration with {name} is under way: end it with `limosa migration cancel {id}`"
+            ),
+            Some(_) => format!(
+                "the last move of VM {vm} waits for the word of {name}: if that host is gone for \
+                 good, `limosa vm recover {vm}` says what to do without it"
+            ),
+        }));
     }
     pairing::unpair(&agent, &name).map(Json)
 }
@@ -128,13 +135,22 @@ async fn add_operator(
             "there is an operator {name} already: remove that one first, or take another name"
         )));
     }
+    if let Some(known) = agent.trust.lookup(&fingerprint) {
+        return Err(Failure::conflict(format!(
+            "that certificate is {}'s already: give each operator one of their own",
+            known.name
+        )));
+    }
     agent
         .trust
         .insert(TrustedPeer::new(name.to_string(), Role::Operator, der.clone()))
         .map_err(|error| Failure::conflict(error.to_string()))?;
     let record =
         OperatorRecord { fingerprint: fingerprint.to_string(), certificate_hex: encode_hex(&der) };
-    agent.store.put(name.as_str(), &record)?;
+    if let Err(error) = agent.store.put(name.as_str(), &record) {
+        agent.trust.remove(name.as_str());
+        return Err(error.into());
+    }
     Ok(Json(Operator { name, fingerprint: record.fingerprint }))
 }
 

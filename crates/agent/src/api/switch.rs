@@ -30,15 +30,24 @@ async fn list(State(agent): Shared) -> Outcome<Json<Vec<Switch>>> {
     responses((status = 200, body = Switch), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Outcome<Json<Switch>> {
     let name = switch.name.clone();
+    let _placing = agent.placing.lock().await;
     if agent.store.get::<Switch>(name.as_str())?.is_some() {
         return Err(Failure::conflict(format!("there is a virtual switch {name} already")));
     }
-    switch.bridge = Some(Net::bridge_name(&name));
-    if let Err(failure) = agent.net.ensure_bridge(&name, switch.uplink.as_deref()).await {
-        agent.net.remove_bridge(&name).await?;
+    let bridge = Net::bridge_name(&name);
+    if let Some(uplink) = &switch.uplink {
+        agent.net.link(uplink).await?;
+    }
+    let was_there = agent.net.index(&bridge).await?.is_some();
+    switch.bridge = Some(bridge);
+    let made = agent.net.ensure_bridge(&name, switch.uplink.as_deref()).await;
+    if let Err(failure) = made.and_then(|_| Ok(agent.store.put(name.as_str(), &switch)?)) {
+        // One that was there before may carry VMs.
+        if !was_there {
+            agent.net.remove_bridge(&name).await?;
+        }
         return Err(failure);
     }
-    agent.store.put(name.as_str(), &switch)?;
     Ok(Json(switch))
 }
 
@@ -46,11 +55,12 @@ async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Outcome
 #[utoipa::path(delete, path = "/v1/switches/{name}", tag = "switch", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn delete(State(agent): Shared, Named(name): Named<SwitchName>) -> Outcome<Json<()>> {
+    let _placing = agent.placing.lock().await;
     if agent.store.get::<Switch>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!("no virtual switch {name}")));
     }
     for vm in agent.vms() {
-        if vm.lock().await.definition.nics.iter().any(|nic| nic.switch == name) {
+        if vm.taken.nics.iter().any(|nic| nic.switch == name) {
             return Err(Failure::conflict(format!("VM {} is plugged into {name}", vm.name)));
         }
     }

@@ -8,6 +8,7 @@ use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::Response;
 use axum::{Extension, Json};
+use futures_util::future::join_all;
 use hyper_util::rt::TokioIo;
 use limosa_protocol::api::{
     CONSOLE_PROTOCOL, Comparison, Failure as ApiFailure, RecoverRequest, Recovery, StopRequest, Vm,
@@ -47,11 +48,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 /// All VMs of this host
 #[utoipa::path(get, path = "/v1/vms", tag = "vm", responses((status = 200, body = Vec<Vm>)))]
 async fn list(State(agent): Shared) -> Json<Vec<Vm>> {
-    let mut views = Vec::new();
-    for vm in agent.vms() {
-        views.push(vm.view().await);
-    }
-    Json(views)
+    // Beside each other: one that makes us wait does so for itself alone.
+    Json(join_all(agent.vms().iter().map(|vm| vm.view())).await)
 }
 
 /// Make a VM

@@ -104,14 +104,14 @@ impl Migrations {
     }
 
     /// Any migration under way with a host.
-    pub(crate) fn under_way_with(&self, host: &HostName) -> Option<MigrationId> {
+    pub(crate) fn under_way_with(&self, host: &HostName) -> Option<Migration> {
         self.lock().values().find_map(|under_way| {
             let view = under_way.job().view();
             let peer = match view.role {
                 Role::Source => &view.destination,
                 Role::Destination => &view.source,
             };
-            (peer == host).then_some(view.id)
+            (peer == host).then_some(view)
         })
     }
 

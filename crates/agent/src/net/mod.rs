@@ -93,13 +93,18 @@ impl Net {
         Ok(bridge)
     }
 
+    /// The index of a link that must exist.
+    pub(crate) async fn link(&self, name: &str) -> Outcome<u32> {
+        self.index(name).await?.ok_or_else(|| {
+            Failure::bad_request(format!(
+                "the host has no network interface {name}: see `ip link` for those it has"
+            ))
+        })
+    }
+
     /// Makes a link a port of a bridge, and sets it up.
     pub(crate) async fn plug(&self, link: &str, bridge: u32) -> Outcome<()> {
-        let index = self.index(link).await?.ok_or_else(|| {
-            Failure::bad_request(format!(
-                "the host has no network interface {link}: see `ip link` for those it has"
-            ))
-        })?;
+        let index = self.link(link).await?;
         let message = LinkUnspec::new_with_index(index).controller(bridge).up().build();
         self.netlink
             .link()

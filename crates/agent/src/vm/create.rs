@@ -10,7 +10,7 @@ use limosa_protocol::vm::{Disk, DiskFormat, DiskKind, Firmware, VmDefinition};
 use limosa_qemu::image::{self, ImageFormat};
 use uuid::Uuid;
 
-use super::{Vm, files, write_definition};
+use super::{DEFINITION_FILE, Vm, files, write_definition};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::net::{Net, deterministic_mac};
@@ -39,15 +39,15 @@ pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> 
     let mut made = Vec::new();
     let result = make_files(agent, &mut definition, &mut made).await;
     let result = result.and_then(|()| {
+        made.push(configuration.join(DEFINITION_FILE));
         write_definition(&definition, &configuration)?;
         Ok(agent.store.put(definition.name.as_str(), &record)?)
     });
     if let Err(failure) = result {
-        agent.drop_vm(&definition.name);
-        made.push(configuration.join("vm.toml"));
         for left in files::remove_made(&made) {
             tracing::warn!(vm = %definition.name, left, "not removed after a failed creation");
         }
+        agent.drop_vm(&vm, &mut locked);
         return Err(failure);
     }
     locked.definition = definition;
@@ -90,8 +90,16 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Outcome<()> {
         }
     }
     for vm in agent.vms() {
-        let inner = vm.lock().await;
-        let other = &inner.definition;
+        let other = &vm.taken;
+        if other.name != definition.name
+            && other.places.configuration == definition.places.configuration
+        {
+            return Err(Failure::conflict(format!(
+                "VM {} already has the configuration folder {}: give this one another",
+                other.name,
+                files::place(&definition.places.configuration, "configuration")?.display()
+            )));
+        }
         if other.uuid == definition.uuid && other.name != definition.name {
             return Err(Failure::conflict(format!("VM {} already has that uuid", other.name)));
         }
@@ -136,6 +144,32 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Outcome<()> {
     }
     for disk in &definition.disks {
         check_disk(agent, disk).await?;
+    }
+    Ok(())
+}
+
+/// Whether nothing in the configuration folder would be overwritten: it would be
+/// another VM's, or all that is left of one.
+fn check_configuration(definition: &VmDefinition) -> Outcome<()> {
+    let folder = files::place(&definition.places.configuration, "configuration")?;
+    let boot = &definition.boot;
+    // A kernel that lies there already stays as it is.
+    let copied = [(&boot.kernel, files::KERNEL_FILE), (&boot.initrd, files::INITRD_FILE)];
+    let copied = copied.into_iter().filter_map(|(from, name)| {
+        let to = folder.join(name);
+        from.as_ref().is_some_and(|from| *from != to).then_some(to)
+    });
+    let written = copied.chain(files::uefi_variables(definition)?);
+    for path in written.chain([folder.join(DEFINITION_FILE)]) {
+        // A link counts as well, even to nothing.
+        if std::fs::symlink_metadata(&path).is_ok() {
+            return Err(Failure::conflict(format!(
+                "{} exists and would be overwritten: move it away, or give VM {} another \
+                 places.configuration",
+                path.display(),
+                definition.name
+            )));
+        }
     }
     Ok(())
 }
@@ -191,6 +225,7 @@ async fn make_files(
     definition: &mut VmDefinition,
     made: &mut Vec<PathBuf>,
 ) -> Outcome<()> {
+    check_configuration(definition)?;
     files::make_places(&definition.places, made)?;
     let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
     let boot = &mut definition.boot;
@@ -249,17 +284,19 @@ pub(crate) async fn make_image(
     agent.give_to_qemu(path).or_fail(&doing)
 }
 
-/// Deletes a VM that is off, with the files that lie in its own places.
+/// Deletes a VM that is off, with the files that lie in its own places. Its name
+/// is free only when they are gone.
 pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Outcome<()> {
-    let inner = vm.lock_for_change().await?;
+    let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!(
             "VM {0} runs: stop it first with `limosa vm stop {0}`",
             vm.name
         )));
     }
+    // Its files may be the only ones, for all that is known of the other host.
+    inner.expect_cold_start()?;
     agent.store.remove::<VmRecord>(vm.name.as_str())?;
-    agent.drop_vm(&vm.name);
     let disks = inner.definition.places.disks.clone();
     let mut all = files::everything(agent, &inner.definition, true);
     // An image that an operator brought from elsewhere is theirs.
@@ -276,6 +313,36 @@ pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Outcome<()> {
     for left in files::remove_made(&all) {
         tracing::warn!(vm = %vm.name, left, "not removed with its VM");
     }
+    agent.drop_vm(vm, &mut inner);
     tracing::info!(vm = %vm.name, "deleted");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: no creation overwrites what lies in its configuration folder.
+    #[test]
+    fn a_configuration_folder_in_use_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let mut definition: VmDefinition =
+            toml::from_str("name = 'web1'\nmemory_mib = 64\n[boot]\nkernel = '/boot/vmlinuz'")
+                .unwrap();
+        definition.places.configuration = Some(folder.path().to_owned());
+        check_configuration(&definition).unwrap();
+        for name in [DEFINITION_FILE, files::KERNEL_FILE, files::UEFI_VARIABLES_FILE] {
+            let uefi = name == files::UEFI_VARIABLES_FILE;
+            definition.boot.firmware = if uefi { Firmware::Uefi } else { Firmware::Bios };
+            std::fs::write(at(name), "another VM's").unwrap();
+            let refused = check_configuration(&definition).unwrap_err().to_string();
+            assert!(refused.contains(name), "{refused}");
+            std::fs::remove_file(at(name)).unwrap();
+        }
+        // A kernel that lies there already is not copied.
+        std::fs::write(at(files::KERNEL_FILE), "its own").unwrap();
+        definition.boot.kernel = Some(at(files::KERNEL_FILE));
+        check_configuration(&definition).unwrap();
+    }
 }

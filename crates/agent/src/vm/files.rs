@@ -132,7 +132,8 @@ pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::File::open(to)?.sync_all()
 }
 
-/// Removes what was made, newest first; folders only when they are empty.
+/// Removes what was made, newest first; folders only when they are empty: one
+/// that holds what others put there stays.
 ///
 /// Returns what could not be removed, with the reason.
 pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
@@ -145,7 +146,13 @@ pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
             Err(error) => Err(error),
         };
         if let Err(error) = removed
-            && error.kind() != io::ErrorKind::NotFound
+            && !matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::DirectoryNotEmpty
+                    // It is a mount point.
+                    | io::ErrorKind::ResourceBusy
+            )
         {
             left.push(format!("{}: {error}", path.display()));
         }
@@ -164,20 +171,9 @@ pub(crate) fn everything(
     with_disks: bool,
 ) -> Vec<PathBuf> {
     let mut all = Vec::new();
-    let usual = usual_folder(agent, &definition.name);
     let configuration = definition.places.configuration.clone();
-    // Folders of the VM alone are removed when they are empty; a folder that
-    // others share is not empty.
-    all.extend(configuration.clone());
-    for (_, place) in definition.places.each() {
-        all.extend(
-            place
-                .filter(|place| {
-                    place.starts_with(&usual) || Some(*place) != configuration.as_deref()
-                })
-                .map(Path::to_owned),
-        );
-    }
+    let usual = usual_folder(agent, &definition.name);
+    all.extend(own_places(definition, &usual));
     all.extend(
         definition
             .boot
@@ -200,6 +196,23 @@ pub(crate) fn everything(
         all.extend(own.filter_map(|disk| disk.path.clone()).filter(|image| image.is_file()));
     }
     all
+}
+
+/// The places that are the VM's alone: its configuration folder, what lies in it
+/// or in its usual folder, and what has its name. Any other one may be shared.
+fn own_places(definition: &VmDefinition, usual: &Path) -> Vec<PathBuf> {
+    let configuration = definition.places.configuration.as_deref();
+    let is_own = |place: &&Path| {
+        configuration.is_some_and(|folder| place.starts_with(folder))
+            || place.starts_with(usual)
+            || place.file_name().is_some_and(|last| last == definition.name.as_str())
+    };
+    let places = definition.places.each().into_iter().filter_map(|(_, place)| place);
+    let mut own: Vec<_> = places.filter(is_own).map(Path::to_owned).collect();
+    // A folder sorts before what is in it.
+    own.sort();
+    own.dedup();
+    own
 }
 
 /// Whether a folder is missing or holds nothing.
@@ -227,8 +240,21 @@ mod tests {
         std::fs::write(&own, "x").unwrap();
         made.push(own);
         std::fs::write(folder.path().join("a/stranger"), "y").unwrap();
-        let left = remove_made(&made);
-        assert_eq!(left.len(), 1, "{left:?}");
+        assert_eq!(remove_made(&made), Vec::<String>::new());
         assert!(!place.exists() && folder.path().join("a/stranger").exists());
+    }
+
+    /// Goal: a folder that VMs share is not taken away with one of them.
+    #[test]
+    fn only_the_vms_own_places_are_its_to_remove() {
+        let definition: VmDefinition = toml::from_str(
+            "name = 'web1'\nmemory_mib = 64\n[places]\nconfiguration = '/srv/vms/one'\n\
+             disks = '/srv/images'\ncheckpoints = '/srv/vms/one/checkpoints'\n\
+             smart_paging = '/fast/web1'",
+        )
+        .unwrap();
+        let own = own_places(&definition, Path::new("/var/lib/limosa/vms/web1"));
+        let expected = ["/fast/web1", "/srv/vms/one", "/srv/vms/one/checkpoints"];
+        assert_eq!(own, expected.map(PathBuf::from));
     }
 }

@@ -10,8 +10,10 @@
 //!
 //! **Invariants.** Everything that changes a VM holds its lock ([`Vm::lock`]),
 //! so that two requests never work on one QEMU. While a migration has the VM
-//! ([`Inner::migration`]), nothing else may change it. A QEMU is recorded in
-//! the store before its guest runs the first instruction.
+//! ([`Inner::migration`]), nothing else may change it. Who still holds a VM that
+//! has left this host ([`Inner::has_left`]) cannot change it either. A QEMU is
+//! recorded in the store before its guest runs the first instruction. A recorded
+//! VM whose definition cannot be read keeps its name and record.
 
 pub(crate) mod announce;
 pub(crate) mod cgroup;
@@ -22,11 +24,12 @@ pub(crate) mod run;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use limosa_protocol::api;
 use limosa_protocol::id::{MigrationId, VmName};
 use limosa_protocol::migration::Role;
-use limosa_protocol::vm::VmDefinition;
+use limosa_protocol::vm::{Boot, Places, VmDefinition};
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::process::{self, ProcessId};
 use limosa_qemu::qmp::Qmp;
@@ -38,9 +41,15 @@ use crate::migration::handover::HandOver;
 use crate::net::learn::Addresses;
 use crate::store::{MigrationRecord, VmRecord};
 
+/// Longest wait for QEMU when somebody only looks at its VM.
+const LOOK_MAX: Duration = Duration::from_secs(3);
+
 /// One VM of this host.
 pub(crate) struct Vm {
     pub(crate) name: VmName,
+    /// The definition it came with: its identity, addresses, images and places,
+    /// which no other VM may have, to be compared without waiting for its lock.
+    pub(crate) taken: VmDefinition,
     pub(crate) addresses: Addresses,
     /// Held by the console that is open: QEMU's serial line takes one at a time.
     pub(crate) console: Arc<Mutex<()>>,
@@ -59,6 +68,11 @@ pub(crate) struct Inner {
     pub(crate) hand_over: Option<HandOver>,
     /// Why the VM cannot be used, when it cannot.
     pub(crate) fault: Option<String>,
+    /// Why nothing of the VM may be changed until the agent is restarted.
+    pub(crate) unusable: Option<String>,
+    /// It was moved away or deleted, or never came to be; set under the lock, for
+    /// those who waited for it.
+    pub(crate) has_left: bool,
 }
 
 /// A QEMU that runs.
@@ -75,6 +89,7 @@ impl Vm {
     pub(crate) fn new(definition: VmDefinition, record: VmRecord) -> Self {
         Self {
             name: definition.name.clone(),
+            taken: definition.clone(),
             addresses: Addresses::default(),
             console: Arc::default(),
             inner: Mutex::new(Inner {
@@ -83,6 +98,8 @@ impl Vm {
                 qemu: None,
                 migration: None,
                 fault: None,
+                unusable: None,
+                has_left: false,
                 hand_over: None,
             }),
         }
@@ -102,22 +119,43 @@ impl Vm {
         }
     }
 
-    /// The VM as operators see it.
+    /// The VM as operators see it. QEMU is asked without the lock: one that does
+    /// not answer keeps nobody from turning it off.
     pub(crate) async fn view(&self) -> api::Vm {
+        let (mut view, asked) = self.view_without_qemu().await;
+        if let Some(qemu) = asked {
+            let looked = tokio::time::timeout(LOOK_MAX, power::look(&qemu.qmp)).await;
+            view.power = looked.unwrap_or_else(|_| {
+                let pid = qemu.process.pid;
+                view.fault.get_or_insert_with(|| format!("QEMU (process {pid}) does not answer"));
+                api::Power::Fault
+            });
+        }
+        view
+    }
+
+    /// What is known of the VM here, and the QEMU that is to be asked for more.
+    async fn view_without_qemu(&self) -> (api::Vm, Option<Qemu>) {
         let inner = self.inner.lock().await;
         let standing = inner.hand_over.as_ref().map(HandOver::standing);
         let doubt = standing.and_then(|standing| standing.doubt);
         let is_ours = standing.is_none_or(|standing| standing.is_ours);
+        let mut asked = None;
         let power = match (&inner.migration, &inner.qemu) {
+            _ if inner.unusable.is_some() => api::Power::Fault,
             _ if doubt.is_some() && !is_ours => api::Power::InDoubt,
             _ if inner.record.given_up_to.is_some() => api::Power::GivenUp,
             (Some((_, Role::Source)), _) => api::Power::MovingOut,
             (Some((_, Role::Destination)), _) => api::Power::MovingIn,
             (None, None) if inner.fault.is_some() => api::Power::Fault,
             (None, None) => api::Power::Off,
-            (None, Some(qemu)) => power::look(&qemu.qmp).await,
+            (None, Some(qemu)) => {
+                asked = Some(qemu.clone());
+                // Until it has answered.
+                api::Power::Fault
+            }
         };
-        api::Vm {
+        let view = api::Vm {
             definition: inner.definition.clone(),
             power,
             epoch: inner.record.epoch,
@@ -125,10 +163,11 @@ impl Vm {
             accelerator: inner.qemu.as_ref().map(|qemu| qemu.accelerator.to_string()),
             migration: inner.migration.map(|(id, _)| id),
             addresses: self.addresses.list(),
-            fault: inner.fault.clone(),
+            fault: inner.unusable.clone().or_else(|| inner.fault.clone()),
             doubt: inner.hand_over.as_ref().zip(doubt).map(|(hand, doubt)| hand.doubt_text(doubt)),
             given_up_to: inner.record.given_up_to.clone(),
-        }
+        };
+        (view, asked)
     }
 }
 
@@ -141,6 +180,15 @@ impl Inner {
     /// What keeps anybody from changing the VM now, and what to do about it.
     pub(crate) fn hindrance(&self) -> Option<(String, String)> {
         let name = &self.definition.name;
+        if self.has_left {
+            return Some((
+                format!("VM {name} has left this host meanwhile"),
+                "`limosa vm list` shows those there are".to_owned(),
+            ));
+        }
+        if let Some(why) = &self.unusable {
+            return Some((format!("VM {name} cannot be used"), why.clone()));
+        }
         if let Some(hindrance) = self.hand_over.as_ref().and_then(HandOver::hindrance) {
             return Some(hindrance);
         }
@@ -218,7 +266,7 @@ impl Inner {
 }
 
 /// File of a VM's definition in its configuration folder.
-const DEFINITION_FILE: &str = "vm.toml";
+pub(crate) const DEFINITION_FILE: &str = "vm.toml";
 
 /// Writes a definition to its configuration folder, whole or not at all.
 pub(crate) fn write_definition(definition: &VmDefinition, folder: &Path) -> Outcome<()> {
@@ -245,26 +293,73 @@ pub(crate) fn read_definition(folder: &Path) -> Outcome<VmDefinition> {
     Ok(definition)
 }
 
-/// Reads all recorded VMs and finds their QEMUs again.
+/// Reads all recorded VMs and finds their QEMUs again. One that cannot be read
+/// keeps no other from being found.
 pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
     let migrations = agent.store.all::<MigrationRecord>()?;
-    for (name, record) in agent.store.all::<VmRecord>()? {
-        let definition = match read_definition(&record.configuration) {
-            Ok(definition) => definition,
-            Err(failure) => {
-                tracing::error!(vm = name, %failure, "a VM is left out: its definition is missing");
-                continue;
-            }
+    for (key, record) in agent.store.all::<VmRecord>()? {
+        let Ok(name) = key.parse::<VmName>() else {
+            tracing::error!(vm = key, "a record whose key is no name of a VM is left alone");
+            continue;
         };
-        let vm = Arc::new(Vm::new(definition, record));
-        recall_addresses(&vm, &migrations).await;
-        agent
-            .add_vm(Arc::clone(&vm))
-            .map_err(|failure| anyhow::anyhow!("in the state store: {failure}"))?;
-        run::find_again(agent, &vm).await;
+        let (vm, unusable) = match recorded_definition(&name, &record, &migrations) {
+            Ok(definition) => (Vm::new(definition, record), None),
+            Err(failure) => (Vm::new(stand_in(name, &record), record), Some(failure.to_string())),
+        };
+        let vm = Arc::new(vm);
+        if let Err(failure) = agent.add_vm(Arc::clone(&vm)) {
+            tracing::error!(vm = key, %failure, "a recorded VM is left out");
+        } else if let Some(failure) = unusable {
+            tracing::error!(vm = key, failure, "a recorded VM cannot be used");
+            vm.lock().await.unusable = Some(format!(
+                "{failure}. Mount or put back what is missing there, then restart limosad"
+            ));
+        } else {
+            recall_addresses(&vm, &migrations).await;
+            run::find_again(agent, &vm).await;
+        }
     }
     cgroup::remove_stale().await;
     Ok(())
+}
+
+/// The definition of a recorded VM. That of a VM which is just changing hosts is
+/// also in its migration's record: its files may be half removed.
+fn recorded_definition(
+    name: &VmName,
+    record: &VmRecord,
+    migrations: &[(String, MigrationRecord)],
+) -> Outcome<VmDefinition> {
+    let read = read_definition(&record.configuration).and_then(|definition| {
+        if definition.name == *name {
+            return Ok(definition);
+        }
+        let path = record.configuration.join(DEFINITION_FILE);
+        let other = definition.name;
+        Err(Failure::conflict(format!("{} is the definition of VM {other}", path.display())))
+    });
+    read.or_else(|failure| {
+        let unsettled = migrations.iter().map(|(_, migration)| migration);
+        let mut unsettled = unsettled.filter(|migration| !migration.is_ended());
+        let own = unsettled.rfind(|migration| migration.view.vm == *name);
+        own.and_then(|migration| migration.definition.clone()).ok_or(failure)
+    })
+}
+
+/// What stands for a definition that cannot be read: its name and its folder.
+fn stand_in(name: VmName, record: &VmRecord) -> VmDefinition {
+    VmDefinition {
+        name,
+        uuid: None,
+        memory_mib: 0,
+        vcpus: 0,
+        machine: String::new(),
+        cpu: String::new(),
+        boot: Boot::default(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        places: Places { configuration: Some(record.configuration.clone()), ..Places::default() },
+    }
 }
 
 /// Addresses that came with the VM's last move: one that is still paused since
@@ -278,5 +373,45 @@ async fn recall_addresses(vm: &Vm, migrations: &[(String, MigrationRecord)]) {
     // Keys are in the order of time.
     if let Some(last) = migrations.iter().map(|(_, record)| record).rfind(own) {
         vm.addresses.take(&last.addresses, &inner.definition.nics);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use limosa_protocol::id::Epoch;
+
+    use super::*;
+
+    fn record(configuration: &Path) -> VmRecord {
+        let configuration = configuration.to_owned();
+        VmRecord { configuration, epoch: Epoch(1), run: None, given_up_to: None }
+    }
+
+    /// Goal: who held a VM while it left changes nothing of it any more.
+    #[tokio::test]
+    async fn a_vm_that_has_left_is_changed_no_more() {
+        let of_vm = record(Path::new("/nowhere"));
+        let vm = Vm::new(stand_in("web1".parse().unwrap(), &of_vm), of_vm);
+        assert!(vm.lock_for_change().await.is_ok());
+        vm.lock().await.has_left = true;
+        let refused = vm.lock_for_change().await.err().unwrap().to_string();
+        assert!(refused.contains("has left"), "{refused}");
+    }
+
+    /// Goal: a folder that is not mounted, or holds another VM's definition,
+    /// gives no definition, and the reason.
+    #[test]
+    fn a_definition_that_is_missing_or_anothers_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let of_vm = record(folder.path());
+        let name: VmName = "web1".parse().unwrap();
+        let missing = recorded_definition(&name, &of_vm, &[]).unwrap_err().to_string();
+        assert!(missing.contains(DEFINITION_FILE), "{missing}");
+        let definition: VmDefinition = toml::from_str("name = 'web1'\nmemory_mib = 64").unwrap();
+        write_definition(&definition, folder.path()).unwrap();
+        assert_eq!(recorded_definition(&name, &of_vm, &[]).unwrap(), definition);
+        let other = recorded_definition(&"web2".parse().unwrap(), &of_vm, &[]);
+        let other = other.unwrap_err().to_string();
+        assert!(other.contains("of VM web1"), "{other}");
     }
 }

@@ -9,7 +9,7 @@ use limosa_qemu::process;
 use limosa_qemu::qmp::Qmp;
 
 use super::announce::announce;
-use super::{Vm, run};
+use super::{Qemu, Vm, run};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 
@@ -61,6 +61,7 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
         run::note_end(agent, vm, &mut inner, &qemu);
         return Ok(());
     }
+    expect_listening(vm, &qemu).await?;
     power::system_powerdown(&qemu.qmp).await.or_fail(&format!("stopping VM {}", vm.name))?;
     // Others may look at the VM, and turn it off, while the guest takes its time.
     drop(inner);
@@ -74,4 +75,19 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
     })?;
     run::note_end(agent, vm, &mut *vm.lock().await, &qemu);
     Ok(())
+}
+
+/// A guest whose vCPUs are stopped never hears of its power button.
+async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Outcome<()> {
+    let doing = format!("stopping VM {}", vm.name);
+    match power::query_status(&qemu.qmp).await.or_fail(&doing)? {
+        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => {
+            Err(Failure::conflict(format!(
+                "the guest of VM {0} is paused and cannot power itself off: `limosa vm resume {0}` \
+                 first, or turn it off with `limosa vm stop --force {0}`",
+                vm.name
+            )))
+        }
+        _ => Ok(()),
+    }
 }

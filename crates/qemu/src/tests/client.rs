@@ -129,3 +129,26 @@ async fn another_greeting_is_refused() {
     let (refused, ()) = tokio::join!(Qmp::connect(&path, START_MAX), serve);
     assert!(matches!(refused, Err(QmpError::Protocol { .. })), "{refused:?}");
 }
+
+/// Goal: an answer of another shape is an error, whatever it is.
+#[tokio::test]
+async fn an_answer_of_another_shape_is_an_error() {
+    let (qmp, mut said, mut heard) = fake().await;
+    for shape in [json!("running"), json!(7), json!([]), json!({ "status": {} })] {
+        for asks_migration in [false, true] {
+            let serve = async {
+                let id = next(&mut said).await["id"].take();
+                answer(&mut heard, &json!({ "return": shape, "id": id })).await;
+            };
+            let ask = async {
+                if asks_migration {
+                    crate::migrate::status(&qmp).await.map(drop)
+                } else {
+                    crate::power::query_status(&qmp).await.map(drop)
+                }
+            };
+            let (asked, ()) = tokio::join!(ask, serve);
+            assert!(matches!(asked, Err(QmpError::Protocol { .. })), "{shape}: {asked:?}");
+        }
+    }
+}

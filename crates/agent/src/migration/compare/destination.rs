@@ -1,6 +1,8 @@
 //! The destination's part: names, switches, memory, QEMU and CPU. What becomes
 //! of files is [`super::storage`]'s.
 
+use std::time::Duration;
+
 use limosa_protocol::api::Switch;
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{Problem, ProblemCode, Role};
@@ -14,6 +16,9 @@ use super::{check_qemu, problem, storage};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome};
 use crate::vm::files;
+
+/// Longest wait to hear what becomes of the same VM, which somebody works on.
+const SAME_VM_WAIT: Duration = Duration::from_secs(1);
 
 /// Memory that a VM's QEMU needs besides guest RAM, in bytes.
 const QEMU_OVERHEAD_BYTES: u64 = 128 << 20;
@@ -127,11 +132,10 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Outcome<Vec<Pro
 async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
     let mut is_here = false;
     for vm in agent.vms() {
-        let inner = vm.lock().await;
-        let (other, migration) = (inner.definition.clone(), inner.migration);
-        drop(inner);
+        let other = &vm.taken;
         if other.uuid == placed.uuid {
-            problems.push(same_vm(agent, &other, migration));
+            let inner = tokio::time::timeout(SAME_VM_WAIT, vm.lock()).await;
+            problems.push(same_vm(agent, other, inner.ok().and_then(|inner| inner.migration)));
             is_here = true;
             continue;
         }
@@ -142,6 +146,13 @@ async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Pr
                 format!("delete VM {} on {}, or move to another host", other.name, agent.name),
             ));
             continue;
+        }
+        if other.places.configuration == placed.places.configuration {
+            problems.push(problem(
+                ProblemCode::NotEmpty,
+                format!("VM {} on {} has the same folder", other.name, agent.name),
+                "name another one with --storage-path",
+            ));
         }
         for mac in placed.nics.iter().filter_map(|nic| nic.mac) {
             if other.nics.iter().any(|nic| nic.mac == Some(mac)) {

@@ -41,9 +41,12 @@ pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<Vec<Restored>>
         match restore_one(agent, record).await {
             Ok(restored) => all.push(restored),
             Err(failure) => {
+                tracing::error!(migration = id, %vm, %failure, "it cannot be settled");
                 // Nobody may work with a VM whose owner is not known.
-                agent.drop_vm(&vm);
-                tracing::error!(migration = id, %vm, %failure, "it cannot be settled: its VM is left out");
+                if let Ok(vm) = agent.vm(&vm) {
+                    let why = format!("its migration {id} cannot be settled: {failure}");
+                    vm.lock().await.unusable.get_or_insert(why);
+                }
             }
         }
     }
@@ -72,10 +75,7 @@ async fn restore_source(
     record: MigrationRecord,
     receipt: Receipt,
 ) -> Outcome<Restored> {
-    let vm = match agent.vm(&record.view.vm) {
-        Ok(vm) => vm,
-        Err(failure) => half_freed(agent, &record)?.ok_or(failure)?,
-    };
+    let vm = agent.vm(&record.view.vm)?;
     let (id, is_told) = (record.view.id, record.view.ended_unix_ms.is_some());
     let mut of_vm = vm.lock().await;
     let (guest, qemu) = if record.off {
@@ -103,20 +103,6 @@ async fn restore_source(
     of_vm.hand_over = Some(hand_over.clone());
     agent.migrations.add_restored(hand_over);
     Ok(Restored::Source(hand, actions))
-}
-
-/// A VM whose files were being removed when the agent ended: its definition may
-/// have been the first of them.
-fn half_freed(agent: &Arc<Agent>, record: &MigrationRecord) -> Outcome<Option<Arc<Vm>>> {
-    let of_vm: Option<VmRecord> = agent.store.get(record.view.vm.as_str())?;
-    let (Stage::HandedOver, Some(of_vm), Some(definition)) =
-        (record.handover.stage, of_vm, record.definition.clone())
-    else {
-        return Ok(None);
-    };
-    let vm = Arc::new(Vm::new(definition, of_vm));
-    agent.add_vm(Arc::clone(&vm))?;
-    Ok(Some(vm))
 }
 
 /// Ends a QEMU that only read the disks of a VM that is off.

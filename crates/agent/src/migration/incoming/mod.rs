@@ -153,7 +153,7 @@ impl Incoming {
         let hand = match begun {
             Ok(hand) => hand,
             Err(failure) => {
-                agent.drop_vm_if(&vm);
+                agent.drop_vm(&vm, &mut *vm.lock().await);
                 return Err(failure);
             }
         };

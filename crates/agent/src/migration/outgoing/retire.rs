@@ -28,13 +28,7 @@ pub(crate) async fn free_source(
     {
         left.push(format!("{}: {error}", runtime.display()));
     }
-    let all = files::everything(agent, definition, !retain_disks);
-    let mut stayed = files::remove_made(&all);
-    if retain_disks {
-        // Folders that hold the retained images are not empty, as wished.
-        stayed.clear();
-    }
-    left.extend(stayed);
+    left.extend(files::remove_made(&files::everything(agent, definition, !retain_disks)));
     left
 }
 

@@ -437,10 +437,10 @@ impl DestinationHand {
         if ended == Ended::Superseded {
             of_vm.migration = None;
         }
-        drop(of_vm);
         if ended == Ended::Stayed {
-            self.agent.drop_vm_if(&self.vm);
+            self.agent.drop_vm(&self.vm, &mut of_vm);
         }
+        drop(of_vm);
         forget(&self.agent, self.id());
     }
 

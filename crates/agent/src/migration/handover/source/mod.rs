@@ -345,10 +345,10 @@ impl SourceHand {
         }
         tell_doubt(&self.job, &self.destination, before, standing);
         let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
-        if ended == Ended::Moved {
-            self.agent.drop_vm_if(&self.vm);
-        }
         let mut of_vm = self.vm.lock().await;
+        if ended == Ended::Moved {
+            self.agent.drop_vm(&self.vm, &mut of_vm);
+        }
         of_vm.leave_hand_over(self.job.id());
         if ended == Ended::Superseded {
             of_vm.migration = None;
