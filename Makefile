@@ -5,13 +5,37 @@ CARGO ?= cargo
 BIN = target/debug
 RELEASE = target/release
 
-.PHONY: build release workload demo test unit lint bench chaos soak clean
+.PHONY: build release install workload demo test unit lint bench chaos soak clean
 
 build:
 	$(CARGO) build --workspace
 
 release:
 	$(CARGO) build --workspace --release
+
+# What `make release` built, with man pages, completions, the unit and, unless
+# there is one, the sample configuration. Under DESTDIR it makes a package.
+PREFIX ?= /usr/local
+DEST = $(DESTDIR)$(PREFIX)
+BASH_COMPLETIONS = $(DEST)/share/bash-completion/completions
+ZSH_COMPLETIONS = $(DEST)/share/zsh/site-functions
+FISH_COMPLETIONS = $(DEST)/share/fish/vendor_completions.d
+
+install:
+	install -D -m 755 -t $(DEST)/bin $(RELEASE)/limosad $(RELEASE)/limosa
+	install -d $(DEST)/share/man/man1 $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS)
+	for program in limosa limosad; do \
+		$(RELEASE)/$$program man $(DEST)/share/man/man1 && \
+		$(RELEASE)/$$program completions bash > $(BASH_COMPLETIONS)/$$program && \
+		$(RELEASE)/$$program completions zsh > $(ZSH_COMPLETIONS)/_$$program && \
+		$(RELEASE)/$$program completions fish > $(FISH_COMPLETIONS)/$$program.fish || exit 1; \
+	done
+	install -d $(DEST)/lib/systemd/system
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/limosad.service \
+		> $(DEST)/lib/systemd/system/limosad.service
+	chmod 644 $(DEST)/lib/systemd/system/limosad.service
+	test -e $(DESTDIR)/etc/limosa/limosad.toml || \
+		install -D -m 644 packaging/limosad.toml $(DESTDIR)/etc/limosa/limosad.toml
 
 # The program inside the tiny guest: static, for it is alone there. In a target
 # folder of its own, so that its flags disturb no other build.

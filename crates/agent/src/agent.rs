@@ -13,7 +13,9 @@ use limosa_protocol::api::Switch;
 use limosa_protocol::id::{HostName, VmName};
 use limosa_protocol::migration::{Outcome as End, Role as Half};
 use limosa_qemu::accelerator::Accelerator;
+use limosa_qemu::image::ImageTool;
 use limosa_qemu::probe::QemuFacts;
+pub(crate) use limosa_qemu::process::User as QemuUser;
 use limosa_qemu::quirk::VERSION_MIN;
 
 use crate::config::{self, Config};
@@ -46,20 +48,12 @@ pub(crate) struct Agent {
 /// QEMU on this host, looked at once when the agent starts.
 pub(crate) struct QemuHost {
     pub(crate) binary: PathBuf,
-    pub(crate) img: PathBuf,
+    pub(crate) img: ImageTool,
     pub(crate) facts: QemuFacts,
     pub(crate) accelerator: Accelerator,
     pub(crate) accelerator_reason: String,
-    /// User and groups of QEMU's process; `None` when the agent is not root.
+    /// User and groups of QEMU's process, and of its tools; `None` when the agent is not root.
     pub(crate) user: Option<QemuUser>,
-}
-
-/// As whom QEMU runs.
-#[derive(Debug, Clone)]
-pub(crate) struct QemuUser {
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) groups: Vec<u32>,
 }
 
 impl Agent {
@@ -251,9 +245,16 @@ impl QemuHost {
             config::Accelerator::Tcg => Some(Accelerator::Tcg),
         };
         let choice = limosa_qemu::accelerator::choose(wish);
-        let facts = limosa_qemu::probe::probe(&binary, choice.accelerator)
+        let user = qemu_user(&config.qemu.user)?;
+        let facts = limosa_qemu::probe::probe(&binary, choice.accelerator, user.as_ref())
             .await
-            .with_context(|| format!("{} does not answer as QEMU does", binary.display()))?;
+            .with_context(|| {
+                let asked = match &user {
+                    Some(user) => format!(", started as the user {}", user.uid),
+                    None => String::new(),
+                };
+                format!("{} does not answer as QEMU does{asked}", binary.display())
+            })?;
         // VMs that run are looked after all the same; starting and moving say it too.
         let missing = facts.missing_commands();
         if facts.version < VERSION_MIN || !missing.is_empty() {
@@ -264,11 +265,11 @@ impl QemuHost {
         }
         Ok(Self {
             binary,
-            img,
+            img: ImageTool { program: img, user: user.clone() },
             facts,
             accelerator: choice.accelerator,
             accelerator_reason: choice.reason,
-            user: qemu_user(&config.qemu.user)?,
+            user,
         })
     }
 }

@@ -3,7 +3,7 @@
 //! **Invariant.** A file with an unknown field or a wrong value stops the agent
 //! before it touches anything; a missing file means the defaults below.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -11,6 +11,7 @@ use limosa_protocol::api::PORT;
 use limosa_protocol::id::HostName;
 use limosa_protocol::peer::CHANNEL_COUNT_MAX;
 use serde::Deserialize;
+use tokio::net::TcpListener;
 
 /// Where the configuration is looked for when no other place is given.
 pub(crate) const PATH_DEFAULT: &str = "/etc/limosa/limosad.toml";
@@ -24,8 +25,8 @@ const LINK_WAIT_S_MAX: u32 = 3600;
 pub(crate) struct Config {
     /// Name of this host among its peers; default: its host name.
     pub(crate) name: Option<HostName>,
-    /// Addresses on which peers and remote operators are served.
-    pub(crate) listen: Vec<SocketAddr>,
+    /// Addresses on which peers and remote operators are served; default: all.
+    pub(crate) listen: Option<Vec<SocketAddr>>,
     /// Folder for everything that must survive a reboot.
     pub(crate) folder: PathBuf,
     /// Folder for sockets.
@@ -85,7 +86,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             name: None,
-            listen: vec![SocketAddr::from(([0u16; 8], PORT))],
+            listen: None,
             folder: "/var/lib/limosa".into(),
             runtime_folder: "/run/limosa".into(),
             group: "limosa".into(),
@@ -181,10 +182,46 @@ impl Config {
         short.parse().with_context(|| "set `name` in the configuration".to_owned())
     }
 
+    /// Opens the configured addresses; of the default ones those that the host has.
+    pub(crate) async fn listeners(&self) -> anyhow::Result<Vec<TcpListener>> {
+        let Some(addresses) = &self.listen else { return Ok(vec![listen_everywhere().await?]) };
+        let mut listeners = Vec::new();
+        for address in addresses {
+            let listener = TcpListener::bind(address).await;
+            listeners.push(listener.with_context(|| format!("cannot listen on {address}"))?);
+        }
+        Ok(listeners)
+    }
+
+    /// The port that peers are told; of several addresses the first one's.
+    pub(crate) fn port(&self) -> u16 {
+        let first = self.listen.as_ref().and_then(|addresses| addresses.first());
+        first.map_or(PORT, SocketAddr::port)
+    }
+
     /// The local socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.runtime_folder.join("limosad.sock")
     }
+}
+
+/// Listens on all addresses, IPv4's alone where IPv6 is off.
+async fn listen_everywhere() -> anyhow::Result<TcpListener> {
+    let all = SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT));
+    let error = match TcpListener::bind(all).await {
+        Ok(listener) => return Ok(listener),
+        Err(error) => error,
+    };
+    if !is_ipv6_off(&error) {
+        return Err(error).with_context(|| format!("cannot listen on {all}"));
+    }
+    let all = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT));
+    tracing::info!(%all, %error, "IPv6 is off here, so only IPv4 is listened on");
+    TcpListener::bind(all).await.with_context(|| format!("cannot listen on {all}"))
+}
+
+fn is_ipv6_off(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
 #[cfg(test)]
@@ -206,6 +243,9 @@ mod tests {
         }
         assert!(Config::read(Some(&folder.path().join("none"))).is_err());
         std::fs::write(&path, "").unwrap();
-        assert_eq!(Config::read(Some(&path)).unwrap().migration.channels, 2);
+        let config = Config::read(Some(&path)).unwrap();
+        assert_eq!((config.migration.channels, config.port()), (2, PORT));
+        std::fs::write(&path, "listen = ['127.0.0.1:7', '[::1]:8']").unwrap();
+        assert_eq!(Config::read(Some(&path)).unwrap().port(), 7);
     }
 }

@@ -12,6 +12,7 @@
 mod agent;
 mod api;
 mod config;
+mod documents;
 mod failure;
 mod fault;
 mod listen;
@@ -27,19 +28,19 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::agent::Agent;
 use crate::config::Config;
+use crate::documents::Document;
 
 /// The Limosa host agent.
 ///
 /// Runs VMs with QEMU and moves them to other hosts. Ending it leaves its VMs
 /// running; the next start finds them again.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "limosad", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
 struct Arguments {
     /// Configuration file [default: /etc/limosa/limosad.toml, if it exists]
     #[arg(long, value_name = "FILE")]
@@ -50,10 +51,15 @@ struct Arguments {
     /// Log as JSON
     #[arg(long)]
     log_json: bool,
+    #[command(subcommand)]
+    document: Option<Document>,
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    if let Some(document) = arguments.document {
+        return document.make();
+    }
     if arguments.openapi {
         use std::io::Write;
         let text = api::document().to_pretty_json()?;
@@ -80,17 +86,13 @@ fn main() -> anyhow::Result<()> {
 async fn run(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let listen = config.listen.clone();
     let agent = Agent::open(config).await?;
     agent.restore_switches().await?;
     vm::restore(&agent).await?;
     let restored = migration::handover::restore(&agent).await?;
     let router = api::router(Arc::clone(&agent));
     let mut servers = tokio::task::JoinSet::new();
-    for address in listen {
-        let listener = TcpListener::bind(address)
-            .await
-            .with_context(|| format!("cannot listen on {address}"))?;
+    for listener in agent.config.listeners().await? {
         servers.spawn(listen::remote(Arc::clone(&agent), listener, router.clone()));
     }
     // The peer may be asked, and ask back, while this settles.

@@ -4,8 +4,8 @@
 //! operator at B: invite ─► code          operator at A: pair B, code
 //! A ── TLS, any certificate ── POST /pair/v1/start  [`Start`]  ─► B
 //!   ◄─ Answer: proves that B knows the code and sees A's certificate
-//!   ── POST /pair/v1/finish  Confirmation: proves the same of A ─► B trusts A
 //! A trusts B
+//!   ── POST /pair/v1/finish  Confirmation: proves the same of A ─► B trusts A
 //! ```
 //!
 //! **Invariant.** A certificate is trusted only after the proof, and is on the
@@ -156,7 +156,7 @@ pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Outcome<Paired
     let (initiator, offer) =
         Initiator::start(&code, agent.identity.fingerprint(), peer, agent.name.as_str())
             .map_err(|error| Failure::bad_request(error.to_string()))?;
-    let port = agent.config.listen.first().map_or(api::PORT, std::net::SocketAddr::port);
+    let port = agent.config.port();
     let answer: Answer = ask(&mut sender, "/pair/v1/start", &Start { offer, port }).await?;
     let (confirmation, name) =
         initiator.finish(&answer).map_err(|error| Failure::forbidden(error.to_string()))?;

@@ -5,8 +5,8 @@
 //!     ═══ TLS 1.3, both show any certificate and prove its key ═══
 //!     Offer { element X, name }         ─────►  one attempt is counted
 //!     (checks the responder's MAC)      ◄─────  Answer { element Y, name, MAC }
-//!     Confirmation { MAC }              ─────►  (checks it), pins the initiator
 //!     pins the responder
+//!     Confirmation { MAC }              ─────►  (checks it), pins the initiator
 //! ```
 //!
 //! SPAKE2 turns the code into a strong key, so that what travels gives nothing

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use limosa_auth::Fingerprint;
 use limosa_protocol::api::SOCKET_PATH;
-use limosa_protocol::id::{DiskId, HostName, SwitchName, VmName};
+use limosa_protocol::id::{DiskId, HostName, OperatorName, SwitchName, VmName};
 use limosa_protocol::migration::DOWNTIME_LIMIT_MS_DEFAULT;
 
 use crate::connect::Address;
@@ -31,7 +31,8 @@ pub(crate) struct Arguments {
 /// What every command takes.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// Print results as JSON on stdout; the progress of a move as JSON lines on stderr
+    /// Print results as JSON on stdout; the progress of a move, and what failed, as JSON lines on
+    /// stderr
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// The agent to command: a local socket (unix:PATH), or https://HOST[:PORT]
@@ -51,7 +52,7 @@ pub(crate) enum Command {
     /// Virtual machines: make, run, move
     #[command(subcommand)]
     Vm(Vm),
-    /// Migrations: list, look, watch, cancel
+    /// Migrations: list, show, watch, cancel
     #[command(subcommand)]
     Migration(Migration),
     /// This host and those it is paired with
@@ -157,7 +158,7 @@ pub(crate) enum Vm {
     },
     /// Find everything that stands against a move; touches nothing
     ///
-    /// Exit codes: 0 nothing stands against it, 1 something does or failed, 2 wrong usage.
+    /// Exit codes: 0 nothing stands against it, 1 something does, or the check failed, 2 wrong usage.
     Compare(MoveOptions),
     /// Move a VM to another host, running or off, with its disks
     ///
@@ -228,7 +229,7 @@ pub(crate) enum Verify {
 /// A migration by a word for it.
 #[derive(Debug, Args)]
 pub(crate) struct OneMigration {
-    /// Its id, the beginning of it, or the name of its VM for the latest
+    /// Migration id, a unique prefix of it, or a VM name for that VM's latest migration
     #[arg(value_name = "ID")]
     pub(crate) word: String,
 }
@@ -278,7 +279,7 @@ pub(crate) enum Host {
         #[arg(long)]
         code: Option<String>,
     },
-    /// Trust a host no more
+    /// Stop trusting a host
     ///
     /// Exit codes: 0 done, 1 failed, 2 wrong usage.
     Unpair {
@@ -326,17 +327,18 @@ pub(crate) enum Operator {
     /// Exit codes: 0 done, 1 failed, 2 wrong usage.
     Add {
         /// Name for the operator
-        name: HostName,
-        /// The operator's certificate, which `limosa operator identity` names there
+        name: OperatorName,
+        /// The operator's certificate: the file whose path `limosa operator identity` prints for the
+        /// operator
         #[arg(long, value_name = "FILE")]
         certificate: PathBuf,
     },
-    /// Let an operator in no more
+    /// Revoke an operator's access
     ///
     /// Exit codes: 0 done, 1 failed, 2 wrong usage.
     Remove {
         /// Name of the operator
-        name: HostName,
+        name: OperatorName,
     },
     /// Show your own certificate, to be let in at a host; made when missing
     ///

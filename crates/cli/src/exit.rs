@@ -6,14 +6,14 @@
 //! | 1 | failed, or refused: nothing was moved |
 //! | 2 | the command line is wrong |
 //! | 3 | the VM stayed at its source |
-//! | 4 | in doubt: both copies are stopped until the hosts have settled it |
+//! | 4 | in doubt: this host's copy is stopped, and the other host may run it |
 //! | 130 | left by Ctrl-C; the migration goes on |
 
 use std::process::ExitCode;
 
 use limosa_protocol::api;
 use limosa_protocol::migration::{Outcome, Problem};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::client::Refused;
 use crate::show;
@@ -50,7 +50,8 @@ impl From<Outcome> for Exit {
     }
 }
 
-/// Tells of a failure: in words on stderr, and with `json` on stdout too.
+/// Tells of a failure: in words on stderr, or with `json` as one object there, and
+/// on stdout as the agent told it, which is the result.
 pub(crate) fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
     let refused = error.downcast_ref::<Refused>();
     let printed = match refused {
@@ -60,13 +61,23 @@ pub(crate) fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
         None => show::json(&json!({ "code": "no-answer", "message": format!("{error:#}") })),
     };
     match refused {
+        _ if json => show::note(&object(error, refused).to_string()),
         Some(Refused(failure)) => tell(failure),
         None => show::note(&format!("limosa: {error:#}")),
     }
     if let Err(error) = printed {
-        show::note(&format!("limosa: {error:#}"));
+        show::note(&json!({ "error": format!("{error:#}"), "next": null }).to_string());
     }
     Exit::Failed.into()
+}
+
+/// A failure as one line of JSON: what went wrong, the mends when there are
+/// problems that have some, and these problems.
+fn object(error: &anyhow::Error, refused: Option<&Refused>) -> Value {
+    let problems = refused.map_or(&[][..], |Refused(failure)| &failure.problems);
+    let mends: Vec<&str> = problems.iter().map(|problem| problem.mend.as_str()).collect();
+    let next = (!mends.is_empty()).then(|| mends.join("; "));
+    json!({ "error": format!("{error:#}"), "next": next, "problems": problems })
 }
 
 fn tell(failure: &api::Failure) {
@@ -79,4 +90,31 @@ fn tell(failure: &api::Failure) {
 /// A problem and its mend, in two lines.
 pub(crate) fn problem_text(problem: &Problem) -> String {
     format!("  - {}\n    mend: {}", problem.message, problem.mend)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a script reads what failed, each problem, and what to do from one line.
+    #[test]
+    fn a_failure_is_one_object() {
+        let failure = serde_json::from_value(json!({
+            "code": "problems",
+            "message": "web1 cannot move",
+            "problems": [
+                { "code": "not-paired", "message": "not paired", "mend": "pair" },
+                { "code": "no-space", "message": "no space", "mend": "free some" },
+            ],
+        }));
+        let error = anyhow::Error::from(Refused(failure.unwrap()));
+        let told = object(&error, error.downcast_ref());
+        assert_eq!(told["error"], "web1 cannot move");
+        assert_eq!(told["next"], "pair; free some");
+        assert_eq!(told["problems"][1]["code"], "no-space");
+        assert!(!told.to_string().contains('\n'));
+
+        let told = object(&anyhow::anyhow!("no agent").context("asking"), None);
+        assert_eq!(told, json!({ "error": "asking: no agent", "next": null, "problems": [] }));
+    }
 }

@@ -3,9 +3,12 @@
 //! ```text
 //! web1 to host2: pre-copy, 12 s, 113.2 MiB/s on the wire
 //!   disk root  ━━━━━━━━━━━━━━━━━━━━ 100 %  8.0 GiB of 8.0 GiB
-//!   memory     ━━━━━━━━━─────────── 42 %   430.1 MiB of 1.0 GiB, 98.1 MiB/s, 6 s left
+//!   memory     ━━━━━━━━━───────────  42 %  430.1 MiB of 1.0 GiB, 98.1 MiB/s
+//!              593.9 MiB remaining, 6 s left
 //!              round 2, the guest dirties 20.0 MiB/s, 1.2 GiB sent
 //! ```
+//!
+//! All of it fits into 80 columns, for which what remains has a line of its own.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -23,6 +26,8 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 const PAGE_BYTES: u64 = 4096;
 /// Widest name of a bar, in characters; longer ones push the bar away.
 const NAME_CHARS_MAX: usize = 24;
+/// Columns for a name and its bar: a longer name has a shorter bar.
+const NAME_AND_BAR_CHARS: usize = 30;
 
 /// Shows a migration to people.
 pub(crate) enum Progress {
@@ -118,7 +123,7 @@ impl Bars {
         }
         for (id, transfer) in &progress.disks {
             if let Some(bar) = self.disks.get(id) {
-                set(bar, transfer);
+                set(bar, transfer, self.name_chars);
             }
         }
         if progress.memory.total_bytes == 0 {
@@ -133,7 +138,7 @@ impl Bars {
                 (bar, below)
             }
         };
-        set(&bar, &progress.memory);
+        set(&bar, &progress.memory, self.name_chars);
         below.set_message(rounds(view));
         self.memory = Some((bar, below));
     }
@@ -146,8 +151,9 @@ impl Bars {
             None => self.all.add(new),
         };
         let width = self.name_chars;
+        let bar_width = NAME_AND_BAR_CHARS - width;
         bar.set_style(style(&format!(
-            "  {{prefix:<{width}}}  {{bar:20.cyan/dim}} {{percent:>3}} %  {{wide_msg}}"
+            "  {{prefix:<{width}}}  {{bar:{bar_width}.cyan/dim}} {{percent:>3}} %  {{msg}}"
         )));
         bar.set_prefix(name.to_owned());
         bar
@@ -159,30 +165,40 @@ fn style(template: &str) -> ProgressStyle {
     style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━─")
 }
 
-fn set(bar: &ProgressBar, transfer: &Transfer) {
+/// - `name_chars`: columns of the names, below which the second line begins.
+fn set(bar: &ProgressBar, transfer: &Transfer, name_chars: usize) {
     bar.set_length(transfer.total_bytes);
     bar.set_position(transfer.done_bytes.min(transfer.total_bytes));
-    bar.set_message(sentence(transfer));
+    let (done, remaining) = parts(transfer);
+    bar.set_message(if remaining.is_empty() {
+        done
+    } else {
+        format!("{done}\n{:1$}{remaining}", "", name_chars + 4)
+    });
 }
 
-/// How far one transfer is. The most wanted comes first: narrow terminals cut the rest.
+/// How far one transfer is, in one line.
 pub(crate) fn sentence(transfer: &Transfer) -> String {
-    let mut parts = vec![format!(
-        "{} of {}",
-        show::bytes(transfer.done_bytes),
-        show::bytes(transfer.total_bytes)
-    )];
+    let (done, remaining) = parts(transfer);
+    if remaining.is_empty() { done } else { format!("{done}, {remaining}") }
+}
+
+/// What is done of a transfer, and what remains; nothing of it when it is done.
+fn parts(transfer: &Transfer) -> (String, String) {
+    let mut done =
+        format!("{} of {}", show::bytes(transfer.done_bytes), show::bytes(transfer.total_bytes));
     let remaining_bytes = transfer.total_bytes.saturating_sub(transfer.done_bytes);
-    if remaining_bytes > 0 {
-        if transfer.rate_bytes_per_second > 0 {
-            parts.push(show::rate(transfer.rate_bytes_per_second));
-        }
-        if let Some(left) = transfer.left_seconds {
-            parts.push(format!("{} left", show::seconds(left)));
-        }
-        parts.push(format!("{} remaining", show::bytes(remaining_bytes)));
+    if remaining_bytes == 0 {
+        return (done, String::new());
     }
-    parts.join(", ")
+    if transfer.rate_bytes_per_second > 0 {
+        done.push_str(&format!(", {}", show::rate(transfer.rate_bytes_per_second)));
+    }
+    let mut remaining = format!("{} remaining", show::bytes(remaining_bytes));
+    if let Some(left) = transfer.left_seconds {
+        remaining.push_str(&format!(", {} left", show::seconds(left)));
+    }
+    (done, remaining)
 }
 
 /// What is told of pre-copy beside memory's bar.
@@ -238,4 +254,28 @@ fn line(view: &Migration) -> String {
         _ => {}
     }
     parts.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: on a terminal of 80 columns nothing of a transfer is cut.
+    #[test]
+    fn a_transfer_fits_into_80_columns() {
+        let transfer = Transfer {
+            done_bytes: 511 << 30,
+            total_bytes: 1023 << 30,
+            rate_bytes_per_second: 1023 << 20,
+            left_seconds: Some(3_599),
+        };
+        let (done, remaining) = parts(&transfer);
+        assert_eq!(done, "511.0 GiB of 1023.0 GiB, 1023.0 MiB/s");
+        assert_eq!(remaining, "512.0 GiB remaining, 59 min 59 s left");
+        let before = 2 + NAME_AND_BAR_CHARS + 2 + " 100 %  ".len();
+        assert!(before + done.chars().count() <= 80, "{done}");
+        assert!(NAME_CHARS_MAX + 4 + remaining.chars().count() <= 80, "{remaining}");
+        let done = Transfer { done_bytes: 5, total_bytes: 5, ..Transfer::default() };
+        assert_eq!(sentence(&done), "5 B of 5 B");
+    }
 }

@@ -13,6 +13,10 @@ pub(crate) struct Meter {
     pub(crate) full_pages: AtomicU64,
     pub(crate) ram_payload_bytes: AtomicU64,
     pub(crate) ram_packed_bytes: AtomicU64,
+    pub(crate) difference_payload_bytes: AtomicU64,
+    pub(crate) difference_packed_bytes: AtomicU64,
+    pub(crate) full_payload_bytes: AtomicU64,
+    pub(crate) full_packed_bytes: AtomicU64,
     pub(crate) stream_bytes: AtomicU64,
     pub(crate) disk_payload_bytes: AtomicU64,
     pub(crate) disk_packed_bytes: AtomicU64,
@@ -27,6 +31,19 @@ pub(crate) fn add(counter: &AtomicU64, amount: u64) {
 }
 
 impl Meter {
+    /// Counts a frame of pages: its payload, that of its differences and that of
+    /// its full pages, and what all of it became on the wire. Packing mixes the
+    /// kinds; each is given its share of it.
+    pub(crate) fn pages_sent(&self, payload: u64, (differences, full): (u64, u64), packed: u64) {
+        let share = |bytes: u64| packed * bytes / payload.max(1);
+        add(&self.ram_payload_bytes, payload);
+        add(&self.ram_packed_bytes, packed);
+        add(&self.difference_payload_bytes, differences);
+        add(&self.difference_packed_bytes, share(differences));
+        add(&self.full_payload_bytes, full);
+        add(&self.full_packed_bytes, share(full));
+    }
+
     /// The counters at this moment.
     pub(crate) fn moved(&self) -> Moved {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -37,6 +54,10 @@ impl Meter {
             full_pages: read(&self.full_pages),
             ram_payload_bytes: read(&self.ram_payload_bytes),
             ram_packed_bytes: read(&self.ram_packed_bytes),
+            difference_payload_bytes: read(&self.difference_payload_bytes),
+            difference_packed_bytes: read(&self.difference_packed_bytes),
+            full_payload_bytes: read(&self.full_payload_bytes),
+            full_packed_bytes: read(&self.full_packed_bytes),
             stream_bytes: read(&self.stream_bytes),
             disk_payload_bytes: read(&self.disk_payload_bytes),
             disk_packed_bytes: read(&self.disk_packed_bytes),

@@ -34,7 +34,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::id::{Epoch, HostName, MigrationId, SwitchName, VmName};
+use crate::id::{Epoch, HostName, MigrationId, OperatorName, SwitchName, VmName};
 use crate::migration::{Problem, Role};
 use crate::vm::VmDefinition;
 
@@ -128,7 +128,7 @@ pub enum Power {
     MovingOut,
     /// On its way from another host
     MovingIn,
-    /// A hand-over waits for the other host; both copies are stopped
+    /// A hand-over waits for the other host, which may run the VM; this copy is stopped
     InDoubt,
     /// An operator gave the VM to another host; this old copy is never started
     GivenUp,
@@ -260,7 +260,8 @@ pub struct Switch {
 pub struct PairedHost {
     /// Its name
     pub name: HostName,
-    /// Where its agent answers, `ADDRESS:PORT`; missing when it was the one that called
+    /// Where its agent answers, `ADDRESS:PORT`; of one that called, where it called
+    /// from, with the port it told
     pub address: String,
     /// Its certificate's fingerprint
     pub fingerprint: String,
@@ -290,7 +291,7 @@ pub struct PairRequest {
 #[serde(deny_unknown_fields)]
 pub struct OperatorRequest {
     /// Name for the operator
-    pub name: HostName,
+    pub name: OperatorName,
     /// The operator's certificate, PEM
     pub certificate_pem: String,
 }
@@ -299,7 +300,7 @@ pub struct OperatorRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Operator {
     /// Name of the operator
-    pub name: HostName,
+    pub name: OperatorName,
     /// The certificate's fingerprint
     pub fingerprint: String,
 }

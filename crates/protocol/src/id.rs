@@ -98,6 +98,10 @@ name_type!(
     HostName, "host", NAME_BYTES_MAX
 );
 name_type!(
+    /// Name by which a host knows an operator.
+    OperatorName, "operator", NAME_BYTES_MAX
+);
+name_type!(
     /// Name of a disk within its VM.
     DiskId, "disk", DISK_ID_BYTES_MAX
 );
@@ -173,5 +177,7 @@ mod tests {
             assert!(serde_json::from_value::<VmName>(bad.into()).is_err(), "{bad:?}");
         }
         assert!("thirteenbytes".parse::<SwitchName>().is_err());
+        let told = "a b".parse::<OperatorName>().unwrap_err().to_string();
+        assert!(told.starts_with("operator name"), "{told}");
     }
 }

@@ -57,8 +57,8 @@ pub enum Outcome {
     Moved,
     /// The VM is at the source, as before
     Stayed,
-    /// The commit may have happened and the other host does not answer; both
-    /// copies are stopped until it does
+    /// The commit may have happened and the other host does not answer: the copy
+    /// here is stopped, and the other host may run the VM
     InDoubt,
 }
 
@@ -216,10 +216,22 @@ pub struct Moved {
     pub difference_pages: u64,
     /// Pages sent whole
     pub full_pages: u64,
-    /// Bytes of difference and full pages before compression
+    /// Bytes of all pages that were sent, their heads included, before compression
     pub ram_payload_bytes: u64,
     /// The same after compression
     pub ram_packed_bytes: u64,
+    /// Those of differences alone before compression, their heads included
+    #[serde(default)]
+    pub difference_payload_bytes: u64,
+    /// The same after compression, which packs all kinds together: their share
+    #[serde(default)]
+    pub difference_packed_bytes: u64,
+    /// Those of full pages alone before compression, their heads included
+    #[serde(default)]
+    pub full_payload_bytes: u64,
+    /// The same after compression, likewise
+    #[serde(default)]
+    pub full_packed_bytes: u64,
     /// Bytes of device state and other parts of QEMU's stream
     pub stream_bytes: u64,
     /// Disk bytes before compression, without holes
@@ -277,13 +289,13 @@ pub struct LinkLoss {
 /// The parts of a switchover, in milliseconds by the source agent's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Downtime {
-    /// vCPUs stopped until all mirrors had ended
+    /// vCPUs stopped, at the time that QEMU gives to it, until all mirrors had ended
     pub stop_ms: f64,
-    /// The last pages
+    /// The last pages, until the source's QEMU was done
     pub final_round_ms: f64,
-    /// Device state, until the destination's QEMU had loaded it
+    /// Until the destination had everything, loaded, equal, flushed and durable
     pub device_state_ms: f64,
-    /// Digests, flushes and durable records up to the commit point
+    /// The source's durable record, which is the commit point
     pub commit_ms: f64,
     /// From the commit point until the destination said that it runs
     pub resume_ms: f64,
@@ -302,7 +314,8 @@ pub struct Summary {
     pub phase_ms: BTreeMap<Phase, u64>,
     /// What moved, by kind
     pub moved: Moved,
-    /// vCPUs stopped until running, in parts; missing when the guest never stopped
+    /// vCPUs stopped until running, in parts; only of a move that succeeded, and
+    /// missing if its guest did not run or an agent was restarted meanwhile
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<Downtime>,
     /// Pre-copy rounds

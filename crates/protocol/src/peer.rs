@@ -8,7 +8,7 @@
 //! | 2 | `POST /peer/v1/migrations` | [`Offer`] | [`OfferAnswer`]; no problems: place is made |
 //! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}/{offset}` | a part of kernel, initial RAM disk or UEFI's variables | [`FileReceived`]; may be repeated |
 //! | 4 | `POST /peer/v1/migrations/{id}/receive` | [`Receive`] | [`Receiving`]; channels may connect |
-//! | 5 | `POST /peer/v1/migrations/{id}/verify` | | [`Digests`], only with full verification |
+//! | 5 | `POST /peer/v1/migrations/{id}/verify` | [`VerifyRequest`] | [`Digests`], only with full verification |
 //! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationWord`] |
 //! | 7 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`DestinationWord`]; may be repeated |
 //! | 8 | `POST /peer/v1/migrations/{id}/retired` | [`Retired`] | [`DestinationWord`]; may be repeated |

@@ -51,10 +51,10 @@ pub struct VmDefinition {
     /// Number of virtual CPUs
     #[serde(default = "one")]
     pub vcpus: u32,
-    /// QEMU machine type; a bare "q35" is replaced by its versioned name at creation
+    /// QEMU machine type with a version; "q35" and "pc" become the newest one at creation
     #[serde(default = "default_machine")]
     pub machine: String,
-    /// QEMU CPU model
+    /// QEMU CPU model; `,+feature` and `,-feature` may follow
     #[serde(default = "default_cpu")]
     pub cpu: String,
     /// What the guest starts from
@@ -118,7 +118,7 @@ pub enum Firmware {
 pub struct Disk {
     /// Name of the disk within the VM
     pub id: DiskId,
-    /// Image file or block device; default `DISKS/ID.FORMAT`
+    /// Image file; default `DISKS/ID.FORMAT`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub path: Option<PathBuf>,

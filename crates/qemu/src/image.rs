@@ -3,13 +3,13 @@
 //! **Invariants.** The format is always said, never guessed from the content: a
 //! guest that writes a qcow2 header into its raw disk must not make the host
 //! open what that header names. An image may come from a stranger: the tool runs
-//! with limits, and its answers are read up to a limit. Paths begin at the root,
+//! with limits, as QEMU's user where the agent is root, and its answers are read
+//! up to a limit. Paths begin at the root,
 //! because QEMU takes `nbd:host:port` for another kind of name.
 
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -17,6 +17,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+
+use crate::process::{self, User};
 
 /// Most address space that the tool may take, in bytes.
 const ADDRESS_SPACE_BYTES_MAX: u64 = 2 << 30;
@@ -60,6 +62,15 @@ pub struct ImageFacts {
     pub backing: Option<String>,
 }
 
+/// The image tool.
+#[derive(Debug, Clone)]
+pub struct ImageTool {
+    /// The program
+    pub program: PathBuf,
+    /// As whom it runs; `None` as the agent does
+    pub user: Option<User>,
+}
+
 /// Why the image tool gave no result.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -76,6 +87,12 @@ pub enum ImageError {
     #[error("{words}")]
     Refused {
         /// Its own words
+        words: String,
+    },
+    /// The image lies where the tool's user may not go.
+    #[error("QEMU's user may not open it: {words}")]
+    Closed {
+        /// The tool's own words
         words: String,
     },
     /// The path does not begin at the root.
@@ -123,8 +140,8 @@ fn check_path(path: &Path) -> Result<(), ImageError> {
     if path.is_absolute() { Ok(()) } else { Err(ImageError::Relative { path: path.to_owned() }) }
 }
 
-fn limited(tool: &Path) -> Command {
-    let mut command = Command::new(tool);
+fn limited(tool: &ImageTool) -> Command {
+    let mut command = Command::new(&tool.program);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -140,11 +157,12 @@ fn limited(tool: &Path) -> Command {
     };
     // SAFETY: between fork and exec only system calls are made.
     unsafe { command.pre_exec(limits) };
+    process::run_as(&mut command, tool.user.as_ref());
     command
 }
 
-async fn run(tool: &Path, command: &mut Command) -> Result<Vec<u8>, ImageError> {
-    let at = |source| ImageError::Start { tool: tool.to_owned(), source };
+async fn run(tool: &ImageTool, command: &mut Command) -> Result<Vec<u8>, ImageError> {
+    let at = |source| ImageError::Start { tool: tool.program.clone(), source };
     let mut child = command.spawn().map_err(at)?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let work = async {
@@ -174,8 +192,12 @@ async fn read_limited(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result
 
 fn refused(words: &[u8]) -> ImageError {
     let words = String::from_utf8_lossy(words);
-    let words = words.trim().trim_start_matches("qemu-img: ").chars().take(500).collect();
-    ImageError::Refused { words }
+    let words: String = words.trim().trim_start_matches("qemu-img: ").chars().take(500).collect();
+    if words.ends_with("Permission denied") {
+        ImageError::Closed { words }
+    } else {
+        ImageError::Refused { words }
+    }
 }
 
 /// Makes an empty image.
@@ -183,7 +205,7 @@ fn refused(words: &[u8]) -> ImageError {
 /// # Errors
 /// [`ImageError`].
 pub async fn image_create(
-    tool: &Path,
+    tool: &ImageTool,
     path: &Path,
     format: ImageFormat,
     size_bytes: u64,
@@ -202,7 +224,7 @@ pub async fn image_create(
 /// # Errors
 /// [`ImageError`].
 pub async fn image_facts(
-    tool: &Path,
+    tool: &ImageTool,
     path: &Path,
     format: ImageFormat,
 ) -> Result<ImageFacts, ImageError> {
@@ -256,18 +278,18 @@ impl Drop for Content {
 /// # Errors
 /// [`ImageError`].
 pub fn read_content(
-    tool: &Path,
+    tool: &ImageTool,
     path: &Path,
     format: ImageFormat,
     range: Range<u64>,
 ) -> Result<Content, ImageError> {
     check_path(path)?;
-    let at = |source| ImageError::Start { tool: tool.to_owned(), source };
+    let at = |source| ImageError::Start { tool: tool.program.clone(), source };
     let memory = rustix::fs::memfd_create("limosa-content", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(|error| at(error.into()))?;
     let mut memory = File::from(memory);
     let (mut sink, stdout) = tokio::io::duplex(CONTENT_QUEUE_BYTES);
-    let (tool, path) = (tool.to_owned(), path.to_owned());
+    let (tool, path) = (tool.clone(), path.to_owned());
     let reader = tokio::spawn(async move {
         let facts = image_facts(&tool, &path, format).await.map_err(std::io::Error::other)?;
         let mut status = ExitStatus::default();
@@ -301,7 +323,7 @@ pub fn read_content(
 /// A window over the image in QEMU's own words: the tool's `dd` counts `count`
 /// from the start of the image up to 10.0, and not from `skip`.
 async fn copy_step(
-    tool: &Path,
+    tool: &ImageTool,
     (path, format): (&Path, ImageFormat),
     (offset, size): (u64, u64),
     memory: &File,
@@ -318,8 +340,9 @@ async fn copy_step(
     limited(tool)
         .args(["convert", "-U", "-O", "raw"])
         .arg(format!("json:{window}"))
-        .arg(format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()))
-        .stdout(Stdio::null())
+        // By its own descriptor: the agent's are closed to another user.
+        .arg("/proc/self/fd/1")
+        .stdout(memory.try_clone()?)
         .stderr(Stdio::null())
         .status()
         .await

@@ -22,6 +22,11 @@ pub const CONSOLE_SOCKET: &str = "console.sock";
 const NIC_SLOT_FIRST: usize = 2;
 const DISK_SLOT_FIRST: usize = 10;
 
+/// What QEMU is kept from: old system calls, more rights, other programs, and
+/// taking more of the host than it is given.
+pub(crate) const SANDBOX: &str =
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
 /// Block nodes of UEFI's two flash chips.
 const UEFI_CODE_NODE: &str = "uefi-code";
 const UEFI_VARIABLES_NODE: &str = "uefi-variables";
@@ -185,10 +190,7 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
         line.0.push(flag.into());
     }
     line.pair("-display", "none");
-    line.pair(
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    );
+    line.pair("-sandbox", SANDBOX);
     let flash = match spec.boot.uefi {
         Some(_) => format!(",pflash0={UEFI_CODE_NODE},pflash1={UEFI_VARIABLES_NODE}"),
         None => String::new(),

@@ -10,7 +10,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::accelerator::Accelerator;
-use crate::process;
+use crate::launch::SANDBOX;
+use crate::process::{self, User};
 use crate::qmp::{Qmp, QmpError, part};
 
 /// Longest a probed QEMU may take to answer.
@@ -38,7 +39,7 @@ impl fmt::Display for Version {
 pub struct QemuFacts {
     /// Its version
     pub version: Version,
-    /// Versioned machine types
+    /// Machine types with a version in their name
     machines: BTreeSet<String>,
     /// Short names, and the types for which they stand
     aliases: BTreeMap<String, String>,
@@ -89,18 +90,26 @@ struct Cpu {
 /// the thread that started it, so that none is left behind by an agent that was
 /// killed meanwhile.
 ///
+/// - `user`: as whom it runs, the same as its VMs: what it can do depends on that.
+///
 /// # Errors
 /// [`ProbeError`].
-pub async fn probe(binary: &Path, accelerator: Accelerator) -> Result<QemuFacts, ProbeError> {
+pub async fn probe(
+    binary: &Path,
+    accelerator: Accelerator,
+    user: Option<&User>,
+) -> Result<QemuFacts, ProbeError> {
     let mut command = tokio::process::Command::new(binary);
     command
         .args(["-S", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"])
         // Over its own standard streams: no file that somebody else could make.
-        .args(["-accel", &accelerator.to_string(), "-qmp", "stdio"])
+        .args(["-accel", &accelerator.to_string(), "-qmp", "stdio", "-sandbox", SANDBOX])
+        .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .kill_on_drop(true);
+    process::run_as(&mut command, user);
     process::end_with_parent(&mut command);
     let mut child = command
         .spawn()
@@ -152,11 +161,56 @@ async fn ask(qmp: Qmp) -> Result<QemuFacts, QmpError> {
             .iter()
             .filter_map(|machine| Some((machine.alias.clone()?, machine.name.clone())))
             .collect(),
-        machines: machines.into_iter().map(|machine| machine.name).collect(),
+        machines: machines
+            .into_iter()
+            .map(|machine| machine.name)
+            .filter(|name| has_version(name))
+            .collect(),
         lacking: cpus.into_iter().map(|cpu| (cpu.name, cpu.unavailable_features)).collect(),
         features,
         commands: commands.into_iter().map(|command| command.name).collect(),
     })
+}
+
+/// Whether a machine type is the same in every QEMU that has it, as `pc-q35-7.2`
+/// is; what `microvm` or `isapc` is changes with each of them.
+fn has_version(machine: &str) -> bool {
+    let last = machine.rsplit_once('-').map_or("", |(_, last)| last);
+    last.contains('.') && last.ends_with(|c: char| c.is_ascii_digit())
+}
+
+/// A CPU as a definition names it: `MODEL,+feature,-feature,feature=on`.
+struct CpuWish<'a> {
+    model: &'a str,
+    /// Features by name, and whether the guest shall have them
+    switched: BTreeMap<String, bool>,
+}
+
+impl<'a> CpuWish<'a> {
+    fn read(cpu: &'a str) -> Self {
+        let mut parts = cpu.split(',');
+        let model = parts.next().unwrap_or_default();
+        let (mut named, mut signed) = (BTreeMap::new(), BTreeMap::new());
+        for part in parts {
+            let name = |text: &str| text.replace('_', "-");
+            if let Some(feature) = part.strip_prefix('+') {
+                signed.insert(name(feature), true);
+            } else if let Some(feature) = part.strip_prefix('-') {
+                signed.insert(name(feature), false);
+            } else {
+                let (feature, value) = part.split_once('=').unwrap_or((part, "on"));
+                named.insert(name(feature), matches!(value, "on" | "yes" | "true" | "y"));
+            }
+        }
+        // QEMU takes those with a sign last, wherever they stand.
+        named.extend(signed);
+        Self { model, switched: named }
+    }
+
+    /// Whether a feature is switched off, whatever the model says.
+    fn is_off(&self, feature: &str) -> bool {
+        self.switched.get(&feature.replace('_', "-")) == Some(&false)
+    }
 }
 
 impl QemuFacts {
@@ -179,19 +233,74 @@ impl QemuFacts {
         self.machines.iter().map(String::as_str)
     }
 
-    /// Features of a CPU model that this host does not have; `None` when QEMU
-    /// does not know the model.
+    /// Features of a CPU's model that this host does not have and the guest would;
+    /// `None` when QEMU does not know the model.
     #[must_use]
-    pub fn lacking_features(&self, cpu: &str) -> Option<&[String]> {
-        let model = cpu.split(',').next().unwrap_or_default();
-        self.lacking.get(model).map(Vec::as_slice)
+    pub fn lacking_features(&self, cpu: &str) -> Option<Vec<String>> {
+        let wish = CpuWish::read(cpu);
+        let lacking = self.lacking.get(wish.model)?.iter();
+        Some(lacking.filter(|feature| !wish.is_off(feature)).cloned().collect())
     }
 
-    /// Features that a guest sees whose CPU model follows the host; empty for
-    /// models that are the same everywhere.
+    /// Features that a guest sees only because this host has them: all, when its
+    /// CPU model follows the host, and those that are added to a model. QEMU
+    /// leaves out of the latter what the host lacks, and the guest runs without.
     #[must_use]
     pub fn cpu_features(&self, cpu: &str) -> Vec<String> {
-        let model = cpu.split(',').next().unwrap_or_default();
-        if matches!(model, "host" | "max") { self.features.clone() } else { Vec::new() }
+        let wish = CpuWish::read(cpu);
+        let follows_host = matches!(wish.model, "host" | "max");
+        let is_added = |feature: &str| wish.switched.get(&feature.replace('_', "-")) == Some(&true);
+        let seen = |feature: &&String| is_added(feature) || (follows_host && !wish.is_off(feature));
+        self.features.iter().filter(seen).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(features: &[&str], lacking: &[&str]) -> QemuFacts {
+        let texts = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect();
+        QemuFacts {
+            version: crate::quirk::VERSION_MIN,
+            machines: BTreeSet::new(),
+            aliases: BTreeMap::new(),
+            lacking: [("qemu64", vec![]), ("Haswell", texts(lacking)), ("max", vec![])]
+                .map(|(name, lacking)| (name.to_owned(), lacking))
+                .into(),
+            features: texts(features),
+            commands: BTreeSet::new(),
+        }
+    }
+
+    /// Goal: a feature that is added to a model counts where the host has it, one
+    /// that is switched off never does.
+    #[test]
+    fn features_that_are_switched_count() {
+        let new = facts(&["avx2", "sse4.1", "sse4-1", "sse4_1", "svm"], &[]);
+        let old = facts(&["svm"], &["avx2", "rtm"]);
+        for cpu in ["qemu64,+avx2", "qemu64,avx2", "qemu64,avx2=on,+x2apic"] {
+            assert_eq!(new.cpu_features(cpu), ["avx2"], "{cpu}");
+            assert_eq!(old.cpu_features(cpu), [""; 0], "{cpu}");
+        }
+        assert_eq!(new.cpu_features("qemu64,+sse4_1"), ["sse4-1", "sse4_1"]);
+        for cpu in ["qemu64", "qemu64,-avx2", "qemu64,avx2=off", "qemu64,+avx2,-avx2"] {
+            assert_eq!(new.cpu_features(cpu), [""; 0], "{cpu}");
+        }
+        assert_eq!(old.cpu_features("max"), ["svm"]);
+        assert_eq!(old.cpu_features("max,-svm"), [""; 0]);
+        assert_eq!(old.lacking_features("Haswell").unwrap(), ["avx2", "rtm"]);
+        assert_eq!(old.lacking_features("Haswell,-rtm").unwrap(), ["avx2"]);
+        assert_eq!(old.lacking_features("no-such-model,-rtm"), None);
+    }
+
+    #[test]
+    fn only_machine_types_with_a_version_stay_the_same() {
+        for name in ["pc-q35-7.2", "pc-i440fx-2.12", "pc-q35-4.0.1"] {
+            assert!(has_version(name), "{name}");
+        }
+        for name in ["microvm", "isapc", "none", "x-remote", "pc-q35"] {
+            assert!(!has_version(name), "{name}");
+        }
     }
 }

@@ -221,8 +221,16 @@ fn command(spec: &ProcessSpec) -> Result<tokio::process::Command, ProcessError> 
     Ok(command)
 }
 
+/// Has a helper program run as another user, who may do less than the agent.
+pub(crate) fn run_as(command: &mut tokio::process::Command, user: Option<&User>) {
+    let Some(user) = user.cloned() else { return };
+    // SAFETY: between fork and exec only system calls are made.
+    unsafe { command.pre_exec(move || become_user(&user)) };
+}
+
 /// Has a helper program killed when this process is, which cannot do it itself
-/// then. To be started by the main thread: it is that thread's end which counts.
+/// then. To be started by the main thread: it is that thread's end which counts. After
+/// [`run_as`], which would undo it.
 pub(crate) fn end_with_parent(command: &mut tokio::process::Command) {
     let signal = Some(Signal::KILL);
     let set = move || Ok(rustix::process::set_parent_process_death_signal(signal)?);
@@ -273,15 +281,17 @@ fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
         // SAFETY: as above; what stood at `to` is not used between fork and exec.
         check(unsafe { libc::dup2(*spare, to) })?;
     }
-    if let Some(user) = user {
-        // SAFETY: the pointer and the count are those of one slice.
-        check(unsafe { libc::setgroups(user.groups.len(), user.groups.as_ptr()) })?;
-        // SAFETY: plain system calls.
-        check(unsafe { libc::setgid(user.gid) })?;
-        // SAFETY: as above; last, because it gives the right to the others up.
-        check(unsafe { libc::setuid(user.uid) })?;
-    }
-    Ok(())
+    user.map_or(Ok(()), become_user)
+}
+
+/// In the child: the given user. The kernel forgets a signal for the parent's end.
+fn become_user(user: &User) -> io::Result<()> {
+    // SAFETY: the pointer and the count are those of one slice.
+    check(unsafe { libc::setgroups(user.groups.len(), user.groups.as_ptr()) })?;
+    // SAFETY: plain system calls.
+    check(unsafe { libc::setgid(user.gid) })?;
+    // SAFETY: as above; last, because it gives the right to the others up.
+    check(unsafe { libc::setuid(user.uid) }).map(drop)
 }
 
 /// Marks every descriptor past standard error to be closed at `exec`. Limosa opens

@@ -10,7 +10,7 @@ use limosa_protocol::api::{
     self, Failure as ApiFailure, Host, Invitation, Operator, OperatorRequest, PairRequest,
     PairedHost, Switch,
 };
-use limosa_protocol::id::HostName;
+use limosa_protocol::id::{HostName, OperatorName};
 use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -81,14 +81,14 @@ async fn invite(State(agent): Shared) -> Outcome<Json<Invitation>> {
 
 /// Pair with the host that shows the code
 #[utoipa::path(post, path = "/v1/hosts/pair", tag = "host", request_body = PairRequest,
-    responses((status = 200, body = PairedHost), (status = 403, body = ApiFailure), (status = 502, body = ApiFailure)))]
+    responses((status = 200, body = PairedHost), (status = 409, body = ApiFailure), (status = 502, body = ApiFailure)))]
 async fn pair(State(agent): Shared, Body(request): Body<PairRequest>) -> Outcome<Json<PairedHost>> {
     pairing::pair(&agent, &request).await.map(Json)
 }
 
-/// Trust a host no more
+/// Stop trusting a host
 #[utoipa::path(delete, path = "/v1/hosts/{name}", tag = "host", params(("name" = String, Path)),
-    responses((status = 200), (status = 404, body = ApiFailure)))]
+    responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn unpair(State(agent): Shared, Named(name): Named<HostName>) -> Outcome<Json<()>> {
     if let Some(migration) = agent.migrations.under_way_with(&name) {
         let (id, vm) = (migration.id, migration.vm);
@@ -157,7 +157,10 @@ async fn add_operator(
 /// Let an operator in no more
 #[utoipa::path(delete, path = "/v1/operators/{name}", tag = "host", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure)))]
-async fn remove_operator(State(agent): Shared, Named(name): Named<HostName>) -> Outcome<Json<()>> {
+async fn remove_operator(
+    State(agent): Shared,
+    Named(name): Named<OperatorName>,
+) -> Outcome<Json<()>> {
     if agent.store.get::<OperatorRecord>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!("no operator {name}")));
     }

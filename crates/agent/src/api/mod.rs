@@ -2,7 +2,8 @@
 //!
 //! `/v1/…` is for operators (local or by certificate), `/peer/v1/…` for paired
 //! hosts; see [`crate::listen`] for how a caller is known. The document is
-//! generated from the handlers, so it cannot say anything else than they do.
+//! generated from the handlers: their paths, types, and the failures of each;
+//! those that any request may end with are added to all of them here.
 
 mod host;
 mod migration;
@@ -22,7 +23,7 @@ use axum::routing::get;
 use axum::{Extension, Json, Router};
 use limosa_protocol::api::BODY_BYTES_MAX;
 use serde::de::DeserializeOwned;
-use utoipa::OpenApi;
+use utoipa::{OpenApi, openapi};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::agent::Agent;
@@ -46,14 +47,46 @@ fn operator_routes() -> OpenApiRouter<Arc<Agent>> {
 }
 
 /// The OpenAPI document.
-pub(crate) fn document() -> utoipa::openapi::OpenApi {
-    operator_routes().into_openapi()
+pub(crate) fn document() -> openapi::OpenApi {
+    with_failures_of_all(operator_routes().into_openapi())
+}
+
+/// Adds to each operation the failures that do not come from its handler: a
+/// request that is not understood, a caller who may not command, and what should
+/// have worked.
+fn with_failures_of_all(mut document: openapi::OpenApi) -> openapi::OpenApi {
+    let failure = |description: &str| {
+        let body = openapi::ContentBuilder::new()
+            .schema(Some(openapi::Ref::from_schema_name("Failure")))
+            .build();
+        openapi::ResponseBuilder::new()
+            .description(description)
+            .content("application/json", body)
+            .build()
+    };
+    for item in document.paths.paths.values_mut() {
+        let methods = [&mut item.get, &mut item.post, &mut item.put, &mut item.delete];
+        for operation in methods.into_iter().flatten() {
+            let takes_words = operation.parameters.is_some() || operation.request_body.is_some();
+            let responses = &mut operation.responses.responses;
+            let mut add = |status: &str, description: &str| {
+                let entry = responses.entry(status.to_owned());
+                entry.or_insert_with(|| failure(description).into());
+            };
+            if takes_words {
+                add("400", "The request itself is wrong");
+            }
+            add("403", "The caller may not do this");
+            add("500", "Something that should work did not");
+        }
+    }
+    document
 }
 
 /// All routes for known callers.
 pub(crate) fn router(agent: Arc<Agent>) -> Router {
     let (operators, document) = operator_routes().split_for_parts();
-    let document = Arc::new(document);
+    let document = Arc::new(with_failures_of_all(document));
     let operators = operators
         .route("/v1/openapi.json", get(move || async move { Json(document.as_ref().clone()) }))
         .layer(middleware::from_fn(operators_only));
@@ -148,6 +181,7 @@ mod tests {
             "/v1/vms/{name}/console",
             "/v1/vms/{name}/compare",
             "/v1/vms/{name}/move",
+            "/v1/vms/{name}/recover",
             "/v1/migrations",
             "/v1/migrations/{id}",
             "/v1/migrations/{id}/events",
@@ -162,6 +196,24 @@ mod tests {
             "/v1/operators/{name}",
         ] {
             assert!(document.paths.paths.contains_key(path), "{path}");
+        }
+    }
+
+    /// Goal: a failure that a handler answers with is one the document names.
+    #[test]
+    fn the_document_names_failures() {
+        let document = serde_json::to_value(document()).unwrap();
+        for (path, method, statuses) in [
+            ("/v1/host", "get", &["403", "500"][..]),
+            ("/v1/hosts/pair", "post", &["400", "403", "409", "500", "502"]),
+            ("/v1/hosts/{name}", "delete", &["400", "403", "404", "409", "500"]),
+            ("/v1/vms/{name}/console", "get", &["400", "403", "404", "409", "500"]),
+            ("/v1/vms/{name}/recover", "post", &["400", "403", "404", "409", "500"]),
+        ] {
+            let responses = document["paths"][path][method]["responses"].as_object().unwrap();
+            let failures: Vec<&str> =
+                responses.keys().map(String::as_str).filter(|status| *status >= "400").collect();
+            assert_eq!(failures, statuses, "{method} {path}");
         }
     }
 }

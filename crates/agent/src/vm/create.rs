@@ -2,12 +2,12 @@
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use limosa_protocol::id::Epoch;
 use limosa_protocol::vm::{Disk, DiskFormat, DiskKind, Firmware, VmDefinition};
-use limosa_qemu::image::{self, ImageFormat};
+use limosa_qemu::image::{self, ImageError, ImageFormat};
 use uuid::Uuid;
 
 use super::{DEFINITION_FILE, Vm, files, write_definition};
@@ -71,8 +71,9 @@ fn resolve_machine(agent: &Agent, wished: &str) -> Outcome<String> {
     let facts = &agent.qemu.facts;
     let resolved = facts.resolve_machine(wished).ok_or_else(|| {
         Failure::bad_request(format!(
-            "QEMU {} does not know the machine type {wished}: `{} -machine help` lists those it \
-             knows; {MACHINE_ALIAS} takes the newest",
+            "QEMU {} has no machine type {wished} with a version in its name, which is the same \
+             on every host: give one that `{} -machine help` lists, such as pc-q35-7.2; \
+             {MACHINE_ALIAS} takes the newest",
             facts.version,
             agent.qemu.binary.display()
         ))
@@ -190,16 +191,10 @@ async fn check_disk(agent: &Agent, disk: &Disk) -> Outcome<()> {
             }
         };
     }
-    let facts = image::image_facts(&agent.qemu.img, path, format_of(disk.format)).await.map_err(
-        |error| {
-            Failure::bad_request(format!(
-                "{} is not an image of format {}: {}",
-                path.display(),
-                disk.format.as_str(),
-                crate::failure::chain(&error)
-            ))
-        },
-    )?;
+    check_is_file(path, disk)?;
+    let facts = image::image_facts(&agent.qemu.img, path, format_of(disk.format))
+        .await
+        .map_err(|error| unusable_image(agent, disk, path, &error))?;
     if let Some(backing) = facts.backing {
         return Err(Failure::bad_request(format!(
             "{} stands on the image {backing}, which would not move with it: make it whole with \
@@ -210,6 +205,42 @@ async fn check_disk(agent: &Agent, disk: &Disk) -> Outcome<()> {
         )));
     }
     Ok(())
+}
+
+/// Whether an image is a file. A device would be given to QEMU's user for good,
+/// and could not move.
+fn check_is_file(path: &Path, disk: &Disk) -> Outcome<()> {
+    use std::os::unix::fs::FileTypeExt;
+    let shown = path.display();
+    let found = std::fs::metadata(path).or_fail(&format!("looking at {shown}"))?.file_type();
+    if found.is_file() {
+        return Ok(());
+    }
+    let mend = if found.is_block_device() {
+        format!(
+            "copy its content into one with `qemu-img convert -f raw -O {} {shown} NEW`",
+            disk.format.as_str()
+        )
+    } else {
+        "give the path of an image".to_owned()
+    };
+    Err(Failure::bad_request(format!(
+        "{shown} of disk {} is not a file but {}, and a VM has its disks in image files: {mend}",
+        disk.id,
+        if found.is_dir() { "a folder" } else { "a device of this host" }
+    )))
+}
+
+fn unusable_image(agent: &Agent, disk: &Disk, path: &Path, error: &ImageError) -> Failure {
+    let (shown, words) = (path.display(), crate::failure::chain(error));
+    Failure::bad_request(match error {
+        ImageError::Closed { .. } => format!(
+            "{shown}: {words}: give it the image with `chown {} {shown}`, and a way through its \
+             folders with `chmod a+x`",
+            agent.qemu.user.as_ref().map_or(0, |user| user.uid)
+        ),
+        _ => format!("{shown} is not an image of format {}: {words}", disk.format.as_str()),
+    })
 }
 
 /// A format in the words of the crate that knows QEMU.
@@ -263,7 +294,7 @@ async fn make_files(
 /// Makes an empty image for QEMU's user.
 pub(crate) async fn make_image(
     agent: &Agent,
-    path: &std::path::Path,
+    path: &Path,
     format: DiskFormat,
     size_bytes: u64,
     made: &mut Vec<PathBuf>,
@@ -276,12 +307,10 @@ pub(crate) async fn make_image(
     // Never into a file that is there: it would be another VM's.
     std::fs::File::create_new(path).or_fail(&doing)?;
     made.push(path.to_owned());
-    image::image_create(&agent.qemu.img, path, format_of(format), size_bytes)
-        .await
-        .or_fail(&doing)?;
     // What is in it is the guest's: nobody else of this host reads it.
     std::fs::set_permissions(path, Permissions::from_mode(0o600)).or_fail(&doing)?;
-    agent.give_to_qemu(path).or_fail(&doing)
+    agent.give_to_qemu(path).or_fail(&doing)?;
+    image::image_create(&agent.qemu.img, path, format_of(format), size_bytes).await.or_fail(&doing)
 }
 
 /// Deletes a VM that is off, with the files that lie in its own places. Its name

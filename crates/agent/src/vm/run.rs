@@ -65,11 +65,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
     let spawned = process::spawn(&ProcessSpec {
         binary: agent.qemu.binary.clone(),
         args: arguments,
-        user: agent.qemu.user.as_ref().map(|user| process::User {
-            uid: user.uid,
-            gid: user.gid,
-            groups: user.groups.clone(),
-        }),
+        user: agent.qemu.user.clone(),
         cgroup: group.clone(),
         stderr_log: configuration.join("qemu.log"),
         keep_fds: taps,

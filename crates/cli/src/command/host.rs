@@ -61,7 +61,7 @@ pub(super) async fn run(session: &Session, command: Host) -> Result<Exit> {
         Host::Unpair { host } => {
             client.delete(&format!("/v1/hosts/{host}")).await?;
             session.done(&format!(
-                "{host} is trusted no more; unpair this host there too, to end both sides"
+                "{host} is no longer trusted; unpair this host there too, to end both sides"
             ))
         }
     }
@@ -77,8 +77,7 @@ fn validity(invitation: &Invitation) -> String {
 }
 
 fn row(host: &PairedHost) -> Vec<String> {
-    let address = if host.address.is_empty() { "-" } else { &host.address };
-    vec![host.name.to_string(), address.to_owned(), host.fingerprint.clone()]
+    vec![host.name.to_string(), host.address.clone(), host.fingerprint.clone()]
 }
 
 fn about(host: &View) -> Result<()> {

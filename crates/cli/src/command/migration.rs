@@ -105,6 +105,18 @@ pub(super) enum CtrlC {
     Leaves,
 }
 
+/// Leaves a migration that goes on. Its result is where it stands; people have
+/// seen that, and are told how to look again.
+fn left(session: &Session, progress: Progress, view: Option<&View>, again: &str) -> Result<Exit> {
+    progress.end(false);
+    if session.json {
+        show::json(&view)?;
+    } else {
+        show::note(again);
+    }
+    Ok(Exit::Left)
+}
+
 /// Follows a migration to its end and shows its summary.
 pub(super) async fn watch(session: &Session, id: MigrationId, mut ctrl_c: CtrlC) -> Result<Exit> {
     let mut interrupts = signal(SignalKind::interrupt())?;
@@ -112,6 +124,7 @@ pub(super) async fn watch(session: &Session, id: MigrationId, mut ctrl_c: CtrlC)
     let mut progress = Progress::new(session.json);
     let mut cancelling = None;
     let mut in_trouble = false;
+    let mut last = None;
     let view = loop {
         tokio::select! {
             news = follower.next() => match news? {
@@ -121,6 +134,7 @@ pub(super) async fn watch(session: &Session, id: MigrationId, mut ctrl_c: CtrlC)
                     if view.outcome.is_some() {
                         break view;
                     }
+                    last = Some(view);
                 }
                 News::Trouble(error) if !in_trouble => {
                     in_trouble = true;
@@ -130,9 +144,8 @@ pub(super) async fn watch(session: &Session, id: MigrationId, mut ctrl_c: CtrlC)
             },
             _ = interrupts.recv() => match ctrl_c {
                 CtrlC::Leaves => {
-                    progress.end(false);
-                    show::note(&format!("\nIt goes on: `limosa migration watch {id}` looks again."));
-                    return Ok(Exit::Left);
+                    let again = format!("\nIt goes on: `limosa migration watch {id}` looks again.");
+                    return left(session, progress, last.as_deref(), &again);
                 }
                 CtrlC::Cancels => {
                     ctrl_c = CtrlC::Leaves;

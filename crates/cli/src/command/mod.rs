@@ -7,9 +7,11 @@ mod switch;
 mod vm;
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::CommandFactory;
+use clap_complete::Shell;
 use serde::Serialize;
 use serde_json::json;
 
@@ -59,19 +61,27 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Command::Switch(command) => switch::run(&session, command).await,
         Command::Operator(command) => operator::run(&session, command).await,
         Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
-            show::raw(&script)?;
-            Ok(Exit::Done)
+            let script = completions(shell)?;
+            let value = json!({ "shell": shell.to_string(), "script": script });
+            session.result(&value, |_| show::raw(script.as_bytes()))
         }
         Command::Man { folder } => {
-            std::fs::create_dir_all(&folder)
-                .with_context(|| format!("making {}", folder.display()))?;
-            clap_mangen::generate_to(Arguments::command(), &folder)
-                .with_context(|| format!("writing man pages into {}", folder.display()))?;
-            Ok(Exit::Done)
+            man_pages(&folder)?;
+            session.result(&json!({ "folder": folder }), |_| Ok(()))
         }
     }
+}
+
+fn completions(shell: Shell) -> Result<String> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
+    String::from_utf8(script).context("the completion script is no text")
+}
+
+fn man_pages(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    clap_mangen::generate_to(Arguments::command(), folder)
+        .with_context(|| format!("writing man pages into {}", folder.display()))
 }
 
 /// Whether there is somebody to ask.
@@ -88,4 +98,39 @@ pub(crate) fn ask(question: &str, option: &str) -> Result<String> {
     let mut reply = String::new();
     std::io::Read::take(std::io::stdin().lock(), REPLY_BYTES_MAX).read_line(&mut reply)?;
     Ok(reply.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum;
+
+    use super::*;
+
+    /// Goal: no command is missing in what is generated from the command line.
+    #[test]
+    fn every_command_has_a_man_page_and_is_completed() {
+        fn walk(command: &clap::Command, name: &str, pages: &mut Vec<String>) {
+            pages.push(format!("{name}.1"));
+            for below in command.get_subcommands() {
+                walk(below, &format!("{name}-{}", below.get_name()), pages);
+            }
+        }
+        let mut pages = Vec::new();
+        walk(&Arguments::command(), "limosa", &mut pages);
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("man1");
+        man_pages(&folder).unwrap();
+        for page in &pages {
+            let text = std::fs::read_to_string(folder.join(page)).unwrap();
+            assert!(text.contains(".SH SYNOPSIS"), "{page}");
+        }
+        assert!(pages.contains(&"limosa-vm-move.1".to_owned()), "{pages:?}");
+        for shell in Shell::value_variants() {
+            let script = completions(*shell).unwrap();
+            for page in &pages {
+                let (_, word) = page.trim_end_matches(".1").rsplit_once('-').unwrap_or(("", page));
+                assert!(script.contains(word.trim_end_matches(".1")), "{shell}: {page}");
+            }
+        }
+    }
 }

@@ -31,8 +31,8 @@ pub(super) async fn run(session: &Session, command: Operator) -> Result<Exit> {
             // A key handed over by mistake would be known to others for good.
             anyhow::ensure!(
                 !certificate_pem.contains("PRIVATE KEY"),
-                "{} holds a private key: give the certificate, which `limosa operator identity` \
-                 names; nothing was sent",
+                "{} holds a private key: give the certificate, whose path `limosa operator identity` \
+                 prints; nothing was sent",
                 certificate.display()
             );
             let request = OperatorRequest { name, certificate_pem };
@@ -47,7 +47,7 @@ pub(super) async fn run(session: &Session, command: Operator) -> Result<Exit> {
         }
         Operator::Remove { name } => {
             client.delete(&format!("/v1/operators/{name}")).await?;
-            session.done(&format!("{name} may command this host no more"))
+            session.done(&format!("{name} may no longer command this host"))
         }
         Operator::Identity => {
             let identity = known::identity()?;

@@ -135,7 +135,9 @@ fn unknown_names(host: &Host) -> Result<()> {
         let said = say(host, words)?.ended(FAILED).with_context(|| words.join(" "))?;
         ensure!(said.stdout.is_empty(), "a result of nothing: {said:?}");
         ensure!(said.stderr.contains(named), "{words:?} does not name it: {said:?}");
-        let failure = say(host, &[words, &["--json"]].concat())?.ended(FAILED)?.json()?;
+        let said = say(host, &[words, &["--json"]].concat())?.ended(FAILED)?;
+        let (failure, told) = (said.json()?, serde_json::from_str::<Value>(&said.stderr)?);
+        ensure!(told["error"].is_string(), "{words:?} with --json tells {told}");
         ensure!(
             failure["code"].is_string() && failure["message"].is_string(),
             "{words:?} with --json says {failure}"

@@ -70,6 +70,8 @@ pub(super) struct Sender {
     /// The stream of which pages come
     stream: u32,
     payload: Vec<u8>,
+    /// Bytes in `payload` of differences, and of full pages
+    kinds_bytes: (u64, u64),
 }
 
 impl Sender {
@@ -94,6 +96,7 @@ impl Sender {
             delivery,
             stream: 0,
             payload: Vec::new(),
+            kinds_bytes: (0, 0),
         }
     }
 
@@ -165,8 +168,8 @@ impl Sender {
         }
         let payload = std::mem::take(&mut self.payload);
         let packed_bytes = self.send(FrameKind::Pages, &payload)?;
-        add(&self.meter.ram_payload_bytes, payload.len() as u64);
-        add(&self.meter.ram_packed_bytes, packed_bytes);
+        let kinds_bytes = std::mem::take(&mut self.kinds_bytes);
+        self.meter.pages_sent(payload.len() as u64, kinds_bytes, packed_bytes);
         self.payload = payload;
         Ok(())
     }
@@ -200,9 +203,11 @@ impl Sender {
             head(PageForm::Difference, bytes).encode_into(&mut again);
             self.payload[head_at..head_at + PageHeader::BYTES].copy_from_slice(&again);
             add(&self.meter.difference_pages, 1);
+            self.kinds_bytes.0 += (self.payload.len() - head_at) as u64;
         } else {
             self.payload.extend_from_slice(content);
             add(&self.meter.full_pages, 1);
+            self.kinds_bytes.1 += (self.payload.len() - head_at) as u64;
         }
         self.versions.put(key, content);
     }

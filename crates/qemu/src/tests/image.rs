@@ -1,5 +1,7 @@
 //! Images, with the real tool.
 
+use std::os::unix::fs::MetadataExt;
+
 use tokio::io::AsyncReadExt;
 
 use super::*;
@@ -9,9 +11,12 @@ use crate::image::{ImageError, image_create, image_facts, read_content};
 async fn an_image_is_made_and_described() {
     let folder = folder();
     let tool = image_tool();
+    let user = nobody().map(|user| user.uid);
     for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
         let path = folder.path().join(format!("new, with a comma.{}", format.as_str()));
         image_create(&tool, &path, format, 3 << 20).await.expect("an image");
+        let owner = std::fs::metadata(&path).expect("an image").uid();
+        assert!(user.is_none_or(|user| user == owner), "made as {owner}");
         let facts = image_facts(&tool, &path, format).await.expect("facts");
         assert_eq!((facts.virtual_size, facts.backing), (3 << 20, None));
     }
@@ -24,7 +29,7 @@ async fn images_that_name_other_files_are_noticed() {
     let tool = image_tool();
     let make = |name: &str, options: &str| {
         let path = folder.path().join(name);
-        let made = Command::new(&tool)
+        let made = Command::new(&tool.program)
             .args(["create", "-q", "-f", "qcow2", "-u"])
             .args(options.split(' '))
             .arg(&path)
@@ -45,6 +50,14 @@ async fn images_that_name_other_files_are_noticed() {
     assert!(matches!(refused, Err(ImageError::DataFile { .. })), "{refused:?}");
     let relative = image_facts(&tool, Path::new("nbd:host:1"), ImageFormat::Raw).await;
     assert!(matches!(relative, Err(ImageError::Relative { .. })), "{relative:?}");
+    if tool.user.is_some() {
+        let closed = folder.path().join("closed");
+        std::fs::write(&closed, "a secret").expect("a file");
+        let mode = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(&closed, mode).expect("its permissions");
+        let refused = image_facts(&tool, &closed, ImageFormat::Raw).await;
+        assert!(matches!(refused, Err(ImageError::Closed { .. })), "{refused:?}");
+    }
     let absent = image_facts(&tool, Path::new("/no/such/image"), ImageFormat::Raw).await;
     assert!(matches!(absent, Err(ImageError::Refused { .. })), "{absent:?}");
 }
@@ -67,7 +80,7 @@ async fn content_is_what_the_guest_sees() {
             let mut bytes = Vec::new();
             content.stdout.take().expect("bytes").read_to_end(&mut bytes).await.expect("bytes");
             assert!(content.wait().await.expect("an end").success());
-            assert!(bytes == want, "{format:?} with {}", tool.display());
+            assert!(bytes == want, "{format:?} with {}", tool.program.display());
         }
         drop(qemu);
     }

@@ -20,13 +20,17 @@ async fn a_binary_says_what_it_can_do() {
         assert_eq!(facts.resolve_machine("pc-q35-99.0"), None);
         assert!(facts.machines().any(|machine| machine == "pc-q35-7.2"));
         assert_eq!(facts.missing_commands(), [""; 0]);
-        assert_eq!(facts.lacking_features("qemu64"), Some(&[][..]));
+        assert_eq!(facts.lacking_features("qemu64"), Some(Vec::new()));
         assert_eq!(facts.lacking_features("no-such-model"), None);
         assert!(facts.cpu_features("max").iter().any(|feature| feature == "sse2"));
         assert!(facts.cpu_features("qemu64").is_empty());
+        assert_eq!(facts.cpu_features("qemu64,+avx2"), ["avx2"]);
+        for name in ["microvm", "isapc", "none"] {
+            assert_eq!(facts.resolve_machine(name), None, "{name} has no version");
+        }
     }
 
-    let nothing = probe::probe(Path::new("/bin/true"), Accelerator::Tcg).await;
+    let nothing = probe::probe(Path::new("/bin/true"), Accelerator::Tcg, None).await;
     assert!(matches!(nothing, Err(probe::ProbeError::Qmp(_))), "{nothing:?}");
 }
 

@@ -18,7 +18,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::accelerator::Accelerator;
-use crate::image::ImageFormat;
+use crate::image::{ImageFormat, ImageTool};
 use crate::launch::{self, BootSpec, CacheMode, DiskSpec, LaunchSpec};
 use crate::probe::{self, QemuFacts};
 use crate::process::{self, ProcessSpec, QemuProcess, User};
@@ -35,8 +35,8 @@ fn qemu_binary() -> PathBuf {
     std::env::var_os("LIMOSA_TEST_QEMU").unwrap_or("qemu-system-x86_64".into()).into()
 }
 
-fn image_tool() -> PathBuf {
-    "qemu-img".into()
+fn image_tool() -> ImageTool {
+    ImageTool { program: "qemu-img".into(), user: nobody() }
 }
 
 /// QEMU 10, if the lab fetched it, with its tools in `root/usr/bin` beside it.
@@ -50,7 +50,7 @@ fn qemu_binaries() -> Vec<PathBuf> {
 }
 
 /// QEMU's image tools; the newer one finds its libraries through a script.
-fn image_tools(folder: &Path) -> Vec<PathBuf> {
+fn image_tools(folder: &Path) -> Vec<ImageTool> {
     let newer = newer_qemu().map(|qemu| {
         let root = qemu.with_file_name("root");
         let libraries = root.join("usr/lib/x86_64-linux-gnu");
@@ -64,13 +64,13 @@ fn image_tools(folder: &Path) -> Vec<PathBuf> {
         std::fs::write(&path, script).expect("a script");
         let all = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(&path, all).expect("its permissions");
-        path
+        ImageTool { program: path, user: nobody() }
     });
     std::iter::once(image_tool()).chain(newer).collect()
 }
 
 async fn facts(binary: &Path) -> QemuFacts {
-    probe::probe(binary, Accelerator::Tcg).await.unwrap_or_else(|error| {
+    probe::probe(binary, Accelerator::Tcg, nobody().as_ref()).await.unwrap_or_else(|error| {
         panic!("{} is needed (Debian: qemu-system-x86): {error:?}", binary.display())
     })
 }
