@@ -198,8 +198,8 @@ pub(crate) fn everything(
     all
 }
 
-/// The places that are the VM's alone: its configuration folder, what lies in it
-/// or in its usual folder, and what has its name. Any other one may be shared.
+/// The folders that are the VM's alone: its configuration and usual folder, its
+/// places in them, and places that have its name. Any other one may be shared.
 fn own_places(definition: &VmDefinition, usual: &Path) -> Vec<PathBuf> {
     let configuration = definition.places.configuration.as_deref();
     let is_own = |place: &&Path| {
@@ -207,8 +207,9 @@ fn own_places(definition: &VmDefinition, usual: &Path) -> Vec<PathBuf> {
             || place.starts_with(usual)
             || place.file_name().is_some_and(|last| last == definition.name.as_str())
     };
-    let places = definition.places.each().into_iter().filter_map(|(_, place)| place);
+    let places = definition.places.each().filter_map(|(_, place)| place);
     let mut own: Vec<_> = places.filter(is_own).map(Path::to_owned).collect();
+    own.push(usual.to_owned());
     // A folder sorts before what is in it.
     own.sort();
     own.dedup();
@@ -254,7 +255,8 @@ mod tests {
         )
         .unwrap();
         let own = own_places(&definition, Path::new("/var/lib/limosa/vms/web1"));
-        let expected = ["/fast/web1", "/srv/vms/one", "/srv/vms/one/checkpoints"];
+        let expected =
+            ["/fast/web1", "/srv/vms/one", "/srv/vms/one/checkpoints", "/var/lib/limosa/vms/web1"];
         assert_eq!(own, expected.map(PathBuf::from));
     }
 }

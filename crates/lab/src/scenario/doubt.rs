@@ -48,6 +48,13 @@ pub(super) const STORIES: &[Story] = &[
         run: forced_at_destination,
     },
     Story {
+        name: "delete-needs-the-last-word",
+        proves: "a VM whose source died before its last word is not deleted until the source has \
+                 said it",
+        plan: Plan::default,
+        run: is_deleted,
+    },
+    Story {
         name: "next-move-needs-the-last-word",
         proves: "a VM whose source died before its last word moves on to a third host only with \
                  the operator's word, and the source gives way when it comes back",
@@ -130,6 +137,29 @@ fn force(host: &Host, vm: &str) -> Result<()> {
     let answer = host.api("POST", &path, Some(&json!({"confirm": "other"})))?;
     ensure!(answer.status == 400, "a wrong name was answered {}", answer.status);
     host.limosa(&["vm", "recover", vm, "--force-owner", "--confirm", vm]).map(drop)
+}
+
+fn is_deleted(lab: &mut Lab) -> Result<()> {
+    let (scene, _) = moved_until(lab, "a", "send.commit.after", Action::Kill)?;
+    power_cut(lab, "a")?;
+    wait("the VM's run at b", || {
+        let found = steps::look(lab.host("b"), &scene.vm)?;
+        Ok(found.filter(|vm| vm.power == Power::Running))
+    })?;
+    let delete = ["vm", "delete", &scene.vm, "--yes"];
+    lab.host("b").limosa(&["vm", "stop", "--force", &scene.vm])?;
+    let refused = lab.host("b").try_limosa(&delete)?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains("a has not confirmed"), "said {said}");
+    start_agent(lab, "a")?;
+    wait("the delete at b", || {
+        Ok(lab.host("b").try_limosa(&delete)?.status.success().then_some(()))
+    })?;
+    for host in lab.hosts() {
+        ensure!(steps::look(host, &scene.vm)?.is_none(), "{} has it still", host.name());
+        host.assert_clean()?;
+    }
+    Ok(())
 }
 
 fn moves_on(lab: &mut Lab) -> Result<()> {

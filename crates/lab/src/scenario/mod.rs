@@ -7,6 +7,7 @@
 //! **Invariant.** A story never asserts how long something takes; it asserts
 //! what is there, what is gone and what a user noticed.
 
+mod apart;
 mod chaos;
 mod commands;
 mod compare;
@@ -58,6 +59,7 @@ pub(crate) struct Story {
 pub(crate) fn all() -> Vec<&'static Story> {
     [
         itself::STORIES,
+        apart::STORIES,
         strangers::STORIES,
         operator::STORIES,
         console::STORIES,
