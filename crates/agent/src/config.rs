@@ -228,6 +228,14 @@ fn is_ipv6_off(error: &std::io::Error) -> bool {
 mod tests {
     use super::*;
 
+    /// Goal: only a host without IPv6 is served on IPv4 alone; a port that is taken is told.
+    #[test]
+    fn only_without_ipv6_it_is_left_out() {
+        let is_off = |number| is_ipv6_off(&std::io::Error::from_raw_os_error(number));
+        assert!(is_off(libc::EAFNOSUPPORT) && is_off(libc::EADDRNOTAVAIL));
+        assert!(!is_off(libc::EADDRINUSE) && !is_off(libc::EACCES));
+    }
+
     #[test]
     fn a_wrong_file_is_refused_with_its_name() {
         let folder = tempfile::tempdir().unwrap();

@@ -94,11 +94,12 @@ impl Progress {
     pub(crate) fn end(self, clear: bool) {
         if let Self::Bars(bars) = self {
             bars.phase.finish_and_clear();
-            if clear {
-                bars.all.clear().ok();
-            }
             for bar in bars.disks.values().chain(bars.memory.iter().map(|(bar, _)| bar)) {
-                bar.abandon();
+                if clear {
+                    bar.finish_and_clear();
+                } else {
+                    bar.abandon();
+                }
             }
             if let Some((_, below)) = &bars.memory {
                 below.finish_and_clear();

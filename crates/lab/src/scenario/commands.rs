@@ -197,6 +197,12 @@ fn detached_and_cancelled(lab: &Lab, vm: &str) -> Result<String> {
     left.wait_until_it_tells()?;
     left.interrupt()?;
     left.said()?.ended(LEFT).context("a watch that was left")?;
+    let left = Beside::begin(host, "left-json", &["migration", "watch", &id, "--json"])?;
+    left.wait_until_it_tells()?;
+    left.interrupt()?;
+    let left = left.said()?.ended(LEFT).context("a watch with --json that was left")?;
+    ensure!(left.json()?["id"] == *id, "a watch that was left has no result: {left:?}");
+    assert_lines(&left, &id)?;
     let watch = Beside::begin(host, "watch", &["migration", "watch", &id])?;
     let watch_json = Beside::begin(host, "watch-json", &["migration", "watch", vm, "--json"])?;
     watch.wait_until_it_tells()?;
@@ -219,6 +225,10 @@ fn assert_ended(said: &Said, id: &str, outcome: &str) -> Result<()> {
     let end = said.json()?;
     ensure!(end["id"] == *id && end["outcome"] == outcome, "it ended as {end}");
     ensure!(end["summary"].is_object(), "it ended without a summary: {end}");
+    assert_lines(said, id)
+}
+
+fn assert_lines(said: &Said, id: &str) -> Result<()> {
     for line in said.stderr.lines() {
         let view: Value = serde_json::from_str(line).with_context(|| format!("no JSON: {line}"))?;
         ensure!(view["id"] == *id, "a line of another migration: {line}");
