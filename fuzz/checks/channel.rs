@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 
 use limosa_plane::{
-    ChannelIo, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES, PlaneEvent,
-    PlaneSettings, RamTarget,
+    ChannelIo, DestinationDisk, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES,
+    PlaneEvent, PlaneSettings, RamTarget,
 };
 
 const RAM_BYTES: u64 = 16 * PAGE_BYTES as u64;
@@ -96,7 +96,7 @@ pub(crate) fn check(bytes: &[u8]) {
         channels: vec![Peer::channel(bytes)],
         return_path: Peer::channel(&[]),
         ram: vec![RamTarget { name: "ram0".to_owned(), size_bytes: RAM_BYTES, memfd: memory }],
-        disks: vec![Box::new(disk)],
+        disks: vec![DestinationDisk { target: Box::new(disk), early: None }],
         qemu_incoming: Some(qemu_incoming),
         settings: PlaneSettings::default(),
         read_back: true,

@@ -40,6 +40,11 @@ pub(crate) fn disk_channel(disk: u16, offset_bytes: u64, channel_count: usize) -
     deal(offset_bytes / REGION_BYTES + u64::from(disk), channel_count)
 }
 
+/// Whether a range of a disk lies within one region, so that it has one channel.
+pub(crate) fn is_in_one_region(offset_bytes: u64, length_bytes: u64) -> bool {
+    offset_bytes % REGION_BYTES + length_bytes <= REGION_BYTES
+}
+
 fn deal(region: u64, channel_count: usize) -> usize {
     usize::try_from(region % channel_count as u64).unwrap_or(0)
 }
@@ -49,6 +54,12 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    #[test]
+    fn a_range_has_one_channel_or_is_cut() {
+        assert!(is_in_one_region(0, REGION_BYTES) && is_in_one_region(3 * REGION_BYTES - 1, 1));
+        assert!(!is_in_one_region(1, REGION_BYTES) && !is_in_one_region(REGION_BYTES - 1, 2));
+    }
 
     #[test]
     fn every_page_has_a_slot_of_its_own() {

@@ -22,7 +22,7 @@ pub(crate) mod files;
 pub(crate) mod power;
 pub(crate) mod run;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,7 +81,7 @@ pub(crate) struct Qemu {
     pub(crate) process: ProcessId,
     pub(crate) qmp: Qmp,
     pub(crate) accelerator: Accelerator,
-    pub(crate) cgroup: Option<std::path::PathBuf>,
+    pub(crate) cgroup: Option<PathBuf>,
 }
 
 impl Vm {
@@ -267,13 +267,15 @@ impl Inner {
 
 /// File of a VM's definition in its configuration folder.
 pub(crate) const DEFINITION_FILE: &str = "vm.toml";
+/// The same while it is written.
+const FRESH_DEFINITION_FILE: &str = ".vm.toml.new";
 
 /// Writes a definition to its configuration folder, whole or not at all.
 pub(crate) fn write_definition(definition: &VmDefinition, folder: &Path) -> Outcome<()> {
     let doing = format!("writing the definition of {}", definition.name);
     let text = toml::to_string_pretty(definition).or_fail(&doing)?;
     let path = folder.join(DEFINITION_FILE);
-    let fresh = folder.join(".vm.toml.new");
+    let fresh = folder.join(FRESH_DEFINITION_FILE);
     let write = || -> std::io::Result<()> {
         std::fs::write(&fresh, text)?;
         std::fs::File::open(&fresh)?.sync_all()?;
@@ -281,6 +283,11 @@ pub(crate) fn write_definition(definition: &VmDefinition, folder: &Path) -> Outc
         std::fs::File::open(folder)?.sync_all()
     };
     write().or_fail(&doing)
+}
+
+/// What [`write_definition`] may leave in a folder.
+pub(crate) fn definition_files(folder: &Path) -> [PathBuf; 2] {
+    [folder.join(DEFINITION_FILE), folder.join(FRESH_DEFINITION_FILE)]
 }
 
 /// Reads a definition from its configuration folder.

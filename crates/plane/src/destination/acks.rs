@@ -64,9 +64,20 @@ impl Board {
         self.lock().acks[channel].ram = barrier;
     }
 
-    /// Notes a barrier of the disks; told when its frame is applied.
+    /// Notes a barrier of the disks, which are durable by now; told at once, or
+    /// when its frame is applied.
     pub(super) fn passed_disks(&self, channel: usize, barrier: Barrier) {
-        self.lock().acks[channel].disk = barrier;
+        let mut written = self.lock();
+        written.acks[channel].disk = barrier;
+        written.is_urgent = true;
+        drop(written);
+        self.changed.notify_all();
+    }
+
+    /// Wakes the ack thread: the plane has ended, and somebody waits for its threads.
+    pub(super) fn wake(&self) {
+        self.lock().is_urgent = true;
+        self.changed.notify_all();
     }
 
     /// Everything, once there is something new to say, or after a while.
@@ -129,6 +140,9 @@ impl Board {
             }
             let is_due = last_write.is_none_or(|at| at.elapsed() >= keep_alive_every);
             let news = self.next(&said);
+            if halt.is_halted() {
+                return Ok(());
+            }
             if news.is_empty() && !is_due {
                 continue;
             }

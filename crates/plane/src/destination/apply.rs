@@ -3,7 +3,7 @@
 //! **Invariant.** A frame is applied whole or the plane ends: what counts as
 //! taken over is never half done.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use limosa_protocol::frame::{
     Barrier, DigestSubject, DigestsHeader, DiskHeader, FrameKind, PageForm, PageHeader, RamStart,
@@ -15,11 +15,9 @@ use crate::PAGE_BYTES;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::halt::{Place, PlaneError};
-use crate::route::{disk_channel, page_channel, page_slot, slot_count, slot_page};
-
-/// Disk bytes after which they are flushed, so that the last flush, which is
-/// blackout, is short.
-const FLUSH_EVERY_BYTES: u64 = 64 << 20;
+use crate::route::{
+    disk_channel, is_in_one_region, page_channel, page_slot, slot_count, slot_page,
+};
 
 /// What is done with frames.
 pub(super) struct Apply {
@@ -30,7 +28,6 @@ pub(super) struct Apply {
     /// The stream of QEMU of which pages come, from 1
     stream: u32,
     ram_passed: bool,
-    unflushed_bytes: u64,
 }
 
 impl Apply {
@@ -42,16 +39,10 @@ impl Apply {
         Self {
             index,
             digests: PageDigests::new(slots),
-            disks: DiskDigests::new(
-                shared
-                    .disks
-                    .iter()
-                    .map(|disk| disk.lock().unwrap_or_else(PoisonError::into_inner).size_bytes()),
-            ),
+            disks: DiskDigests::new(shared.disks.sizes_bytes()),
             shared,
             stream: 0,
             ram_passed: true,
-            unflushed_bytes: 0,
         }
     }
 
@@ -74,7 +65,10 @@ impl Apply {
                 self.disk(kind, payload)
             }
             FrameKind::RamBarrier => self.ram_barrier(number),
-            FrameKind::DiskBarrier => self.disk_barrier(number),
+            FrameKind::DiskBarrier => {
+                self.disk_barrier(number);
+                Ok(())
+            }
             FrameKind::Digests => self.compare(payload),
             FrameKind::Ack | FrameKind::Resume | FrameKind::KeepAlive => {
                 Err(self.bad("a frame of the return path on a channel"))
@@ -86,10 +80,6 @@ impl Apply {
     pub(super) fn after(&mut self, kind: FrameKind) -> Result<(), PlaneError> {
         match kind {
             FrameKind::RamBarrier => self.shared.pass_ram(self.index, self.stream),
-            FrameKind::DiskBarrier => {
-                self.shared.pass_disk(self.index);
-                Ok(())
-            }
             FrameKind::Release => self.shared.give_tail(),
             _ => Ok(()),
         }
@@ -215,35 +205,28 @@ impl Apply {
         let mut bytes = payload;
         let head =
             DiskHeader::decode(&mut bytes).map_err(|error| PlaneError::frame(self.index, error))?;
-        let target = self
-            .shared
-            .disks
-            .get(usize::from(head.disk))
-            .ok_or_else(|| self.bad("an operation on no disk"))?;
-        let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
-        let end = head.offset_bytes + head.length_bytes;
+        let disks = &self.shared.disks;
+        let mut target = disks.get(head.disk).ok_or_else(|| self.bad("an operation on no disk"))?;
+        let (offset, length) = (head.offset_bytes, head.length_bytes);
         let length_fits = match kind {
-            FrameKind::DiskWrite => bytes.len() as u64 == head.length_bytes,
+            FrameKind::DiskWrite => bytes.len() as u64 == length,
             _ => bytes.is_empty(),
         };
-        let ours =
-            disk_channel(head.disk, head.offset_bytes, self.shared.channel_count) == self.index;
-        if end > target.size_bytes() || !length_fits || !ours {
+        // Each region has one channel: no two of them write the same bytes.
+        let ours = is_in_one_region(offset, length)
+            && disk_channel(head.disk, offset, self.shared.channel_count) == self.index;
+        if offset + length > target.size_bytes() || !length_fits || !ours {
             return Err(self.bad("a disk operation out of its place"));
         }
-        let (offset, length) = (head.offset_bytes, head.length_bytes);
-        let applied = match kind {
-            FrameKind::DiskWrite => target.write(offset, bytes),
-            FrameKind::DiskZero => target.write_zeroes(offset, length, head.may_unmap),
-            _ => target.write_zeroes(offset, length, true),
-        };
-        let failed = |error| PlaneError::local(format!("writing disk {} here", head.disk), error);
-        applied.map_err(failed)?;
-        self.unflushed_bytes += bytes.len() as u64;
-        if self.unflushed_bytes >= FLUSH_EVERY_BYTES {
-            self.unflushed_bytes = 0;
-            target.flush().map_err(failed)?;
-        }
+        let applied =
+            disks.operate(head.disk, &mut target, bytes.len() as u64, |target| match kind {
+                FrameKind::DiskWrite => target.write(offset, bytes),
+                FrameKind::DiskZero => target.write_zeroes(offset, length, head.may_unmap),
+                _ => target.write_zeroes(offset, length, true),
+            });
+        applied.map_err(|error| {
+            PlaneError::local(format!("writing disk {} here", head.disk), error)
+        })?;
         drop(target);
         self.disks.add(head.disk, offset, kind as u8, payload);
         Ok(())
@@ -284,13 +267,9 @@ impl Apply {
         Err(PlaneError::Different { channel: self.index.to_string(), place })
     }
 
-    fn disk_barrier(&mut self, number: u64) -> Result<(), PlaneError> {
-        for target in &self.shared.disks {
-            let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
-            target.flush().map_err(|error| PlaneError::local("flushing a disk here", error))?;
-        }
+    /// Has all disks flushed; it is told once they are.
+    fn disk_barrier(&self, number: u64) {
         let barrier = Barrier { at: number, digest: self.disks.digest() };
-        self.shared.board.passed_disks(self.index, barrier);
-        Ok(())
+        self.shared.disks.barrier(&self.shared, self.index, barrier);
     }
 }

@@ -4,6 +4,7 @@
 //! channel 0 ═► receiver 0 ─┬─► memfd            ┐ page by page, each receiver
 //! channel n ═► receiver n ─┴─► disks            ┘ only those of its route
 //!              receiver 0 ───► QEMU's stream (the tail once it is released)
+//!              flush 0 … m ──► disks: durable, early and at barriers
 //!              ack thread ═══► return path: what is applied, digests
 //! ```
 //!
@@ -12,6 +13,7 @@
 
 mod acks;
 mod apply;
+mod disks;
 mod receiver;
 mod tail;
 
@@ -22,12 +24,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::channel::ChannelIo;
-use crate::disk::DiskTarget;
 use crate::halt::{self, Halt, PlaneError, PlaneEvent};
 use crate::link::Link;
 use crate::ram::Ram;
 use crate::settings::PlaneSettings;
 use acks::Board;
+pub use disks::DestinationDisk;
+use disks::Disks;
 use tail::{Tail, TailError};
 
 /// How often a wait for the other channels looks whether the plane has ended.
@@ -52,7 +55,7 @@ pub struct DestinationSpec {
     /// RAM, if the VM runs
     pub ram: Vec<RamTarget>,
     /// Disks, by number
-    pub disks: Vec<Box<dyn DiskTarget + Send>>,
+    pub disks: Vec<DestinationDisk>,
     /// The destination QEMU's stream, if the VM runs
     pub qemu_incoming: Option<UnixStream>,
     /// Settings
@@ -76,7 +79,7 @@ pub struct DestinationPlane {
 struct Shared {
     channel_count: usize,
     ram: Vec<Ram>,
-    disks: Vec<Mutex<Box<dyn DiskTarget + Send>>>,
+    disks: Disks,
     board: Board,
     tail: Mutex<Tail>,
     progress: Mutex<Progress>,
@@ -121,10 +124,12 @@ impl DestinationPlane {
             }));
         }
         let channel_count = spec.channels.len();
+        let (targets, early): (Vec<_>, Vec<_>) =
+            spec.disks.into_iter().map(|disk| (disk.target, disk.early)).unzip();
         let shared = Arc::new(Shared {
             channel_count,
             ram,
-            disks: spec.disks.into_iter().map(Mutex::new).collect(),
+            disks: Disks::new(targets, channel_count),
             board: Board::new(channel_count),
             tail: Mutex::new(Tail::new(spec.qemu_incoming)),
             progress: Mutex::new(Progress {
@@ -137,6 +142,13 @@ impl DestinationPlane {
             read_back: spec.read_back,
             halt: Arc::clone(&halt),
         });
+        let woken = Arc::downgrade(&shared);
+        halt.on_halt(Box::new(move || {
+            if let Some(shared) = woken.upgrade() {
+                shared.board.wake();
+                shared.disks.wake();
+            }
+        }));
         let link = Link::new(&halt, spec.channels, spec.return_path);
         let failed = |error| PlaneError::local("starting a thread", error);
         let mut threads = Vec::new();
@@ -144,6 +156,11 @@ impl DestinationPlane {
             let receiver = receiver::Receiver::new(index, Arc::clone(&link), Arc::clone(&shared))?;
             let thread = halt::spawn(format!("receive-{index}"), &halt, move || receiver.run());
             threads.push(thread.map_err(failed)?);
+        }
+        for (disk, early) in early.into_iter().enumerate() {
+            let own = Arc::clone(&shared);
+            let flush = move || own.disks.flush_when_due(&own, disk, early);
+            threads.push(halt::spawn(format!("flush-{disk}"), &halt, flush).map_err(failed)?);
         }
         let (own, told) = (Arc::clone(&link), Arc::clone(&shared));
         let keep_alive_every = spec.settings.keep_alive_every;
@@ -255,10 +272,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Notes that a channel passed another disk barrier.
-    fn pass_disk(&self, channel: usize) {
+    /// Notes that a channel passed so many more disk barriers.
+    fn pass_disks(&self, channel: usize, count: u32) {
         let mut progress = self.lock_progress();
-        progress.disk_passed[channel] += 1;
+        progress.disk_passed[channel] += count;
         let passed = progress.disk_passed[channel];
         if progress.disk_passed.iter().all(|other| *other == passed) {
             drop(progress);

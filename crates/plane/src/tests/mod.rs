@@ -21,8 +21,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::{
-    ChannelIo, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES, PlaneEvent,
-    PlaneSettings, RamBlockSpec, RamTarget, RawTarget, SourceDisk, SourcePlane, SourceSpec,
+    ChannelIo, DestinationDisk, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES,
+    PlaneEvent, PlaneSettings, RamBlockSpec, RamTarget, RawTarget, SourceDisk, SourcePlane,
+    SourceSpec,
 };
 
 const CHANNEL_COUNT: usize = 3;
@@ -217,7 +218,7 @@ impl Both {
                 size_bytes: RAM_BYTES,
                 memfd: memory.try_clone().unwrap(),
             }],
-            disks: vec![Box::new(noted_disk)],
+            disks: vec![DestinationDisk { target: Box::new(noted_disk), early: None }],
             qemu_incoming: Some(qemu_incoming),
             settings,
             read_back: true,

@@ -10,6 +10,7 @@
 //! goes to a QEMU that stands; only [`super::handover`] lets it run.
 
 mod channels;
+mod place;
 mod receive;
 mod take_over;
 pub(crate) mod verify;
@@ -25,6 +26,7 @@ use limosa_protocol::vm::VmDefinition;
 use tokio::sync::{Mutex, mpsc};
 
 pub(crate) use channels::{Set, accept_channel};
+pub(crate) use place::free;
 pub(crate) use receive::end_plane;
 pub(crate) use take_over::{let_run, stands};
 
@@ -36,7 +38,7 @@ use super::job::Job;
 use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
 use crate::store::{MigrationRecord, VmRecord};
-use crate::vm::{Qemu, Vm, cgroup, files, run};
+use crate::vm::{Qemu, Vm, files};
 
 /// What one migration receives at its destination.
 pub(crate) struct Incoming {
@@ -61,8 +63,18 @@ struct Inner {
     /// What the plane is made of, until it is.
     parts: Option<receive::Parts>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
+    arrived: Arrived,
     /// Everything is here; with RAM that was read again, its digests.
     settled: Option<Settled>,
+}
+
+/// What the plane said has come; kept, for who asks may be cut off and ask again.
+#[derive(Default)]
+struct Arrived {
+    ram: bool,
+    disks: bool,
+    /// Of RAM that was read again, by part; from the plane's end on
+    ram_digests: Option<Vec<u128>>,
 }
 
 /// Everything is here, loaded and flushed.
@@ -142,7 +154,7 @@ impl Incoming {
             retain_source_disks: false,
             view: job.view(),
             definition: Some(definition.clone()),
-            made: what_could_be_made(&definition),
+            made: place::what_could_be_made(&definition).await?,
             run: None,
             addresses: Vec::new(),
             has_run: false,
@@ -193,26 +205,6 @@ impl Incoming {
         });
     }
 
-    /// Makes folders and images. What could be made is recorded by now: a crash
-    /// in between finds what to remove.
-    async fn make_place(&self) -> Outcome<()> {
-        let mut made = Vec::new();
-        files::make_places(&self.definition.places, &mut made)?;
-        for (disk, facts) in self.definition.disks.iter().zip(&self.offer.disks) {
-            let image = files::image(disk)?;
-            crate::vm::create::make_image(
-                &self.agent,
-                image,
-                disk.format,
-                facts.virtual_bytes,
-                &mut made,
-            )
-            .await?;
-        }
-        self.inner.lock().await.made.clone_from(&made);
-        self.hand.note(|record| record.made = made).await
-    }
-
     /// Takes a part of a small file that moves beside the disks. A part that is
     /// here already, whose answer was lost, changes nothing.
     pub(crate) async fn take_file(
@@ -255,58 +247,4 @@ impl Incoming {
     fn enter(&self, phase: Phase) {
         self.job.enter(phase);
     }
-}
-
-/// Everything that a place for a VM may add to this host and that is not there
-/// yet, parents first.
-fn what_could_be_made(definition: &VmDefinition) -> Vec<PathBuf> {
-    let mut expected = Vec::new();
-    for (_, place) in definition.places.each() {
-        expected.extend(place.map(std::path::Path::to_owned));
-    }
-    expected.extend(definition.disks.iter().filter_map(|disk| disk.path.clone()));
-    not_there_yet(&expected)
-}
-
-/// Ends an incoming QEMU and removes what was made for it. Says what stayed.
-pub(crate) async fn free(
-    agent: &Agent,
-    definition: &VmDefinition,
-    qemu: Option<&Qemu>,
-    made: &[PathBuf],
-) -> Vec<String> {
-    if let Some(qemu) = qemu
-        && let Err(failure) = run::end(qemu).await
-    {
-        return vec![failure.to_string()];
-    }
-    cgroup::remove_of(definition);
-    let mut left = Vec::new();
-    let runtime = agent.runtime_folder(&definition.name);
-    if runtime.exists()
-        && let Err(error) = std::fs::remove_dir_all(&runtime)
-    {
-        left.push(format!("{}: {error}", runtime.display()));
-    }
-    let mut all = made.to_vec();
-    if let Some(folder) = &definition.places.configuration {
-        all.push(folder.join("qemu.log"));
-        all.push(folder.join("vm.toml"));
-    }
-    left.extend(files::remove_made(&all));
-    left
-}
-
-/// Paths and their parents that do not exist, parents first.
-fn not_there_yet(paths: &[PathBuf]) -> Vec<PathBuf> {
-    let mut missing = std::collections::BTreeSet::new();
-    for path in paths {
-        let mut at = Some(path.as_path());
-        while let Some(path) = at.filter(|path| !path.exists()) {
-            missing.insert(path.to_owned());
-            at = path.parent();
-        }
-    }
-    // A parent sorts before what is in it.
-    missing.into_iter().collect()
 }

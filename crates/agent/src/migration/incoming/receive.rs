@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use limosa_plane::nbd::client::NbdClient;
 use limosa_plane::{
-    DestinationPlane, DestinationSpec, DiskTarget, Place, PlaneError, PlaneEvent, RamTarget,
+    DestinationDisk, DestinationPlane, DestinationSpec, Place, PlaneError, PlaneEvent, RamTarget,
 };
 use limosa_protocol::migration::{Phase, Verify};
 use limosa_protocol::peer::{self, FileReceived, Receive};
@@ -30,7 +30,7 @@ const EVENT_COUNT_MAX: usize = 64;
 /// What the plane needs besides its channels.
 pub(super) struct Parts {
     ram: Vec<RamTarget>,
-    disks: Vec<Box<dyn DiskTarget + Send>>,
+    disks: Vec<DestinationDisk>,
     qemu_incoming: Option<std::os::unix::net::UnixStream>,
 }
 
@@ -113,7 +113,7 @@ impl Incoming {
         let runtime = agent.runtime_folder(&self.definition.name);
         let nbd = runtime.join("nbd.sock");
         block::start_nbd_server(&qemu.qmp, &nbd).await.or_fail(doing)?;
-        let mut disks: Vec<Box<dyn DiskTarget + Send>> = Vec::new();
+        let mut disks = Vec::new();
         let own = self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
         for (disk, facts) in own.zip(&self.offer.disks) {
             let id = disk.id.as_str();
@@ -128,7 +128,8 @@ impl Incoming {
                     facts.virtual_bytes
                 )));
             }
-            disks.push(Box::new(client));
+            let early = NbdClient::connect(&nbd, id).or_fail(doing)?;
+            disks.push(DestinationDisk { target: Box::new(client), early: Some(Box::new(early)) });
         }
         let mut ram = Vec::new();
         let mut qemu_incoming = None;
@@ -252,6 +253,9 @@ pub(super) async fn append(
     file.write_all(part).await.or_fail(&doing)?;
     if received_bytes == size_bytes {
         file.sync_all().await.or_fail(&doing)?;
+        let folder = path.parent().unwrap_or(path).to_owned();
+        let synced = tokio::task::spawn_blocking(move || super::place::sync_folder(&folder)).await;
+        synced.or_fail(&doing)?.or_fail(&doing)?;
     }
     Ok(FileReceived { received_bytes })
 }

@@ -11,7 +11,7 @@ use limosa_qemu::{block, power, process};
 use super::receive::close_plane;
 use super::{Incoming, Inner, Settled, verify};
 use crate::failure::{Failure, OrFail, Outcome, chain};
-use crate::vm::{Qemu, run, write_definition};
+use crate::vm::{Qemu, run};
 
 /// How often QEMU is asked whether it has loaded everything; an event would
 /// come as fast, and can be lost.
@@ -66,9 +66,7 @@ impl Incoming {
     async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Outcome<()> {
         self.settle(inner).await?;
         self.vm.addresses.take(&request.addresses, &self.definition.nics);
-        let configuration =
-            crate::vm::files::place(&self.definition.places.configuration, "configuration")?;
-        write_definition(&self.definition, configuration)
+        Ok(())
     }
 
     /// Waits until all has arrived, is loaded, and the disks are flushed and
@@ -80,15 +78,21 @@ impl Incoming {
         wait_received(inner, self.offer.running).await?;
         let qemu =
             inner.qemu.clone().ok_or_else(|| Failure::internal("there is no QEMU to load"))?;
-        if self.offer.running {
-            wait_loaded(&qemu).await?;
-        }
         self.connections.end();
-        let mut ram_digests = None;
-        if let Some(plane) = self.hand.take_plane() {
-            ram_digests = plane.ram_digests();
-            close_plane(plane).await?;
+        let plane = self.hand.take_plane();
+        if let Some(plane) = &plane {
+            inner.arrived.ram_digests = plane.ram_digests();
         }
+        // QEMU has its whole stream: the plane ends while it is loaded.
+        tokio::try_join!(
+            async {
+                match plane {
+                    Some(plane) => close_plane(plane).await,
+                    None => Ok(()),
+                }
+            },
+            async { if self.offer.running { wait_loaded(&qemu).await } else { Ok(()) } },
+        )?;
         let doing = "closing the destination's disks to the source";
         block::stop_nbd_server(&qemu.qmp).await.or_fail(doing)?;
         if !self.offer.running {
@@ -97,6 +101,7 @@ impl Incoming {
             inner.qemu = None;
             self.hand.forget_reader().await;
         }
+        let ram_digests = inner.arrived.ram_digests.take();
         Ok(inner.settled.insert(Settled { ram_digests }).clone())
     }
 }
@@ -122,16 +127,14 @@ pub(crate) async fn let_run(qemu: &Qemu) -> Outcome<()> {
 }
 
 async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
-    let events = inner
-        .events
+    let Inner { arrived, events, .. } = inner;
+    let events = events
         .as_mut()
         .ok_or_else(|| Failure::conflict("nothing was received for this migration yet"))?;
-    let mut ram = !with_ram;
-    let mut disks = false;
-    while !(ram && disks) {
+    while !(arrived.disks && (arrived.ram || !with_ram)) {
         match events.recv().await {
-            Some(PlaneEvent::RamDelivered) => ram = true,
-            Some(PlaneEvent::DisksEqual(_)) => disks = true,
+            Some(PlaneEvent::RamDelivered) => arrived.ram = true,
+            Some(PlaneEvent::DisksEqual(_)) => arrived.disks = true,
             // Told to sources, or to others here.
             Some(PlaneEvent::Different(_) | PlaneEvent::LinkLost(_) | PlaneEvent::LinkBack) => {}
             Some(PlaneEvent::Failed(error)) => {

@@ -1,0 +1,262 @@
+//! The disks, and what makes them durable: most of it while they are mirrored,
+//! the rest at a barrier.
+//!
+//! ```text
+//! receivers ─► target ─► unflushed ─► early flush, on a way of its own, now and then
+//!     └─ barrier ─► target's flush, all disks at the same time ─► board: it is passed
+//! ```
+//!
+//! Each disk has a thread that flushes it. A receiver that brings a barrier goes on
+//! at once: the last pages do not queue behind a disk.
+//!
+//! **Invariants.** A barrier is told only when each disk was flushed after it came,
+//! on the way on which its operations went, or had none since such a flush. An
+//! early flush promises nothing; but one that fails ends the plane, for a host may
+//! tell only once of what it could not write.
+
+use std::io;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use limosa_protocol::frame::Barrier;
+
+use super::Shared;
+use crate::disk::DiskTarget;
+use crate::halt::PlaneError;
+
+/// Unflushed bytes of a disk at which it is flushed early, so that the last
+/// flush, which is blackout, is short.
+const EARLY_BYTES: u64 = 64 << 20;
+/// Longest time for which a disk stays unflushed, for the same reason.
+const EARLY_AFTER: Duration = Duration::from_secs(1);
+/// Unflushed bytes of a disk at which its writers wait for a flush: a disk that
+/// is slower than the network is not to fill the host's memory.
+const UNFLUSHED_BYTES_MAX: u64 = 256 << 20;
+
+/// A disk to be filled.
+pub struct DestinationDisk {
+    /// Where its operations go
+    pub target: Box<dyn DiskTarget + Send>,
+    /// Another way to the same disk, on which it is flushed while operations go
+    /// on; without one that is left to the barriers
+    pub early: Option<Box<dyn DiskTarget + Send>>,
+}
+
+/// All disks of a plane, by number.
+pub(super) struct Disks {
+    targets: Vec<Mutex<Target>>,
+    due: Mutex<Due>,
+    changed: Condvar,
+}
+
+pub(super) struct Target {
+    target: Box<dyn DiskTarget + Send>,
+    /// Not known to be durable as it stands; at first, neither is an empty image
+    is_dirty: bool,
+}
+
+/// What is to be flushed.
+struct Due {
+    /// Barriers that came, over all channels
+    barrier_count: u64,
+    /// By channel: the last barrier that is not told yet
+    waiting: Vec<Option<Waiting>>,
+    disks: Vec<Unflushed>,
+}
+
+#[derive(Clone, Copy)]
+struct Waiting {
+    /// Which one of all that came
+    at: u64,
+    barrier: Barrier,
+    /// Barriers of the channel that are told with it: it and those it overtook
+    count: u32,
+}
+
+#[derive(Default)]
+struct Unflushed {
+    /// Barriers that the disk has passed
+    passed: u64,
+    /// Bytes written since the last flush began
+    bytes: u64,
+    since: Option<Instant>,
+}
+
+/// What a disk's thread does next.
+enum Work {
+    Early,
+    Barrier(u64),
+}
+
+impl Unflushed {
+    fn is_due(&self) -> bool {
+        self.bytes >= EARLY_BYTES || self.since.is_some_and(|since| since.elapsed() >= EARLY_AFTER)
+    }
+
+    fn begin_flush(&mut self) {
+        self.bytes = 0;
+        self.since = None;
+    }
+}
+
+impl Disks {
+    pub(super) fn new(targets: Vec<Box<dyn DiskTarget + Send>>, channel_count: usize) -> Self {
+        Self {
+            due: Mutex::new(Due {
+                barrier_count: 0,
+                waiting: vec![None; channel_count],
+                disks: targets.iter().map(|_| Unflushed::default()).collect(),
+            }),
+            targets: targets
+                .into_iter()
+                .map(|target| Mutex::new(Target { target, is_dirty: true }))
+                .collect(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Bytes of each disk.
+    pub(super) fn sizes_bytes(&self) -> impl Iterator<Item = u64> {
+        self.targets.iter().map(|target| lock(target).target.size_bytes())
+    }
+
+    /// A disk, for one operation.
+    pub(super) fn get(&self, disk: u16) -> Option<MutexGuard<'_, Target>> {
+        self.targets.get(usize::from(disk)).map(lock)
+    }
+
+    /// Does an operation on a disk that writes so many bytes.
+    pub(super) fn operate(
+        &self,
+        disk: u16,
+        target: &mut Target,
+        bytes: u64,
+        work: impl FnOnce(&mut dyn DiskTarget) -> io::Result<()>,
+    ) -> io::Result<()> {
+        target.is_dirty = true;
+        work(&mut *target.target)?;
+        let mut due = lock(&self.due);
+        let unflushed = &mut due.disks[usize::from(disk)];
+        // Its thread waits for the first operation, then for time or bytes.
+        let is_first = unflushed.since.is_none();
+        let was_below = unflushed.bytes < EARLY_BYTES;
+        unflushed.bytes += bytes;
+        unflushed.since.get_or_insert_with(Instant::now);
+        let wakes = is_first || (was_below && unflushed.bytes >= EARLY_BYTES);
+        let is_too_much = unflushed.bytes >= UNFLUSHED_BYTES_MAX;
+        if is_too_much {
+            unflushed.begin_flush();
+        }
+        drop(due);
+        if is_too_much {
+            return target.flush();
+        }
+        if wakes {
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Wakes the threads: the plane has ended.
+    pub(super) fn wake(&self) {
+        drop(lock(&self.due));
+        self.changed.notify_all();
+    }
+
+    /// A channel brought a barrier; it is told once all disks are durable.
+    pub(super) fn barrier(&self, shared: &Shared, channel: usize, barrier: Barrier) {
+        let mut due = lock(&self.due);
+        due.barrier_count += 1;
+        let overtaken = due.waiting[channel].map_or(0, |waiting| waiting.count);
+        due.waiting[channel] =
+            Some(Waiting { at: due.barrier_count, barrier, count: overtaken + 1 });
+        due.tell(shared);
+        drop(due);
+        self.changed.notify_all();
+    }
+
+    /// Flushes a disk whenever that is due, until the plane ends.
+    pub(super) fn flush_when_due(
+        &self,
+        shared: &Shared,
+        disk: usize,
+        mut early: Option<Box<dyn DiskTarget + Send>>,
+    ) -> Result<(), PlaneError> {
+        let failed = |error| PlaneError::local(format!("flushing disk {disk} here"), error);
+        while let Some(work) = self.next(shared, disk, early.is_some()) {
+            match (work, &mut early) {
+                (Work::Early, Some(early)) => early.flush().map_err(failed)?,
+                (Work::Early, None) => {}
+                (Work::Barrier(count), _) => {
+                    lock(&self.targets[disk]).flush().map_err(failed)?;
+                    let mut due = lock(&self.due);
+                    due.disks[disk].passed = count;
+                    due.tell(shared);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for work; `None` when the plane has ended.
+    fn next(&self, shared: &Shared, disk: usize, may_be_early: bool) -> Option<Work> {
+        let mut due = lock(&self.due);
+        loop {
+            if shared.halt.is_halted() {
+                return None;
+            }
+            let count = due.barrier_count;
+            let unflushed = &mut due.disks[disk];
+            if unflushed.passed < count {
+                unflushed.begin_flush();
+                return Some(Work::Barrier(count));
+            }
+            if may_be_early && unflushed.is_due() {
+                unflushed.begin_flush();
+                return Some(Work::Early);
+            }
+            let patience = unflushed.since.filter(|_| may_be_early);
+            due = match patience.map(|since| EARLY_AFTER.saturating_sub(since.elapsed())) {
+                Some(patience) => {
+                    let waited = self.changed.wait_timeout(due, patience);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.changed.wait(due).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+impl Due {
+    /// Tells of the barriers that all disks have passed. Under the lock: of two
+    /// barriers of a channel, the later one is told last.
+    fn tell(&mut self, shared: &Shared) {
+        let passed = self.disks.iter().map(|disk| disk.passed).min();
+        let passed = passed.unwrap_or(self.barrier_count);
+        for (channel, waiting) in self.waiting.iter_mut().enumerate() {
+            if let Some(Waiting { barrier, count, .. }) = waiting.take_if(|one| one.at <= passed) {
+                shared.board.passed_disks(channel, barrier);
+                shared.pass_disks(channel, count);
+            }
+        }
+    }
+}
+
+impl Target {
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.target.size_bytes()
+    }
+
+    /// Returns when it is durable as it stands.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.is_dirty {
+            self.target.flush()?;
+            self.is_dirty = false;
+        }
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
