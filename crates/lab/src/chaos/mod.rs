@@ -13,6 +13,7 @@
 mod dice;
 mod draw;
 mod judge;
+pub(crate) mod reboots;
 pub(crate) mod stage;
 mod tally;
 mod trial;
@@ -22,6 +23,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use limosa_protocol::api::Power;
 
 use crate::capture::Capture;
 use crate::exec;
@@ -32,6 +34,7 @@ use draw::{Begins, Draw};
 use judge::Copies;
 use stage::Stage;
 use tally::Tally;
+use trial::Seen;
 
 /// Runs after which the VM gets other disks.
 const SHAPE_EVERY: u64 = 25;
@@ -105,7 +108,8 @@ fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
         let from = stage.host(stage.at).name().to_owned();
         let started = Instant::now();
         match run_one(&mut stage, &drawn, tally) {
-            Ok(ending) => {
+            Ok(ended) => {
+                let ending = tally::ending(&ended.seen, ended.has_moved);
                 let took_s = started.elapsed().as_secs_f64();
                 let line = format!(
                     "run {next:>4}  {took_s:>5.1} s  from {from}, {drawn}: {ending} (seed {seed})"
@@ -144,8 +148,16 @@ pub(crate) fn story(lab: &mut Lab, series: u64, runs: u64) -> Result<()> {
     Ok(())
 }
 
-/// One run, from a VM at rest to a VM at rest. Says how it ended.
-fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<String> {
+/// How a run ended in which all held.
+struct Ended {
+    seen: Seen,
+    has_moved: bool,
+    /// The VM was off until it was started again
+    was_off: bool,
+}
+
+/// One run, from a VM at rest to a VM at rest.
+fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<Ended> {
     for host in stage.lab.hosts() {
         host.clear_logs()?;
     }
@@ -160,11 +172,11 @@ fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<Stri
     let capture = Capture::start(stage.lab.net(), steps::MAC)?;
     let from = stage.at;
     let seen = trial::run(stage, draw)?;
-    judge::judge(stage, draw, &seen, copies.as_ref(), capture)
+    let power = judge::judge(stage, draw, &seen, copies.as_ref(), capture)
         .with_context(|| format!("after it settled in {:.1} s", seen.settled_in.as_secs_f64()))?;
     let has_moved = stage.at != from;
     tally.passed(draw, &seen, has_moved);
-    Ok(tally::ending(&seen, has_moved))
+    Ok(Ended { seen, has_moved, was_off: power == Power::Off })
 }
 
 fn tell_failure(wish: &Wish, stage: &Stage<'_>, draw: &Draw, error: &anyhow::Error) -> Result<()> {
