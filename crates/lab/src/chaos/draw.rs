@@ -200,6 +200,11 @@ pub(super) fn shape_of(seed: u64) -> Shape {
     SHAPES[low_bits(seed, SHAPE_BITS)]
 }
 
+/// Kind of the main fault of a run.
+pub(super) fn deed_of(seed: u64) -> Deed {
+    DEEDS[low_bits(seed >> SHAPE_BITS, DEED_BITS)]
+}
+
 fn low_bits(seed: u64, bits: u32) -> usize {
     usize::try_from(seed & ((1 << bits) - 1)).unwrap_or(0)
 }
@@ -210,7 +215,7 @@ fn low_bits(seed: u64, bits: u32) -> usize {
 pub(super) fn draw(seed: u64, only: Option<&str>) -> Option<Draw> {
     let mut dice = Dice::new(seed);
     let shape = shape_of(seed);
-    let deed = DEEDS[low_bits(seed >> SHAPE_BITS, DEED_BITS)];
+    let deed = deed_of(seed);
     let begins = match dice.below(10) {
         0 => Begins::Off,
         1 => Begins::Paused,

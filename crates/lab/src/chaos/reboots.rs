@@ -44,7 +44,8 @@ use End::{DestinationOff, DestinationOn, SourceOff, SourceOn};
 struct Row(Side, &'static str, [End; 3]);
 
 const ROWS: [Row; 7] = [
-    Row(Side::Source, "offered", [SourceOff, SourceOn, SourceOff]),
+    // The destination was told of nothing yet: its restart is a link that comes back.
+    Row(Side::Source, "offered", [SourceOff, DestinationOn, SourceOff]),
     Row(Side::Destination, "preparing", [SourceOff, SourceOn, SourceOff]),
     Row(Side::Destination, "declined", [SourceOff, SourceOn, SourceOff]),
     Row(Side::Destination, "ready", [SourceOff, SourceOn, SourceOff]),
@@ -56,7 +57,7 @@ const ROWS: [Row; 7] = [
 /// All rows, one after the other, with one VM that goes on from where it is.
 pub(crate) fn story(lab: &mut Lab) -> Result<()> {
     let mut tally = Tally::default();
-    let mut stage = Stage::set(lab, shape_of(0))?;
+    let mut stage = Stage::set(lab, shape_of(0), 0)?;
     for Row(side, record, ends) in &ROWS {
         for (deed, end) in POWER_CUTS.into_iter().zip(ends) {
             let started = Instant::now();

@@ -131,6 +131,10 @@ impl Trial<'_, '_> {
             self.strike_if_reached()?;
             self.do_what_is_due()?;
             self.notice_deaths()?;
+            if asked.elapsed() > ASK_EVERY && self.fault().is_none() && !self.later.is_empty() {
+                asked = Instant::now();
+                self.notice_doubt();
+            }
             let is_quiet = self.later.is_empty() && self.agents_answer();
             let since = *quiet_since.get_or_insert_with(Instant::now);
             if !is_quiet {
@@ -153,6 +157,15 @@ impl Trial<'_, '_> {
                 }
             }
             std::thread::sleep(TICK);
+        }
+    }
+
+    /// Asks those agents that answer while something is still broken: a doubt is gone
+    /// soon once nothing is.
+    fn notice_doubt(&mut self) {
+        for index in 0..2 {
+            let doubt = self.stage.look(index).ok().flatten().and_then(|vm| vm.doubt);
+            self.seen.was_in_doubt |= doubt.is_some();
         }
     }
 

@@ -5,8 +5,8 @@ use crate::chaos;
 
 /// Seed of the series.
 const SEED: u64 = 20;
-/// Runs: each kind of fault has its turn more than once.
-const RUN_COUNT: u64 = 24;
+/// Runs: each kind of fault has its turn three times, and more if it does not strike.
+const RUN_COUNT: u64 = 48;
 
 pub(super) const STORIES: &[Story] = &[
     Story {
