@@ -24,7 +24,7 @@ use rustix::process::{Pid, Signal};
 use serde::de::DeserializeOwned;
 
 use crate::namespace::Namespace;
-use crate::record::Record;
+use crate::record::{self, Record};
 use crate::{api, exec, paths};
 
 /// Longest time for one `limosa` command, in seconds; a move may take long.
@@ -33,6 +33,10 @@ pub(crate) const LIMOSA_TIMEOUT_S: u32 = 600;
 const AGENT_START_TIMEOUT_MS: u64 = 20_000;
 /// Longest time for an agent to end by itself, in milliseconds.
 const AGENT_STOP_TIMEOUT_MS: u64 = 20_000;
+/// Longest time for a host's file system to be gone after its power, in milliseconds.
+const UNMOUNT_TIMEOUT_MS: u64 = 10_000;
+/// Image of a file system of a host's own, in the host's folder.
+const IMAGE: &str = "lib.ext4";
 /// Where the agent's socket appears in a host.
 const AGENT_SOCKET: &str = "limosad.sock";
 
@@ -54,6 +58,8 @@ pub(crate) struct Host {
     name: String,
     namespace: Namespace,
     dir: PathBuf,
+    cgroup: Option<PathBuf>,
+    storage: Storage,
     holder: Pid,
     agent: Option<Child>,
 }
@@ -72,7 +78,7 @@ impl Host {
             std::fs::create_dir_all(place).with_context(|| format!("making {place}"))?;
         }
         if let Storage::Limited { mib } = storage {
-            let image = dir.join("lib.ext4");
+            let image = dir.join(IMAGE);
             File::create(&image)?.set_len(u64::from(mib) << 20)?;
             exec::run("mkfs.ext4", &["-q", "-F", "-m", "0", &image.to_string_lossy()])?;
         }
@@ -84,7 +90,54 @@ impl Host {
         let holder = start_holder(namespace, &dir, name, cgroup.as_deref(), storage)
             .with_context(|| format!("starting host {name}"))?;
         std::fs::write(dir.join("holder"), holder.as_raw_nonzero().to_string())?;
-        Ok(Self { name: name.clone(), namespace: namespace.clone(), dir, holder, agent: None })
+        let (name, namespace) = (name.clone(), namespace.clone());
+        Ok(Self { name, namespace, dir, cgroup, storage, holder, agent: None })
+    }
+
+    /// Ends all that runs here, at once; nobody here says a last word if the host's
+    /// links are cut before.
+    pub(crate) fn power_off(&mut self) -> Result<()> {
+        self.namespace.empty()?;
+        // It is dead already: this reaps it.
+        self.kill_agent()
+    }
+
+    /// Comes up anew in the host's new network, without its agent. As after a boot,
+    /// `/run/limosa` is empty, and no control group is left. The disk has what was
+    /// written: the machine's own kernel goes on, so that what was not synced is
+    /// there as well.
+    pub(crate) fn boot(&mut self) -> Result<()> {
+        for entry in std::fs::read_dir(self.run_dir())?.flatten() {
+            let path = entry.path();
+            if entry.file_type()?.is_dir() {
+                std::fs::remove_dir_all(path)?;
+            } else {
+                std::fs::remove_file(path)?;
+            }
+        }
+        if let Some(cgroup) = &self.cgroup {
+            record::remove_cgroup(cgroup);
+            std::fs::create_dir_all(cgroup)?;
+        }
+        self.wait_until_unmounted()?;
+        let (cgroup, storage) = (self.cgroup.as_deref(), self.storage);
+        self.holder = start_holder(&self.namespace, &self.dir, &self.name, cgroup, storage)
+            .with_context(|| format!("booting host {}", self.name))?;
+        std::fs::write(self.dir.join("holder"), self.holder.as_raw_nonzero().to_string())?;
+        Ok(())
+    }
+
+    /// The file system of a host that is off goes a moment after its last process;
+    /// mounted twice, it would be damaged.
+    fn wait_until_unmounted(&self) -> Result<()> {
+        let Storage::Limited { .. } = self.storage else { return Ok(()) };
+        let image = self.dir.join(IMAGE).to_string_lossy().into_owned();
+        let deadline = Instant::now() + Duration::from_millis(UNMOUNT_TIMEOUT_MS);
+        while !exec::run("losetup", &["-j", &image])?.trim().is_empty() {
+            ensure!(Instant::now() < deadline, "{image} is still mounted");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// A host of a lab that another process has built.
@@ -94,7 +147,13 @@ impl Host {
         let written = std::fs::read_to_string(dir.join("holder")).context("host has no holder")?;
         let holder = Pid::from_raw(written.trim().parse()?).context("bad holder")?;
         ensure!(namespace.pids().contains(&holder), "the holder of host {name} is gone");
-        Ok(Self { name: name.clone(), namespace: namespace.clone(), dir, holder, agent: None })
+        let cgroup = record.cgroups.first().map(|parent| parent.join(name));
+        let image = std::fs::metadata(dir.join(IMAGE)).ok();
+        let storage = image.map_or(Storage::Folder, |image| Storage::Limited {
+            mib: u32::try_from(image.len() >> 20).unwrap_or(u32::MAX),
+        });
+        let (name, namespace) = (name.clone(), namespace.clone());
+        Ok(Self { name, namespace, dir, cgroup, storage, holder, agent: None })
     }
 
     /// Its short name, also its host name.

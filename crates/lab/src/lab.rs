@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::host::{Host, Storage};
 use crate::namespace::Namespace;
-use crate::net::Net;
+use crate::net::{Cut, Net};
 use crate::record::{self, Record};
 use crate::{paths, signals};
 
@@ -107,6 +107,28 @@ impl Lab {
     /// All hosts, to start and stop their agents.
     pub(crate) fn hosts_mut(&mut self) -> &mut [Host] {
         &mut self.hosts
+    }
+
+    /// Cuts the power of hosts at once, by number, and boots them: first their links
+    /// fall silent, so that nobody hears them die; then all of their processes go,
+    /// and their networks with TAPs, bridges and sockets. Agents are not started, and
+    /// migration links stay cut: see [`Net::restore`], [`Net::set_speed`].
+    pub(crate) fn power_cycle(&mut self, indexes: &[usize]) -> Result<()> {
+        let net = &self.record.net;
+        for index in indexes {
+            for link in 0..net.link_count {
+                // At the switch: the other hosts' own cables stay in.
+                net.cut(link, &net.hosts[*index].0, Cut::Cable)?;
+            }
+        }
+        for index in indexes {
+            self.hosts[*index].power_off()?;
+        }
+        for index in indexes {
+            net.renew(*index)?;
+            self.hosts[*index].boot()?;
+        }
+        Ok(())
     }
 
     /// Its networks.

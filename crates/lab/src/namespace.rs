@@ -115,6 +115,15 @@ impl Namespace {
 
     /// Kills all processes in it and deletes it. Does nothing when it is gone.
     pub(crate) fn destroy(&self) -> Result<()> {
+        self.empty()?;
+        if self.exists() {
+            exec::run("ip", &["netns", "del", &self.name])?;
+        }
+        Ok(())
+    }
+
+    /// Kills all processes in it and waits for their end.
+    pub(crate) fn empty(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_millis(EMPTY_TIMEOUT_MS);
         loop {
             let pids = self.pids();
@@ -127,9 +136,6 @@ impl Namespace {
                 let _ = rustix::process::kill_process(pid, Signal::KILL);
             }
             std::thread::sleep(Duration::from_millis(10));
-        }
-        if self.exists() {
-            exec::run("ip", &["netns", "del", &self.name])?;
         }
         Ok(())
     }

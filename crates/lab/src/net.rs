@@ -127,8 +127,7 @@ impl Net {
             for link in 0..self.link_count {
                 let name = link_name(link);
                 self.plug(namespace, &name, &name, host)?;
-                let address = format!("{}/{PREFIX_V4_BITS}", host_v4(index, link)?);
-                namespace.ip(&["addr", "add", &address, "dev", &name])?;
+                self.address(index, link)?;
             }
         }
         Ok(())
@@ -174,6 +173,35 @@ impl Net {
         // Nothing to remove is the usual case.
         let _ = self.switch.tc(&["qdisc", "del", "dev", &port, "parent", "1:10"]);
         Ok(())
+    }
+
+    /// Takes a host's network away, which nobody uses any more, and makes it anew as
+    /// it is after a boot. Migration links keep their ports at the switch, as they
+    /// are, and lose their speed: see [`Net::set_speed`].
+    pub(crate) fn renew(&self, index: usize) -> Result<()> {
+        let (host, namespace) = &self.hosts[index];
+        let cables: Vec<_> =
+            ["lan0".to_owned()].into_iter().chain((0..self.link_count).map(link_name)).collect();
+        let switch = self.switch.name();
+        // Set aside, or the other ends would go with them, and captures with those.
+        for cable in &cables {
+            let aside = format!("{cable}-off-{host}");
+            namespace.ip(&["link", "set", "dev", cable, "netns", switch, "name", &aside])?;
+        }
+        namespace.destroy()?;
+        namespace.create()?;
+        for cable in &cables {
+            let aside = format!("{cable}-off-{host}");
+            let order = ["link", "set", "dev", &aside, "netns", namespace.name(), "name", cable];
+            self.switch.ip(&order)?;
+            namespace.ip(&["link", "set", cable, "up"])?;
+        }
+        (0..self.link_count).try_for_each(|link| self.address(index, link))
+    }
+
+    fn address(&self, index: usize, link: usize) -> Result<()> {
+        let address = format!("{}/{PREFIX_V4_BITS}", host_v4(index, link)?);
+        self.hosts[index].1.ip(&["addr", "add", &address, "dev", &link_name(link)]).map(drop)
     }
 
     /// Bytes that a host has received and sent on a migration link.

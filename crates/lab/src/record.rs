@@ -117,7 +117,7 @@ pub(crate) fn cgroup_root() -> Option<PathBuf> {
 }
 
 /// Removes a control group and the empty ones within it.
-fn remove_cgroup(cgroup: &Path) {
+pub(crate) fn remove_cgroup(cgroup: &Path) {
     let Ok(entries) = std::fs::read_dir(cgroup) else { return };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -9,6 +9,9 @@
 //! list adds the side at which a migration comes to it, though not in each one:
 //! `source.record.handed-over.after`.
 //!
+//! A folder with a file `trace` gets the name of each point that is passed, a line
+//! for each: so the list is held against what agents do.
+//!
 //! **Invariants.** One point is armed at a time; reaching it disarms it, because
 //! `armed` becomes `reached-POINT` by a rename. Nobody waits at a point longer than
 //! [`HOLD_MS_MAX`].
@@ -20,6 +23,8 @@ pub const ARMED_FILE: &str = "armed";
 /// Beginning of what the file becomes when its point is reached, before the
 /// point's name. Whoever holds there goes on once it is removed.
 pub const REACHED_PREFIX: &str = "reached-";
+/// File to which each point that is passed is added, when it is there.
+pub const TRACE_FILE: &str = "trace";
 /// Longest time that anybody holds at a point, in milliseconds.
 pub const HOLD_MS_MAX: u64 = 60_000;
 
@@ -109,6 +114,13 @@ impl Step {
     pub fn point(&self, edge: Edge) -> String {
         format!("{}.{}.{}", self.kind.as_str(), self.name, edge.as_str())
     }
+
+    /// Whether no move comes to it in which nothing else fails than its link, not
+    /// even one that is cancelled.
+    #[must_use]
+    pub fn needs_fault(&self) -> bool {
+        NEED_FAULT.contains(&(self.side, self.kind, self.name))
+    }
 }
 
 const fn steps<const N: usize>(side: Side, kind: Kind, names: [&'static str; N]) -> [Step; N] {
@@ -121,23 +133,32 @@ const fn steps<const N: usize>(side: Side, kind: Kind, names: [&'static str; N])
     all
 }
 
-const SOURCE_RECORDS: &[Step] =
-    &steps(Side::Source, Kind::Record, ["offered", "handed-over", "owner", "done", "stayed"]);
+const SOURCE_RECORDS: &[Step] = &steps(
+    Side::Source,
+    Kind::Record,
+    ["offered", "handed-over", "owner", "done", "stayed", "superseded"],
+);
 const DESTINATION_RECORDS: &[Step] = &steps(
     Side::Destination,
     Kind::Record,
-    ["preparing", "ready", "owner", "declined", "done", "stayed"],
+    ["preparing", "ready", "owner", "declined", "done", "stayed", "superseded"],
 );
 const SOURCE_SENDS: &[Step] = &steps(
     Side::Source,
     Kind::Send,
-    ["offer", "file", "receive", "channel", "ready", "commit", "retired", "stays"],
+    [
+        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "commit",
+        "retired", "stays",
+    ],
 );
 const DESTINATION_SENDS: &[Step] = &steps(Side::Destination, Kind::Send, ["ask"]);
 const DESTINATION_ANSWERS: &[Step] = &steps(
     Side::Destination,
     Kind::Answer,
-    ["offer", "file", "receive", "ready", "commit", "retired", "stays"],
+    [
+        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "commit",
+        "retired", "stays",
+    ],
 );
 const SOURCE_ANSWERS: &[Step] = &steps(Side::Source, Kind::Answer, ["ask"]);
 const SOURCE_COMMANDS: &[Step] = &steps(
@@ -147,12 +168,15 @@ const SOURCE_COMMANDS: &[Step] = &steps(
         "blockdev-add",
         "blockdev-mirror",
         "migrate-set-capabilities",
+        "migrate-set-parameters",
         "migrate",
         "block-job-cancel",
         "migrate-continue",
         "migrate_cancel",
         "blockdev-del",
+        "blockdev-set-active",
         "cont",
+        "stop",
         "announce-self",
         "quit",
     ],
@@ -163,15 +187,18 @@ const DESTINATION_COMMANDS: &[Step] = &steps(
     [
         "nbd-server-start",
         "block-export-add",
+        "migrate-set-capabilities",
+        "migrate-set-parameters",
         "migrate-incoming",
         "nbd-server-stop",
         "cont",
+        "stop",
         "announce-self",
         "quit",
     ],
 );
 const DESTINATION_DEEDS: &[Step] = &steps(Side::Destination, Kind::Host, ["launch", "remove"]);
-const SOURCE_DEEDS: &[Step] = &steps(Side::Source, Kind::Host, ["remove"]);
+const SOURCE_DEEDS: &[Step] = &steps(Side::Source, Kind::Host, ["launch", "remove"]);
 
 /// All steps of a migration, also of one that is given up.
 pub const STEPS: &[&[Step]] = &[
@@ -185,6 +212,16 @@ pub const STEPS: &[&[Step]] = &[
     DESTINATION_COMMANDS,
     SOURCE_DEEDS,
     DESTINATION_DEEDS,
+];
+
+/// Steps to which a migration comes only after another fault.
+const NEED_FAULT: &[(Side, Kind, &str)] = &[
+    (Side::Source, Kind::Record, "owner"),
+    (Side::Source, Kind::Record, "superseded"),
+    (Side::Destination, Kind::Record, "superseded"),
+    (Side::Source, Kind::Qmp, "blockdev-set-active"),
+    (Side::Source, Kind::Qmp, "stop"),
+    (Side::Destination, Kind::Qmp, "stop"),
 ];
 
 /// What an agent does at an armed point.

@@ -25,6 +25,8 @@ const SHORT_CUT_MS: u64 = 2_500;
 const LONG_CUT_MS: u64 = 16_000;
 /// Longest time for which a dead agent stays away.
 const AWAY_MS: u64 = 2_000;
+/// How many of a hundred runs compare all contents before the commit.
+const VERIFIES_ALL_PERCENT: u64 = 20;
 /// Most times that a point is passed before it counts.
 const SKIP_MAX: u64 = 3;
 
@@ -159,6 +161,8 @@ pub(super) struct Draw {
     pub(super) shape: Shape,
     pub(super) begins: Begins,
     pub(super) link_mbit: u32,
+    /// All contents are compared before the commit
+    pub(super) verifies_all: bool,
     /// In the order in which they are armed: the next once one has struck.
     pub(super) faults: Vec<Fault>,
 }
@@ -171,7 +175,8 @@ impl fmt::Display for Draw {
             Begins::Off => "off",
         };
         let disks: Vec<_> = self.shape.disks.iter().map(|(format, _)| *format).collect();
-        write!(f, "{begins}, {}, {} Mbit/s: ", disks.join("+"), self.link_mbit)?;
+        write!(f, "{begins}, {}, {} Mbit/s", disks.join("+"), self.link_mbit)?;
+        f.write_str(if self.verifies_all { ", verifies all: " } else { ": " })?;
         let faults: Vec<_> = self.faults.iter().map(ToString::to_string).collect();
         f.write_str(&faults.join("; then "))
     }
@@ -195,6 +200,11 @@ pub(super) fn shape_of(seed: u64) -> Shape {
     SHAPES[low_bits(seed, SHAPE_BITS)]
 }
 
+/// Kind of the main fault of a run.
+pub(super) fn deed_of(seed: u64) -> Deed {
+    DEEDS[low_bits(seed >> SHAPE_BITS, DEED_BITS)]
+}
+
 fn low_bits(seed: u64, bits: u32) -> usize {
     usize::try_from(seed & ((1 << bits) - 1)).unwrap_or(0)
 }
@@ -205,18 +215,20 @@ fn low_bits(seed: u64, bits: u32) -> usize {
 pub(super) fn draw(seed: u64, only: Option<&str>) -> Option<Draw> {
     let mut dice = Dice::new(seed);
     let shape = shape_of(seed);
-    let deed = DEEDS[low_bits(seed >> SHAPE_BITS, DEED_BITS)];
+    let deed = deed_of(seed);
     let begins = match dice.below(10) {
         0 => Begins::Off,
         1 => Begins::Paused,
         _ => Begins::Running,
     };
     let link_mbit = dice.one_of(&[1000, 1000, 300]);
+    let verifies_all = dice.percent(VERIFIES_ALL_PERCENT);
+    let can_be = |step: &Step, deed| fits(step, deed, begins) && comes(step, begins, verifies_all);
     let steps: Vec<Step> = STEPS
         .iter()
         .copied()
         .flatten()
-        .filter(|step| fits(step, deed, begins))
+        .filter(|step| can_be(step, deed))
         .filter(|step| only.is_none_or(|only| named(step, only)))
         .copied()
         .collect();
@@ -249,11 +261,11 @@ pub(super) fn draw(seed: u64, only: Option<&str>) -> Option<Draw> {
             Deed::CutSilently,
             Deed::FailStore,
         ]);
-        let fitting = STEPS.iter().copied().flatten().filter(|step| fits(step, again, begins));
+        let fitting = STEPS.iter().copied().flatten().filter(|step| can_be(step, again));
         let fitting: Vec<Step> = fitting.copied().collect();
         faults.push(fault(&mut dice, again, &fitting));
     }
-    Some(Draw { seed, shape, begins, link_mbit, faults })
+    Some(Draw { seed, shape, begins, link_mbit, verifies_all, faults })
 }
 
 fn named(step: &Step, only: &str) -> bool {
@@ -306,7 +318,9 @@ fn when(step: &Step) -> When {
         | (Destination, Record, "declined")
         | (Destination, Qmp, "quit")
         | (Destination, Host, "remove") => When::GivenUp,
-        (Source, Record, "owner") | (_, Send | Answer, "ask") => When::InDoubt,
+        (Source, Record, "owner")
+        | (Source, Qmp, "blockdev-set-active")
+        | (_, Send | Answer, "ask") => When::InDoubt,
         _ => When::Always,
     }
 }
@@ -353,6 +367,15 @@ fn provoke(dice: &mut Dice, when: When, begins: Begins) -> Option<Fault> {
     let mut first = fault(dice, deed, &fitting);
     first.skip = 0;
     Some(first)
+}
+
+/// Whether such a move comes to a step, or does after faults that are drawn here.
+fn comes(step: &Step, begins: Begins, verifies_all: bool) -> bool {
+    let is_all = verifies_all || step.name != "verify";
+    // What gives way to an operator's decision is the matter of stories.
+    let is_given_way = step.name == "superseded" || (step.kind == Kind::Qmp && step.name == "stop");
+    let launches_here = step.side == Side::Source && step.name == "launch";
+    is_all && !is_given_way && (!launches_here || begins == Begins::Off)
 }
 
 /// Whether a deed means something at a step, for such a VM.

@@ -71,14 +71,14 @@ impl Drop for Copies {
     }
 }
 
-/// Looks at everything; leaves the VM as it should go on.
+/// Looks at everything; leaves the VM as it should go on, and tells how it was found.
 pub(super) fn judge(
     stage: &mut Stage<'_>,
     draw: &Draw,
     seen: &Seen,
     copies: Option<&Copies>,
     capture: Capture,
-) -> Result<()> {
+) -> Result<Power> {
     let power = find_owner(stage)?;
     let other = 1 - stage.at;
     stage.host(other).assert_clean()?;
@@ -92,7 +92,7 @@ pub(super) fn judge(
     }
     go_on(stage, draw, seen, power)?;
     ensure!(!capture.stop()?.two_copies(), "two copies of the VM were running");
-    Ok(())
+    Ok(power)
 }
 
 /// Sets where the VM is; fails unless exactly one host has it.

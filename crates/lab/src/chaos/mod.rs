@@ -13,6 +13,7 @@
 mod dice;
 mod draw;
 mod judge;
+pub(crate) mod reboots;
 pub(crate) mod stage;
 mod tally;
 mod trial;
@@ -20,8 +21,9 @@ mod trial;
 use std::io::Write;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use limosa_protocol::api::Power;
 
 use crate::capture::Capture;
 use crate::exec;
@@ -32,13 +34,22 @@ use draw::{Begins, Draw};
 use judge::Copies;
 use stage::Stage;
 use tally::Tally;
+use trial::Seen;
 
 /// Runs after which the VM gets other disks.
 const SHAPE_EVERY: u64 = 25;
-/// Most kinds of faults that may not strike in a short series.
-const MISSING_COUNT_MAX: usize = 4;
+/// Most further runs in which kinds of faults have their turn that have not struck in
+/// a short series: six for each.
+const FURTHER_COUNT_MAX: u64 = 96;
 /// Longest part of a failed run's logs that is shown, in bytes each.
 const SHOWN_LOG_BYTES_MAX: usize = 3_000;
+
+/// A host of the lab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum At {
+    A,
+    B,
+}
 
 /// What `limosa-lab chaos` is asked for.
 #[derive(Debug, Args)]
@@ -53,6 +64,9 @@ pub(crate) struct Wish {
     /// source.record.handed-over.after
     #[arg(long, value_name = "POINT")]
     only: Option<String>,
+    /// Host that has the VM at first
+    #[arg(long, value_enum, default_value_t = At::A)]
+    at: At,
     /// Go on, in a new lab, when something does not hold
     #[arg(long)]
     keep_going: bool,
@@ -94,7 +108,8 @@ fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
     let mut lab = Lab::up(&stage::plan())?;
     let mut next = first;
     let shape = draw::shape_of(draw::seed_of(wish.seed, first, SHAPE_EVERY));
-    let mut stage = Stage::set(&mut lab, shape).context("setting the stage")?;
+    let mut stage =
+        Stage::set(&mut lab, shape, usize::from(wish.at == At::B)).context("setting the stage")?;
     while next < wish.runs {
         let seed = draw::seed_of(wish.seed, next, SHAPE_EVERY);
         next += 1;
@@ -105,7 +120,8 @@ fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
         let from = stage.host(stage.at).name().to_owned();
         let started = Instant::now();
         match run_one(&mut stage, &drawn, tally) {
-            Ok(ending) => {
+            Ok(ended) => {
+                let ending = tally::ending(&ended.seen, ended.has_moved);
                 let took_s = started.elapsed().as_secs_f64();
                 let line = format!(
                     "run {next:>4}  {took_s:>5.1} s  from {from}, {drawn}: {ending} (seed {seed})"
@@ -113,7 +129,7 @@ fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
                 say(wish, &line);
             }
             Err(error) => {
-                tell_failure(wish, &stage, &drawn, &error)?;
+                tell_failure(wish, &stage, &drawn, &from, &error)?;
                 tally.failed(seed, format!("{error:#}"));
                 break;
             }
@@ -123,29 +139,39 @@ fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
     Ok(next)
 }
 
-/// A few dozen runs in a lab that is up; fails on the first that does not hold,
-/// and when hardly anything struck. Some points are not reached in each run: a
-/// machine's timing decides whether something is over before.
+/// A few dozen runs in a lab that is up, and further ones of each kind of fault that
+/// has not struck by then: a machine's timing decides whether some points are over
+/// before. Fails on the first that does not hold, and when a kind never struck.
 pub(crate) fn story(lab: &mut Lab, series: u64, runs: u64) -> Result<()> {
     let mut tally = Tally::default();
-    let seeds: Vec<_> = (0..runs).map(|index| draw::seed_of(series, index, SHAPE_EVERY)).collect();
-    let drawn: Vec<Draw> = seeds.iter().filter_map(|seed| draw::draw(*seed, None)).collect();
-    let first = drawn.first().context("nothing was drawn")?;
-    let mut stage = Stage::set(lab, first.shape)?;
-    for draw in &drawn {
-        run_one(&mut stage, draw, &mut tally).with_context(|| {
-            format!("{draw}; again with `limosa-lab chaos --seed {} --runs 1`", draw.seed)
+    let mut stage = Stage::set(lab, draw::shape_of(series), 0)?;
+    for index in 0..runs + FURTHER_COUNT_MAX {
+        let seed = draw::seed_of(series, index, SHAPE_EVERY);
+        let Some(draw) = draw::draw(seed, None) else { continue };
+        let is_missing = || tally.kinds_missing().contains(&draw::deed_of(seed).as_str());
+        if index >= runs && !is_missing() {
+            continue;
+        }
+        let from = stage.host(stage.at).name().to_owned();
+        run_one(&mut stage, &draw, &mut tally).with_context(|| {
+            format!("{draw}; again with `limosa-lab chaos --seed {seed} --runs 1 --at {from}`")
         })?;
     }
     let missing = tally.kinds_missing();
-    if missing.len() > MISSING_COUNT_MAX {
-        bail!("never struck in {runs} runs: {}", missing.join(", "));
-    }
+    ensure!(missing.is_empty(), "never struck: {}", missing.join(", "));
     Ok(())
 }
 
-/// One run, from a VM at rest to a VM at rest. Says how it ended.
-fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<String> {
+/// How a run ended in which all held.
+struct Ended {
+    seen: Seen,
+    has_moved: bool,
+    /// The VM was off until it was started again
+    was_off: bool,
+}
+
+/// One run, from a VM at rest to a VM at rest.
+fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<Ended> {
     for host in stage.lab.hosts() {
         host.clear_logs()?;
     }
@@ -160,14 +186,20 @@ fn run_one(stage: &mut Stage<'_>, draw: &Draw, tally: &mut Tally) -> Result<Stri
     let capture = Capture::start(stage.lab.net(), steps::MAC)?;
     let from = stage.at;
     let seen = trial::run(stage, draw)?;
-    judge::judge(stage, draw, &seen, copies.as_ref(), capture)
+    let power = judge::judge(stage, draw, &seen, copies.as_ref(), capture)
         .with_context(|| format!("after it settled in {:.1} s", seen.settled_in.as_secs_f64()))?;
     let has_moved = stage.at != from;
     tally.passed(draw, &seen, has_moved);
-    Ok(tally::ending(&seen, has_moved))
+    Ok(Ended { seen, has_moved, was_off: power == Power::Off })
 }
 
-fn tell_failure(wish: &Wish, stage: &Stage<'_>, draw: &Draw, error: &anyhow::Error) -> Result<()> {
+fn tell_failure(
+    wish: &Wish,
+    stage: &Stage<'_>,
+    draw: &Draw,
+    from: &str,
+    error: &anyhow::Error,
+) -> Result<()> {
     let kept = paths::lab_dir().join("failed").join(format!("chaos-{}", draw.seed));
     stage.lab.save_logs(&kept).context("keeping the logs")?;
     say(wish, &format!("FAILED: {draw}"));
@@ -182,7 +214,7 @@ fn tell_failure(wish: &Wish, stage: &Stage<'_>, draw: &Draw, error: &anyhow::Err
     }
     say(wish, &format!("logs: {}", kept.display()));
     let only = wish.only.as_ref().map_or(String::new(), |only| format!(" --only {only}"));
-    say(wish, &format!("again: limosa-lab chaos --seed {} --runs 1{only}", draw.seed));
+    say(wish, &format!("again: limosa-lab chaos --seed {} --runs 1 --at {from}{only}", draw.seed));
     Ok(())
 }
 

@@ -47,15 +47,15 @@ pub(crate) fn plan() -> Plan {
 }
 
 impl<'lab> Stage<'lab> {
-    /// Starts the agents of a lab, and a VM.
-    pub(super) fn set(lab: &'lab mut Lab, shape: Shape) -> Result<Self> {
-        let mut stage = Self { lab, at: 0, shape, boot: None };
+    /// Starts the agents of a lab, and makes a VM at the host of that number.
+    pub(super) fn set(lab: &'lab mut Lab, shape: Shape, at: usize) -> Result<Self> {
+        let mut stage = Self { lab, at, shape, boot: None };
         for index in 0..stage.lab.hosts().len() {
             stage.launch_agent(index)?;
             stage.host_mut(index).wait_for_agent()?;
         }
         steps::join(stage.lab)?;
-        steps::create(stage.host(0), &stage.wanted()?)?;
+        steps::create(stage.host(at), &stage.wanted()?)?;
         Ok(stage)
     }
 

@@ -62,6 +62,8 @@ pub(super) struct Seen {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Later {
     StartAgent(usize),
+    /// Links and agent of a host that was without power
+    Boot(usize),
     MendLink,
     MakePlace,
 }
@@ -70,6 +72,8 @@ enum Later {
 pub(super) struct Trial<'a, 'lab> {
     stage: &'a mut Stage<'lab>,
     faults: &'a [Fault],
+    verifies_all: bool,
+    link_mbit: u32,
     source: usize,
     seen: Seen,
     /// The fault that is armed
@@ -88,6 +92,8 @@ pub(super) fn run(stage: &mut Stage<'_>, draw: &Draw) -> Result<Seen> {
     let mut trial = Trial {
         stage,
         faults: &draw.faults,
+        verifies_all: draw.verifies_all,
+        link_mbit: draw.link_mbit,
         source,
         seen,
         current: 0,
@@ -115,7 +121,9 @@ impl Trial<'_, '_> {
 
     fn go(&mut self) -> Result<()> {
         self.arm()?;
-        let order = json!({"to": self.stage.host(1 - self.source).name()});
+        let to = self.stage.host(1 - self.source).name();
+        let verify = if self.verifies_all { "full" } else { "running" };
+        let order = json!({"to": to, "verify": verify});
         self.request = Some(self.order(self.source, format!("/v1/vms/{VM}/move"), Some(order)));
         let mut quiet_since = None;
         let mut asked = Instant::now();
@@ -123,6 +131,10 @@ impl Trial<'_, '_> {
             self.strike_if_reached()?;
             self.do_what_is_due()?;
             self.notice_deaths()?;
+            if asked.elapsed() > ASK_EVERY && self.fault().is_none() && !self.later.is_empty() {
+                asked = Instant::now();
+                self.notice_doubt();
+            }
             let is_quiet = self.later.is_empty() && self.agents_answer();
             let since = *quiet_since.get_or_insert_with(Instant::now);
             if !is_quiet {
@@ -145,6 +157,15 @@ impl Trial<'_, '_> {
                 }
             }
             std::thread::sleep(TICK);
+        }
+    }
+
+    /// Asks those agents that answer while something is still broken: a doubt is gone
+    /// soon once nothing is.
+    fn notice_doubt(&mut self) {
+        for index in 0..2 {
+            let doubt = self.stage.look(index).ok().flatten().and_then(|vm| vm.doubt);
+            self.seen.was_in_doubt |= doubt.is_some();
         }
     }
 
@@ -250,10 +271,17 @@ impl Trial<'_, '_> {
         }
     }
 
-    /// All processes of a host at once; its files stay.
+    /// Hosts are gone at once, and nobody hears it; they boot, and their agents come
+    /// with the links a while later.
     fn cut_power(&mut self, indexes: &[usize]) -> Result<()> {
-        self.kill_agents(indexes)?;
-        self.kill_qemu(indexes);
+        for index in indexes {
+            self.seen.qemu_killed[*index] |= !self.stage.host(*index).qemu_pids().is_empty();
+        }
+        self.stage.lab.power_cycle(indexes)?;
+        for index in indexes {
+            self.later.retain(|(_, what)| *what != Later::StartAgent(*index));
+            self.schedule(self.away, Later::Boot(*index));
+        }
         Ok(())
     }
 
@@ -288,6 +316,11 @@ impl Trial<'_, '_> {
     }
 
     fn schedule(&mut self, after: Duration, what: Later) {
+        let boots = |index| self.later.iter().any(|(_, known)| *known == Later::Boot(index));
+        if matches!(what, Later::StartAgent(index) if boots(index)) {
+            // It comes with its host.
+            return;
+        }
         if !self.later.iter().any(|(_, known)| *known == what) {
             self.later.push((Instant::now() + after, what));
         }
@@ -304,6 +337,12 @@ impl Trial<'_, '_> {
     fn perform(&mut self, what: Later) -> Result<()> {
         match what {
             Later::StartAgent(index) => self.stage.launch_agent(index),
+            Later::Boot(index) => {
+                let net = self.stage.lab.net();
+                net.set_speed(0, Some(self.link_mbit))?;
+                net.restore(0, &net.hosts[index].0)?;
+                self.stage.launch_agent(index)
+            }
             Later::MendLink => {
                 ["a", "b"].into_iter().try_for_each(|name| self.stage.lab.net().restore(0, name))
             }

@@ -19,11 +19,17 @@ use super::points::{Point, start_agent, wait};
 use super::scene::Scene;
 use super::steps;
 use super::{Story, tiny};
+use crate::capture::Kind;
 use crate::host::{Host, Storage};
 use crate::lab::{Lab, Plan};
+use crate::net::Cut;
 
 /// Longest time for hosts to agree.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
+/// How long is listened for a guest that must not run.
+const LISTEN: Duration = Duration::from_secs(2);
+/// Code by which `limosa vm move` tells of a doubt.
+const IN_DOUBT_CODE: i32 = 4;
 
 pub(super) const STORIES: &[Story] = &[
     Story {
@@ -53,6 +59,20 @@ pub(super) const STORIES: &[Story] = &[
                  said it",
         plan: Plan::default,
         run: is_deleted,
+    },
+    Story {
+        name: "forced-while-the-source-runs",
+        proves: "a destination that an operator forces although the source's guest runs on: once \
+                 the hosts hear each other, the source stops its guest and gives way",
+        plan: Plan::default,
+        run: forced_while_source_runs,
+    },
+    Story {
+        name: "destination-store-lost",
+        proves: "a destination that lost its records while a commit was unanswered leaves the VM \
+                 in doubt, told everywhere, and `vm move` ends with its own code",
+        plan: Plan::default,
+        run: store_lost,
     },
     Story {
         name: "next-move-needs-the-last-word",
@@ -100,6 +120,8 @@ fn doubt_is_told(host: &Host, vm: &str, migration: &Migration) -> Result<()> {
     ensure!(told.reason.is_some(), "the migration is in doubt without a reason");
     let shown = host.limosa(&["vm", "show", vm])?;
     ensure!(shown.contains("in doubt"), "`vm show` does not tell: {shown}");
+    let shown = host.limosa(&["migration", "show", &migration.id.to_string()])?;
+    ensure!(shown.contains("in doubt"), "`migration show` does not tell: {shown}");
     ensure!(host.agent_log().contains("in doubt"), "the log does not tell");
     for order in ["start", "resume"] {
         let answer = host.api::<Value>("POST", &format!("/v1/vms/{vm}/{order}"), None)?;
@@ -212,4 +234,72 @@ fn forced_at_destination(lab: &mut Lab) -> Result<()> {
     ensure!(!refused.status.success() && said.contains("belongs to b"), "start said {said}");
     lab.host("a").limosa(&["vm", "delete", &scene.vm, "--yes"])?;
     scene.end(lab, "b").map(drop)
+}
+
+/// The link is lost between *ready* and the commit, and each host's operator sees its
+/// own half alone: the source's guest runs on, and the destination is forced.
+fn forced_while_source_runs(lab: &mut Lab) -> Result<()> {
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let point = Point::arm(lab, "b", "record.ready.after", Action::Hold)?;
+    let migration = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    point.wait()?;
+    lab.net().cut(0, "b", Cut::Silent)?;
+    point.release()?;
+    wait("the guest's going on at the source", || {
+        let view = steps::look_at_move(lab.host("a"), &migration)?;
+        let power = steps::look(lab.host("a"), &scene.vm)?.map(|vm| vm.power);
+        Ok((view.outcome.is_some() && power == Some(Power::Running)).then_some(()))
+    })?;
+    wait("the destination's doubt", || {
+        let view = steps::look(lab.host("b"), &scene.vm)?;
+        Ok(view.filter(|vm| vm.power == Power::InDoubt))
+    })?;
+    force(lab.host("b"), &scene.vm)?;
+    let runs = |lab: &Lab, name: &str| -> Result<Option<Power>> {
+        Ok(steps::look(lab.host(name), &scene.vm)?.map(|vm| vm.power))
+    };
+    wait("the VM's run at b", || Ok((runs(lab, "b")? == Some(Power::Running)).then_some(())))?;
+    lab.net().restore(0, "b")?;
+    wait("the source giving way", || Ok((runs(lab, "a")? == Some(Power::GivenUp)).then_some(())))?;
+    ensure!(runs(lab, "b")? == Some(Power::Running), "b does not run the VM that it was given");
+    // What the agent says of its guest is one thing, what the guest does another.
+    let from_ns = steps::unix_ms()? * 1_000_000;
+    std::thread::sleep(LISTEN);
+    let heard = scene.so_far().1.between(from_ns, u64::MAX);
+    let at = |name| {
+        let beats = heard.frames().iter().filter(|frame| {
+            matches!(frame.kind, Kind::Heartbeat { .. })
+                && heard.host_name(frame.host) == Some(name)
+        });
+        beats.count()
+    };
+    ensure!(at("a") == 0, "the guest still runs at a, which gave way");
+    ensure!(at("b") > 0, "no guest runs at b");
+    Ok(())
+}
+
+fn store_lost(lab: &mut Lab) -> Result<()> {
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let point = Point::arm(lab, "b", "answer.commit.before", Action::Kill)?;
+    let words = ["move", &scene.vm, "--to", "b"].map(str::to_owned);
+    let program = crate::paths::product("limosa")?.to_string_lossy().into_owned();
+    let words: Vec<_> = [program, "vm".to_owned()].into_iter().chain(words).collect();
+    let mut waiting = lab.host("a").start(&words, "move.log")?;
+    point.wait()?;
+    lab.host_mut("b").kill_agent()?;
+    lab.host("b").run(&["rm", "/var/lib/limosa/state.redb"])?;
+    start_agent(lab, "b")?;
+    let known: Vec<Migration> =
+        lab.host("a").api::<Value>("GET", "/v1/migrations", None)?.read()?;
+    let migration = known.last().context("a knows no migration")?;
+    doubt_is_told(lab.host("a"), &scene.vm, migration)?;
+    let code = wait("the end of `vm move`", || Ok(waiting.try_wait()?))?.code();
+    ensure!(code == Some(IN_DOUBT_CODE), "`vm move` ended with {code:?}");
+    let recovery: Recovery = lab.host("a").limosa_json(&["vm", "recover", &scene.vm])?;
+    ensure!(recovery.may_force, "an operator cannot decide: {recovery:?}");
+    lab.host("b").kill_qemu();
+    lab.host("a").limosa(&["vm", "recover", &scene.vm, "--force-owner", "--confirm", &scene.vm])?;
+    let owner = steps::wait_for_owner(lab, &scene.vm, SETTLE_TIMEOUT)?;
+    ensure!(owner == "a", "the VM is at {owner}");
+    super::scene::guest_is_well(lab).map(drop)
 }

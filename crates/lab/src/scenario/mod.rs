@@ -17,6 +17,7 @@ mod faults;
 mod itself;
 mod kvm;
 mod links;
+mod listed;
 mod mapped;
 mod moves;
 mod operator;
@@ -73,6 +74,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         links::STORIES,
         verify::STORIES,
         doubt::STORIES,
+        listed::STORIES,
         chaos::STORIES,
     ]
     .into_iter()

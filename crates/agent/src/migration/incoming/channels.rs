@@ -24,6 +24,7 @@ use tokio_rustls::server::TlsStream;
 use super::Incoming;
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::fault::{self, Edge, Kind};
 use crate::migration::outgoing::link_wait;
 use crate::peer_link::into_blocking;
 
@@ -164,7 +165,10 @@ pub(crate) async fn accept_channel(
         .migrations
         .incoming(hello.migration, from)
         .ok_or_else(|| anyhow::anyhow!("a channel for a migration that is not under way"))?;
-    incoming.add_channel(&hello, stream).await.map_err(|failure| anyhow::anyhow!("{failure}"))
+    fault::reach(Kind::Answer, "channel", Edge::Before).await;
+    let added = incoming.add_channel(&hello, stream).await;
+    fault::reach(Kind::Answer, "channel", Edge::After).await;
+    added.map_err(|failure| anyhow::anyhow!("{failure}"))
 }
 
 impl Incoming {
