@@ -103,7 +103,7 @@ impl DestinationHand {
     /// Asks the source, and takes its word.
     async fn ask_source(&self) {
         let answer = self.look_at_peer().await;
-        self.note_answer(&answer).await;
+        let stand = self.stand_of(&answer).await;
         let event = match answer {
             Ok(SourceWord::Unheard) => On::Unheard,
             Ok(SourceWord::Undecided) => On::Undecided,
@@ -114,15 +114,20 @@ impl DestinationHand {
             }
             Ok(SourceWord::Retired { epoch }) => On::Retired { epoch },
             // Told once, as a doubt.
-            Err(_) => return,
+            Err(_) => return self.note_stand(stand).await,
         };
         self.feed(event).await;
+        // Whether it settled anything is known only now.
+        self.note_stand(stand).await;
     }
 
-    /// Notes whether what was answered can settle anything.
-    async fn note_answer(&self, answer: &Result<SourceWord, PeerError>) {
+    /// Whether such an answer can settle anything.
+    async fn stand_of(&self, answer: &Result<SourceWord, PeerError>) -> PeerStand {
         let mut inner = self.inner.lock().await;
-        let stand = match answer {
+        if !matches!(answer, Ok(SourceWord::Undecided)) {
+            inner.undecided_count = 0;
+        }
+        match answer {
             Ok(SourceWord::Unheard) => PeerStand::HasForgotten,
             Ok(SourceWord::Undecided) => {
                 inner.undecided_count = inner.undecided_count.saturating_add(1);
@@ -135,10 +140,12 @@ impl DestinationHand {
             }
             Ok(_) => PeerStand::Settles,
             Err(_) => PeerStand::IsSilent,
-        };
-        if !matches!(answer, Ok(SourceWord::Undecided)) {
-            inner.undecided_count = 0;
         }
+    }
+
+    /// Notes what came of asking the source.
+    async fn note_stand(&self, stand: PeerStand) {
+        let mut inner = self.inner.lock().await;
         if inner.peer != stand {
             inner.peer = stand;
             self.publish(&mut inner).await;

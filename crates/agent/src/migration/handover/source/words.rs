@@ -50,17 +50,23 @@ impl SourceHand {
 
     /// Takes the destination's word.
     pub(crate) async fn hear(&self, word: DestinationWord) -> Vec<Do> {
-        let event = match word {
-            DestinationWord::Unheard => On::Unheard,
-            DestinationWord::Undecided => return Vec::new(),
-            DestinationWord::Ready { epoch } => On::Ready { epoch },
-            DestinationWord::Running { epoch } => On::Running { epoch },
+        let (event, stand) = match word {
+            DestinationWord::Unheard => (Some(On::Unheard), PeerStand::HasForgotten),
+            DestinationWord::Undecided => (None, PeerStand::CannotTell),
+            DestinationWord::Ready { epoch } => (Some(On::Ready { epoch }), PeerStand::Settles),
+            DestinationWord::Running { epoch } => (Some(On::Running { epoch }), PeerStand::Settles),
             DestinationWord::Declined { epoch, reason } => {
                 self.note_their_reason(&reason).await;
-                On::Declined { epoch }
+                (Some(On::Declined { epoch }), PeerStand::Settles)
             }
         };
-        self.feed(event).await
+        let words = match event {
+            Some(event) => self.feed(event).await,
+            None => Vec::new(),
+        };
+        // Whether it settled anything is known only now.
+        self.note_stand(stand).await;
+        words
     }
 
     async fn note_their_reason(&self, theirs: &str) {
@@ -97,22 +103,16 @@ impl SourceHand {
             // only repeats it has nothing to add.
             _ => return Ok(DestinationWord::Undecided),
         };
-        self.note_answer(&answer).await;
+        if answer.is_err() {
+            // Paired again it may have another certificate or address.
+            self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
+            self.note_stand(PeerStand::IsSilent).await;
+        }
         answer
     }
 
-    /// Notes whether what was answered can settle anything.
-    async fn note_answer(&self, answer: &Result<DestinationWord, PeerError>) {
-        let stand = match answer {
-            Ok(DestinationWord::Unheard) => PeerStand::HasForgotten,
-            Ok(DestinationWord::Undecided) => PeerStand::CannotTell,
-            Ok(_) => PeerStand::Settles,
-            Err(_) => {
-                // Paired again it may have another certificate or address.
-                self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
-                PeerStand::IsSilent
-            }
-        };
+    /// Notes what came of asking the destination.
+    async fn note_stand(&self, stand: PeerStand) {
         let mut inner = self.inner.lock().await;
         if inner.peer != stand {
             inner.peer = stand;
