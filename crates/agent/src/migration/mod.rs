@@ -103,6 +103,14 @@ impl Migrations {
         (incoming.source() == from).then_some(incoming)
     }
 
+    /// Everything that this host receives, but that one.
+    pub(crate) fn receiving_but(&self, id: MigrationId) -> Vec<Arc<Incoming>> {
+        let under_way = self.lock();
+        let others = under_way.iter().filter(|(other, _)| **other != id);
+        let receiving = others.filter(|(_, one)| one.hand.standing().is_receiving);
+        receiving.filter_map(|(_, one)| one.incoming.clone()).collect()
+    }
+
     /// Any migration under way with a host.
     pub(crate) fn under_way_with(&self, host: &HostName) -> Option<Migration> {
         self.lock().values().find_map(|under_way| {

@@ -121,7 +121,7 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Outcome<Vec<Pro
     if !check_names(agent, &placed, &mut problems).await {
         storage::check(agent, &placed, offer, &mut problems).await?;
     }
-    check_memory(offer, &mut problems)?;
+    check_memory(agent, offer, &mut problems)?;
     check_machine(agent, offer, &mut problems);
     check_cpu(agent, offer, &mut problems);
     Ok(problems)
@@ -214,14 +214,19 @@ fn check_switches(
     Ok(())
 }
 
-fn check_memory(offer: &Offer, problems: &mut Vec<Problem>) -> Outcome<()> {
+fn check_memory(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> Outcome<()> {
     let (_, memory_free) = crate::api::memory().or_fail("reading /proc/meminfo")?;
+    // Guests that are on their way fill theirs only as they come.
+    let receiving = agent.migrations.receiving_but(offer.migration);
+    let promised: u64 = receiving.iter().map(|incoming| incoming.memory_to_come_bytes()).sum();
+    let memory_free = memory_free.saturating_sub(promised);
     let need = offer.definition.memory_bytes() + QEMU_OVERHEAD_BYTES;
     if offer.running && need > memory_free {
         problems.push(problem(
             ProblemCode::NoMemory,
             format!(
-                "the VM needs {} MiB of memory, {} MiB are free",
+                "the VM needs {} MiB of memory, {} MiB are free besides what VMs that are moving \
+                 in will take",
                 need >> 20,
                 memory_free >> 20
             ),

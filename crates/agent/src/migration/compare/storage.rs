@@ -76,8 +76,24 @@ pub(super) async fn check(
             }
         }
     }
+    for (device, bytes) in promised(agent, offer) {
+        if let Some(room) = room.get_mut(&device) {
+            room.free_bytes = room.free_bytes.saturating_sub(bytes);
+        }
+    }
     problems.extend(room.values().filter_map(Room::check));
     Ok(())
+}
+
+/// By file system: bytes that VMs which are moving in have yet to write.
+fn promised(agent: &Agent, offer: &Offer) -> Vec<(u64, u64)> {
+    let receiving = agent.migrations.receiving_but(offer.migration);
+    let images = receiving.iter().flat_map(|incoming| incoming.images_to_come_bytes());
+    let on_device = images.filter_map(|(image, bytes)| {
+        let folder = ground(image.parent()?).ok()?;
+        Some((std::fs::metadata(folder).ok()?.dev(), bytes))
+    });
+    on_device.collect()
 }
 
 /// Whether a path is such that one can look at it at all.
@@ -213,7 +229,8 @@ impl Room {
             problem(
                 ProblemCode::NoSpace,
                 format!(
-                    "the VM needs {} MiB at {}, with {} MiB to stay free, and {} MiB are free",
+                    "the VM needs {} MiB at {}, with {} MiB to stay free, and {} MiB are free \
+                     besides what VMs that are moving in will take",
                     self.needed_bytes >> 20,
                     self.ground.display(),
                     DISK_RESERVE_BYTES >> 20,

@@ -15,6 +15,7 @@ mod receive;
 mod take_over;
 pub(crate) mod verify;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
 use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer};
 use limosa_protocol::vm::VmDefinition;
+use limosa_qemu::process;
 use tokio::sync::{Mutex, mpsc};
 
 pub(crate) use channels::{Set, accept_channel};
@@ -39,6 +41,9 @@ use crate::agent::Agent;
 use crate::failure::{Failure, Outcome};
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, files};
+
+/// Unit in which the kernel counts what a file takes.
+const BLOCK_BYTES: u64 = 512;
 
 /// What one migration receives at its destination.
 pub(crate) struct Incoming {
@@ -88,6 +93,33 @@ impl Incoming {
     /// The host that gives the VM.
     pub(crate) fn source(&self) -> &HostName {
         &self.offer.source
+    }
+
+    /// Bytes of guest memory that are still to come.
+    pub(crate) fn memory_to_come_bytes(&self) -> u64 {
+        if !self.offer.running {
+            return 0;
+        }
+        let total = self.definition.memory_bytes();
+        // Whoever has the lock now lets QEMU start, or all of it has arrived.
+        let Ok(inner) = self.inner.try_lock() else { return 0 };
+        let filled = inner.qemu.as_ref().map_or(0, |qemu| {
+            let memory = process::ram_backend_file(&qemu.process, total);
+            let found = memory.ok().and_then(|memory| memory.metadata().ok());
+            found.map_or(0, |found| found.blocks() * BLOCK_BYTES)
+        });
+        total.saturating_sub(filled)
+    }
+
+    /// Where images lie, and bytes of each that are still to come.
+    pub(crate) fn images_to_come_bytes(&self) -> Vec<(PathBuf, u64)> {
+        let disks = self.definition.disks.iter().zip(&self.offer.disks);
+        let to_come = disks.filter_map(|(disk, facts)| {
+            let image = disk.path.clone()?;
+            let here = std::fs::metadata(&image).map_or(0, |found| found.blocks() * BLOCK_BYTES);
+            Some((image, facts.allocated_bytes.min(facts.virtual_bytes).saturating_sub(here)))
+        });
+        to_come.collect()
     }
 
     /// Takes an offer: checks it again, takes the VM's name and makes place.
