@@ -20,9 +20,9 @@ use super::stage::Stage;
 use super::tally::Tally;
 use crate::lab::Lab;
 use crate::print_line;
+use crate::scenario::points::wait;
 
-/// How long hosts stay off, in milliseconds: longer than a loss needs to be noticed
-/// would be more than a minute for all rows, so it is left to chaos.
+/// How long hosts stay off, in milliseconds; chaos draws longer times.
 const AWAY_MS: u64 = 300;
 /// Speed of the link, in Mbit/s.
 const LINK_MBIT: u32 = 1000;
@@ -89,10 +89,11 @@ fn reboot(
         (false, true) => DestinationOff,
     };
     ensure!(found == end, "it ended {found:?}, told as {:?}", ended.seen.told);
-    let told = ended.seen.told.as_ref().and_then(|(outcome, _)| *outcome);
     let expected = if is_at_source { Outcome::Stayed } else { Outcome::Moved };
-    ensure!(told == Some(expected), "the source tells {told:?}");
-    Ok(())
+    wait("the source's telling it", || {
+        let told = stage.migrations(source)?.last().and_then(|last| last.outcome);
+        Ok((told == Some(expected)).then_some(()))
+    })
 }
 
 /// A run in which hosts restart once that record is durable.
