@@ -3,6 +3,7 @@
 //! A switchover must not wait for a new TLS handshake, so a [`PeerLink`] keeps
 //! its connection and makes a new one only when that one broke.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,9 +39,10 @@ const ANSWER_MS_MAX: u64 = 30_000;
 const FILE_PART_MS_MAX: u64 = 60_000;
 /// A peer that acknowledges nothing for this long is gone.
 const SILENCE_MS_MAX: u32 = 10_000;
-/// Bytes in the send buffer of a data channel: what is in it when the guest is
-/// stopped is blackout, so it is kept small.
-const CHANNEL_SEND_BYTES: usize = 512 << 10;
+/// Most bytes of a data channel that wait in the kernel to be sent: what is among
+/// them when the guest is stopped is blackout. Bytes on their way are TCP's to
+/// count, or a far link could not be filled.
+const CHANNEL_UNSENT_BYTES_MAX: libc::c_int = 256 << 10;
 
 /// Why a peer gave no result.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -291,10 +293,8 @@ impl PeerLink {
             .filter(|length| *length <= CHANNEL_HELLO_BYTES_MAX)
             .ok_or_else(|| PeerError::Here("a channel's hello is too long".to_owned()))?;
         let mut stream = self.connect(&self.channel).await?;
-        let buffered =
-            socket2::SockRef::from(stream.get_ref().0).set_send_buffer_size(CHANNEL_SEND_BYTES);
-        if let Err(error) = buffered {
-            tracing::warn!(%error, "the send buffer of a channel keeps its size");
+        if let Err(error) = keep_little_unsent(stream.get_ref().0) {
+            tracing::warn!(%error, "a channel keeps more unsent than it should");
         }
         let exchange = async {
             stream.write_all(&length.to_be_bytes()).await?;
@@ -340,6 +340,24 @@ pub(crate) fn tune(stream: &TcpStream) -> std::io::Result<()> {
         .with_retries(3);
     socket.set_tcp_keepalive(&keepalive)?;
     socket.set_tcp_user_timeout(Some(Duration::from_millis(SILENCE_MS_MAX.into())))
+}
+
+/// Bounds what waits in the kernel to be sent.
+fn keep_little_unsent(stream: &TcpStream) -> std::io::Result<()> {
+    let most = CHANNEL_UNSENT_BYTES_MAX;
+    let size = libc::socklen_t::try_from(size_of_val(&most)).map_err(std::io::Error::other)?;
+    // SAFETY: the descriptor is the stream's, and the option's value an integer on
+    // this stack, of that size.
+    let set = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const most).cast(),
+            size,
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Completes an address with the usual port.

@@ -18,7 +18,8 @@ pub struct PlaneSettings {
     /// Whether payloads are compressed.
     pub compression: bool,
     /// Most bytes that are kept to be sent again, over all channels: what is on
-    /// its way and not acknowledged.
+    /// its way and not acknowledged. It is the most that can be under way at all,
+    /// so a far link needs it large; an agent's own memory, 64 MiB, bounds it.
     pub replay_bytes_max: usize,
     /// How often who has nothing to say says so.
     pub keep_alive_every: Duration,
@@ -30,7 +31,7 @@ impl Default for PlaneSettings {
             window_bytes: 4 << 20,
             page_versions_bytes_max: 512 << 20,
             compression: true,
-            replay_bytes_max: 8 << 20,
+            replay_bytes_max: 32 << 20,
             keep_alive_every: Duration::from_secs(1),
         }
     }

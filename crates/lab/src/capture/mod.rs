@@ -31,6 +31,12 @@ pub(crate) const FRAME_COUNT_MAX: usize = 4_000_000;
 const RARP: [u8; 2] = [0x80, 0x35];
 /// EtherType of ARP.
 const ARP: [u8; 2] = [0x08, 0x06];
+/// EtherType of IPv6.
+const IPV6: [u8; 2] = [0x86, 0xdd];
+/// Next header of ICMPv6 in IPv6.
+const ICMPV6: u8 = 58;
+/// Type of a neighbour advertisement in ICMPv6.
+const ADVERTISEMENT: u8 = 136;
 
 /// A capture that goes on until it is stopped or dropped.
 #[derive(Debug)]
@@ -140,13 +146,23 @@ fn classify(frame: &[u8], mac: [u8; 6]) -> Option<Kind> {
         return Some(Kind::Heartbeat { sequence, boot });
     }
     let ethertype = frame.get(12..14)?;
-    let is_announcement = ethertype == RARP || (ethertype == ARP && is_gratuitous(frame));
+    let is_announcement = ethertype == RARP
+        || (ethertype == ARP && is_gratuitous(frame))
+        || (ethertype == IPV6 && is_advertisement(frame));
     Some(if is_announcement { Kind::Announcement } else { Kind::Other })
 }
 
 /// Whether an ARP frame tells its sender's own address.
 fn is_gratuitous(frame: &[u8]) -> bool {
     matches!((frame.get(28..32), frame.get(38..42)), (Some(sender), Some(target)) if sender == target)
+}
+
+/// Whether an IPv6 frame tells all nodes its sender's own address unasked.
+fn is_advertisement(frame: &[u8]) -> bool {
+    let (next, to) = (frame.get(20), frame.get(38..54));
+    let is_to_all = to == Some(&[0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    let is_solicited = frame.get(58).is_none_or(|flags| flags & 0x40 != 0);
+    next == Some(&ICMPV6) && is_to_all && frame.get(54) == Some(&ADVERTISEMENT) && !is_solicited
 }
 
 #[cfg(test)]
@@ -166,6 +182,16 @@ mod tests {
         question[27] = 9;
         assert_eq!(classify(&frame(ARP, &question), MAC), Some(Kind::Other));
         assert_eq!(classify(&frame([0x08, 0x00], &[0; 40]), MAC), Some(Kind::Other));
+        // As the destination's agent sends it: hop limit 255, to all nodes.
+        let mut advertisement = [0; 72];
+        advertisement[6] = ICMPV6;
+        advertisement[24..26].copy_from_slice(&[0xff, 2]);
+        advertisement[39] = 1;
+        advertisement[40] = ADVERTISEMENT;
+        advertisement[44] = 0x20;
+        assert_eq!(classify(&frame(IPV6, &advertisement), MAC), Some(Kind::Announcement));
+        advertisement[44] = 0x60;
+        assert_eq!(classify(&frame(IPV6, &advertisement), MAC), Some(Kind::Other));
         assert_eq!(classify(&frame(RARP, &[0; 28]), [0; 6]), None);
         assert_eq!(classify(&[0; 7], MAC), None);
     }
