@@ -414,13 +414,13 @@ impl Trial<'_, '_> {
     /// An agent whose store failed says that it must be restarted: it is. All hosts
     /// are looked at before anything else, for others may wait for that one.
     fn must_restart(&mut self, index: usize) -> Result<bool> {
-        let answer = self.stage.ask_soon(index, "GET", "/v1/migrations")?;
-        let text = answer.body.to_string();
-        if answer.status == 500 && text.contains("restart limosad") {
+        // It tells of what is under way also without its store, but not of itself.
+        let host = self.stage.ask_soon(index, "GET", "/v1/host")?;
+        if host.status == 500 && host.body.to_string().contains("restart limosad") {
             self.kill_agents(&[index])?;
             return Ok(true);
         }
-        let known: Vec<Migration> = answer.read()?;
+        let known: Vec<Migration> = self.stage.ask_soon(index, "GET", "/v1/migrations")?.read()?;
         // An operator does as the agent says.
         let vm = self.stage.look(index)?;
         if vm.and_then(|vm| vm.doubt).is_some_and(|doubt| doubt.contains("restart limosad")) {
