@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! receivers ─► target ─► unflushed ─► early flush, on a way of its own, now and then
-//!     └─ barrier ─► target's flush, all disks at the same time ─► board: it is passed
+//!     └─ barrier of all channels ─► target's flush, all disks at once ─► board: passed
 //! ```
 //!
-//! Each disk has a thread that flushes it. A receiver that brings a barrier goes on
-//! at once: the last pages do not queue behind a disk.
+//! Each disk has a thread that flushes it, once, when the last channel has brought
+//! the barrier. A receiver that brings one goes on at once, and none has another
+//! operation by then: the last pages do not queue behind a disk.
 //!
 //! **Invariants.** A barrier is told only when each disk was flushed after it came,
 //! on the way on which its operations went, or had none since such a flush. An
@@ -57,8 +58,8 @@ pub(super) struct Target {
 
 /// What is to be flushed.
 struct Due {
-    /// Barriers that came, over all channels
-    barrier_count: u64,
+    /// By channel: barriers that it brought
+    brought: Vec<u64>,
     /// By channel: the last barrier that is not told yet
     waiting: Vec<Option<Waiting>>,
     disks: Vec<Unflushed>,
@@ -66,8 +67,8 @@ struct Due {
 
 #[derive(Clone, Copy)]
 struct Waiting {
-    /// Which one of all that came
-    at: u64,
+    /// Which one of its channel, from 1
+    number: u64,
     barrier: Barrier,
     /// Barriers of the channel that are told with it: it and those it overtook
     count: u32,
@@ -103,7 +104,7 @@ impl Disks {
     pub(super) fn new(targets: Vec<Box<dyn DiskTarget + Send>>, channel_count: usize) -> Self {
         Self {
             due: Mutex::new(Due {
-                barrier_count: 0,
+                brought: vec![0; channel_count],
                 waiting: vec![None; channel_count],
                 disks: targets.iter().map(|_| Unflushed::default()).collect(),
             }),
@@ -166,10 +167,10 @@ impl Disks {
     /// A channel brought a barrier; it is told once all disks are durable.
     pub(super) fn barrier(&self, shared: &Shared, channel: usize, barrier: Barrier) {
         let mut due = lock(&self.due);
-        due.barrier_count += 1;
+        due.brought[channel] += 1;
+        let number = due.brought[channel];
         let overtaken = due.waiting[channel].map_or(0, |waiting| waiting.count);
-        due.waiting[channel] =
-            Some(Waiting { at: due.barrier_count, barrier, count: overtaken + 1 });
+        due.waiting[channel] = Some(Waiting { number, barrier, count: overtaken + 1 });
         due.tell(shared);
         drop(due);
         self.changed.notify_all();
@@ -205,7 +206,7 @@ impl Disks {
             if shared.halt.is_halted() {
                 return None;
             }
-            let count = due.barrier_count;
+            let count = due.whole_count();
             let unflushed = &mut due.disks[disk];
             if unflushed.passed < count {
                 unflushed.begin_flush();
@@ -228,13 +229,20 @@ impl Disks {
 }
 
 impl Due {
+    /// Barriers that all channels have brought.
+    fn whole_count(&self) -> u64 {
+        self.brought.iter().min().copied().unwrap_or(0)
+    }
+
     /// Tells of the barriers that all disks have passed. Under the lock: of two
     /// barriers of a channel, the later one is told last.
     fn tell(&mut self, shared: &Shared) {
         let passed = self.disks.iter().map(|disk| disk.passed).min();
-        let passed = passed.unwrap_or(self.barrier_count);
+        let passed = passed.unwrap_or(self.whole_count());
         for (channel, waiting) in self.waiting.iter_mut().enumerate() {
-            if let Some(Waiting { barrier, count, .. }) = waiting.take_if(|one| one.at <= passed) {
+            if let Some(Waiting { barrier, count, .. }) =
+                waiting.take_if(|one| one.number <= passed)
+            {
                 shared.board.passed_disks(channel, barrier);
                 shared.pass_disks(channel, count);
             }

@@ -5,6 +5,7 @@
 //!                                  └ cut after so many bytes, or silent from then on
 //! ```
 
+mod disks;
 mod ends;
 mod links;
 mod streams;
@@ -14,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -134,6 +135,7 @@ struct NotedDisk {
     disk: RawTarget,
     noted: Arc<Mutex<Vec<(u64, u64)>>>,
     slow_flush: Arc<AtomicBool>,
+    flush_count: Arc<AtomicU32>,
 }
 
 impl DiskTarget for NotedDisk {
@@ -155,6 +157,7 @@ impl DiskTarget for NotedDisk {
         while self.slow_flush.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(5));
         }
+        self.flush_count.fetch_add(1, Ordering::SeqCst);
         self.disk.flush()
     }
 }
@@ -168,6 +171,8 @@ struct Both {
     disk: File,
     noted: Arc<Mutex<Vec<(u64, u64)>>>,
     slow_flush: Arc<AtomicBool>,
+    flush_count: Arc<AtomicU32>,
+    early_flush_count: Arc<AtomicU32>,
     /// Number of the last one
     disk_barrier: Cell<u32>,
     qemu: JoinHandle<Vec<u8>>,
@@ -203,10 +208,18 @@ impl Both {
         let disk = tempfile::tempfile().unwrap();
         disk.set_len(DISK_BYTES).unwrap();
         let (noted, slow_flush) = (Arc::default(), Arc::<AtomicBool>::default());
-        let noted_disk = NotedDisk {
-            disk: RawTarget::new(disk.try_clone().unwrap()).unwrap(),
-            noted: Arc::clone(&noted),
-            slow_flush: Arc::clone(&slow_flush),
+        let (flush_count, early_flush_count) = (Arc::default(), Arc::default());
+        let noted_disk = |slow_flush: &Arc<AtomicBool>, flush_count: &Arc<AtomicU32>| {
+            Box::new(NotedDisk {
+                disk: RawTarget::new(disk.try_clone().unwrap()).unwrap(),
+                noted: Arc::clone(&noted),
+                slow_flush: Arc::clone(slow_flush),
+                flush_count: Arc::clone(flush_count),
+            })
+        };
+        let noted_disk = DestinationDisk {
+            target: noted_disk(&slow_flush, &flush_count),
+            early: Some(noted_disk(&Arc::default(), &early_flush_count)),
         };
         let (mut qemu, qemu_incoming) = UnixStream::pair().unwrap();
         let (tell, destination_events) = channel();
@@ -218,7 +231,7 @@ impl Both {
                 size_bytes: RAM_BYTES,
                 memfd: memory.try_clone().unwrap(),
             }],
-            disks: vec![DestinationDisk { target: Box::new(noted_disk), early: None }],
+            disks: vec![noted_disk],
             qemu_incoming: Some(qemu_incoming),
             settings,
             read_back: true,
@@ -235,6 +248,8 @@ impl Both {
             disk,
             noted,
             slow_flush,
+            flush_count,
+            early_flush_count,
             disk_barrier: Cell::new(0),
             qemu: std::thread::spawn(move || {
                 let mut got = Vec::new();
