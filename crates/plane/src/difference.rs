@@ -73,7 +73,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_difference_restores_the_page(
-            changes in prop::collection::vec((0..PAGE_BYTES, any::<u8>()), 0..200),
+            changes in prop::collection::vec((0..PAGE_BYTES, any::<u8>()), 0..1500),
         ) {
             let mut old = [0; PAGE_BYTES];
             for (index, byte) in old.iter_mut().enumerate() {
@@ -94,11 +94,22 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_break_it(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
-            let mut page = [7; PAGE_BYTES];
-            if apply(&mut page, &bytes).is_err() {
-                prop_assert!(page == [7; PAGE_BYTES]);
+        fn no_bytes_break_it(
+            set in prop::collection::vec(0..WORD_COUNT, 0..40),
+            cut in -9..9isize,
+        ) {
+            // Words that fit the bitmap, then as many bytes less or more.
+            let mut bytes = vec![0u8; BITMAP_BYTES];
+            for index in set {
+                bytes[index / 8] |= 1 << (index % 8);
             }
+            let count: u32 = bytes.iter().map(|byte| byte.count_ones()).sum();
+            let fitting = BITMAP_BYTES + count as usize * WORD_BYTES;
+            bytes.resize(fitting.saturating_add_signed(cut), 1);
+            let mut page = [7; PAGE_BYTES];
+            let applied = apply(&mut page, &bytes);
+            prop_assert_eq!(applied.is_ok(), cut == 0);
+            prop_assert!(applied.is_ok() || page == [7; PAGE_BYTES]);
         }
     }
 }
