@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::scene::{self, Scene};
 use super::steps::{self, Boot, Wanted};
 use super::{Story, tiny};
+use crate::capture::{Frame, Kind, Trace};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
@@ -72,7 +73,7 @@ pub(super) const STORIES: &[Story] = &[
     },
     Story {
         name: "move-off",
-        proves: "a VM that is off moves with its disk and starts at the destination",
+        proves: "a VM that is off moves with all that its disks hold, and starts at the destination",
         plan: Plan::default,
         run: off,
     },
@@ -113,10 +114,22 @@ fn there_and_back(
             steps::move_vm(lab, &wanted.name, from, to)
                 .with_context(|| format!("time {time} of {times}"))?;
             steps::assert_only_at(lab, &wanted.name, to)?;
-            scene::guest_is_well(lab).with_context(|| format!("after time {time} to {to}"))?;
+            let status =
+                scene::guest_is_well(lab).with_context(|| format!("after time {time} to {to}"))?;
+            ensure!(status["disks"] == wanted.disks.len(), "the guest has other disks: {status}");
         }
     }
-    scene.end(lab, "a").map(drop)
+    let trace = scene.end(lab, "a")?.1;
+    ["a", "b"].into_iter().try_for_each(|host| is_announced(&trace, host))
+}
+
+/// Fails unless the network was told, at a host's switch port, that the VM is there.
+fn is_announced(trace: &Trace, host: &str) -> Result<()> {
+    let here = |frame: &&Frame| {
+        frame.kind == Kind::Announcement && trace.host_name(frame.host) == Some(host)
+    };
+    ensure!(trace.frames().iter().any(|frame| here(&frame)), "{host} announced nothing");
+    Ok(())
 }
 
 fn large_memory(lab: &mut Lab) -> Result<()> {
@@ -171,26 +184,47 @@ fn paused(lab: &mut Lab) -> Result<()> {
     ensure!(vm.power == Power::Paused, "it is {:?} after the move", vm.power);
     lab.host("a").assert_clean()?;
     let trace = scene.so_far().1;
-    let lively = |frame: &&crate::capture::Frame| frame.kind != crate::capture::Kind::Announcement;
+    let lively = |frame: &&Frame| frame.kind != Kind::Announcement;
     let told = trace.frames()[before..].iter().filter(lively).count();
     ensure!(told == 0, "a paused VM sent {told} frames");
     steps::power(lab.host("b"), &wanted.name, "resume")?;
-    scene.end(lab, "b").map(drop)
+    is_announced(&scene.end(lab, "b")?.1, "b")
 }
 
 fn off(lab: &mut Lab) -> Result<()> {
-    let wanted = tiny::working()?;
-    steps::agents_ready(lab)?;
-    steps::create(lab.host("a"), &wanted)?;
+    let wanted = Wanted { disks: vec![("raw", 192), ("qcow2", 192)], ..tiny::working()? };
+    // Its disks are to hold what a guest wrote.
+    Scene::set(lab, &wanted)?.end(lab, "a")?;
+    lab.host("a").limosa(&["vm", "stop", &wanted.name])?;
+    let copies = copy_images(lab.host("a"), &wanted.name)?;
     steps::move_vm(lab, &wanted.name, "a", "b")?;
     let vm = steps::look(lab.host("b"), &wanted.name)?.context("it is not at b")?;
     ensure!(vm.power == Power::Off, "it is {:?} after the move", vm.power);
     ensure!(steps::look(lab.host("a"), &wanted.name)?.is_none(), "it is still at a");
     lab.host("a").assert_clean()?;
+    for ((disk, (format, _)), copy) in vm.definition.disks.iter().zip(&wanted.disks).zip(&copies) {
+        let image = disk.path.as_ref().context("a disk without an image")?.to_string_lossy();
+        let compare = ["qemu-img", "compare", "-f", format, "-F", format, &image, copy];
+        lab.host("b").run(&compare).with_context(|| format!("disk {} differs", disk.id))?;
+    }
     steps::power(lab.host("b"), &wanted.name, "start")?;
     let guest = crate::net::guest_v4(0);
     crate::client::status::wait(lab.client(), guest, scene::BOOT_TIMEOUT)?;
     scene::guest_is_well(lab).map(drop)
+}
+
+/// Copies the images of a VM that is off, to where all hosts can read them.
+fn copy_images(host: &Host, vm: &str) -> Result<Vec<String>> {
+    let vm = steps::look(host, vm)?.context("the VM is gone")?;
+    let mut copies = Vec::new();
+    for disk in &vm.definition.disks {
+        let image = disk.path.as_ref().context("a disk without an image")?.to_string_lossy();
+        let copy = host.fault_dir().with_file_name(format!("copy-{}", disk.id));
+        let copy = copy.to_string_lossy().into_owned();
+        host.run(&["cp", "--sparse=always", &image, &copy])?;
+        copies.push(copy);
+    }
+    Ok(copies)
 }
 
 fn by_command(lab: &mut Lab) -> Result<()> {
@@ -219,8 +253,16 @@ fn other_qemu(lab: &mut Lab) -> Result<()> {
         .iter()
         .map(|host| host.api::<Value>("GET", "/v1/host", None)?.read())
         .collect::<Result<_>>()?;
-    let version = |index: usize| versions[index]["qemu"]["version"].to_string();
-    ensure!(version(0) != version(1), "both hosts have QEMU {}", version(0));
+    let version = |index: usize| versions[index]["qemu"]["version"].as_str().unwrap_or_default();
+    let major =
+        |index: usize| version(index).split('.').next().and_then(|major| major.parse().ok());
+    let has = |wished: fn(u32) -> bool| (0..2).any(|index| major(index).is_some_and(wished));
+    ensure!(
+        has(|major| major == 7) && has(|major| major >= 10),
+        "the hosts have QEMU {} and {}",
+        version(0),
+        version(1)
+    );
     // A machine type that both know: that of the older one.
     let wanted = Wanted { machine: "pc-q35-7.2".to_owned(), ..tiny::working()? };
     let scene = Scene::on_ready_hosts(lab, &wanted)?;
