@@ -152,8 +152,20 @@ pub(crate) async fn begin(
         events: None,
         exports: Vec::new(),
     };
-    tokio::spawn(source.run());
+    spawn(source);
     Ok(view)
+}
+
+/// Lets a source do its work; a fault in it ends the move as any failure does.
+fn spawn(source: Source) {
+    let hand = Arc::clone(&source.hand);
+    tokio::spawn(async move {
+        let ended = tokio::spawn(source.run()).await;
+        if ended.is_err_and(|error| error.is_panic()) {
+            hand.give_up("a fault in limosad ended the move; its log says which".to_owned(), false)
+                .await;
+        }
+    });
 }
 
 /// Fails when anything stands against the move; closes what an earlier one left

@@ -263,7 +263,9 @@ impl Source {
             }
         };
         let resumed = Instant::now();
-        let downtime = switched.stopped.map(|stopped| Downtime {
+        // When the guest ran there is not known if nobody said so.
+        let stopped = switched.stopped.filter(|_| answer.is_ok());
+        let downtime = stopped.map(|stopped| Downtime {
             stop_ms: ms(switched.mirrors_ended - stopped),
             final_round_ms: ms(switched.pages_sent - switched.mirrors_ended),
             device_state_ms: ms(device_state_done - switched.pages_sent),
