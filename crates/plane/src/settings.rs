@@ -31,7 +31,7 @@ impl Default for PlaneSettings {
             window_bytes: 4 << 20,
             page_versions_bytes_max: 512 << 20,
             compression: true,
-            replay_bytes_max: 32 << 20,
+            replay_bytes_max: 16 << 20,
             keep_alive_every: Duration::from_secs(1),
         }
     }

@@ -25,7 +25,7 @@ use crate::net::Cut;
 const AWAY: Duration = Duration::from_secs(7);
 /// Most that may be sent twice after a loss, in bytes: what a sender keeps until it
 /// is acknowledged.
-const RESENT_BYTES_MAX: u64 = 32 << 20;
+const RESENT_BYTES_MAX: u64 = 16 << 20;
 
 pub(super) const STORIES: &[Story] = &[
     Story {

@@ -75,7 +75,8 @@ impl Source {
                 }
                 // Its event was lost among others: nothing else would tell.
                 MigrationStatus::PreSwitchover => {
-                    let at = Instant::now() - since_stop(unix_now(), stopped_us, LOOK_EVERY);
+                    stopped_us = last_stop_us(&mut events).or(stopped_us);
+                    let at = Instant::now() - since_stop(unix_now(), stopped_us, began.elapsed());
                     return Ok(Stopped { at, events });
                 }
                 _ => {}
@@ -155,6 +156,18 @@ impl Source {
 /// Time since 1970 by the host's clock.
 fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// When the vCPUs stopped, of events that came and were not looked at yet.
+fn last_stop_us(events: &mut broadcast::Receiver<QmpEvent>) -> Option<u64> {
+    let mut stopped_us = None;
+    loop {
+        match events.try_recv() {
+            Ok(event) => stopped_us = power::stop_event_us(&event).or(stopped_us),
+            Err(broadcast::error::TryRecvError::Lagged(_)) => {}
+            Err(_) => return stopped_us,
+        }
+    }
 }
 
 /// How long ago the vCPUs stopped, by the host's clock; that may have been set
