@@ -264,6 +264,13 @@ impl SourcePlane {
     }
 }
 
+impl Drop for SourcePlane {
+    /// Whoever had it may have been cut off: its threads are not to stay behind.
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
 pub(crate) fn ended() -> io::Error {
     io::Error::new(io::ErrorKind::BrokenPipe, "the migration has ended")
 }

@@ -170,3 +170,18 @@ fn a_peer_that_miscounts_ends_the_source() {
         both.destination.join().unwrap();
     }
 }
+
+/// Goal: a plane that is let go without a word leaves no thread behind.
+/// Method: each thread holds what tells events; with the last of them that ends.
+#[test]
+fn a_plane_that_is_dropped_ends_its_threads() {
+    let Both { source, source_events, destination, .. } = Both::new();
+    drop(source);
+    let ended = loop {
+        if let Err(error) = source_events.recv_timeout(WAIT) {
+            break error;
+        }
+    };
+    assert_eq!(ended, std::sync::mpsc::RecvTimeoutError::Disconnected, "a thread lives on");
+    destination.abort();
+}
