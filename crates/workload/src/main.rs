@@ -23,6 +23,7 @@ mod record;
 mod report;
 mod serve;
 mod settings;
+mod sweep;
 
 use std::io;
 use std::process::ExitCode;

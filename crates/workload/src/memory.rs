@@ -6,9 +6,9 @@
 //!           └ swept bit by bit, whole pages                 written   written filled in turn
 //! ```
 //!
-//! One thread does all of it, so a page never changes under its own check. What
-//! each page must say is remembered apart from it: a page that is only old is
-//! found too.
+//! Each CPU of the guest has a thread and a share of all this, so that pages become
+//! dirty on several at once, and a page never changes under its own check. What each
+//! page must say is remembered apart from it: a page that is only old is found too.
 
 use std::io;
 use std::sync::Arc;
@@ -19,13 +19,16 @@ use crate::mix::{self, Stream};
 use crate::page::{Fault, PAGE_BYTES, Page};
 use crate::report::Report;
 use crate::settings::Settings;
+use crate::sweep::Sweeper;
 
 /// Time between two batches.
 const TICK: Duration = Duration::from_millis(10);
 /// Pages that are compared whole in each batch.
 const SWEEP_PAGES: usize = 8;
-/// Pages of each special kind.
+/// Pages of each special kind, in each share.
 const SPECIAL_PAGES: usize = 128;
+/// Most threads, and shares.
+const SHARES_MAX: usize = 8;
 /// Batches after which a turning page turns.
 const TURN_EVERY: u64 = 4;
 /// Longest debt of dirtying that is made up for: after a pause (a migration's,
@@ -33,6 +36,8 @@ const TURN_EVERY: u64 = 4;
 const DEBT_MAX: Duration = Duration::from_millis(100);
 
 struct Memory {
+    /// Index of the first page: no other share has a page of the same index
+    base: u64,
     pages: Vec<Page>,
     counters: Vec<u64>,
     special: Vec<Page>,
@@ -43,15 +48,23 @@ struct Memory {
     swept: usize,
 }
 
-/// Starts the thread that does it all.
+/// Starts the threads that do it all.
 pub(crate) fn start(settings: &Settings, report: &Arc<Report>) -> io::Result<()> {
-    let (settings, report) = (*settings, Arc::clone(report));
-    crate::spawn("memory", move || run(&settings, &report)).map(drop)
+    let shares = std::thread::available_parallelism().map_or(1, usize::from).min(SHARES_MAX);
+    let bytes = usize::try_from(settings.memory_mib << 20).unwrap_or(usize::MAX);
+    let pages = bytes / PAGE_BYTES / shares;
+    for share in 0..shares {
+        let (settings, report) = (*settings, Arc::clone(report));
+        let sweeper = report.sweeps.join();
+        crate::spawn("memory", move || {
+            let memory = Memory::new((share * pages) as u64, pages, mix::fresh_seed());
+            run(memory, settings.dirty_bytes_s / shares as u64, settings.words, &sweeper, &report);
+        })?;
+    }
+    Ok(())
 }
 
-fn run(settings: &Settings, report: &Report) {
-    let bytes = usize::try_from(settings.memory_mib << 20).unwrap_or(usize::MAX);
-    let mut memory = Memory::new(bytes / PAGE_BYTES, mix::fresh_seed());
+fn run(mut memory: Memory, dirty_bytes_s: u64, words: usize, sweeper: &Sweeper, report: &Report) {
     let mut next = 0;
     let mut owed_bytes = 0;
     let mut before = Instant::now();
@@ -62,12 +75,12 @@ fn run(settings: &Settings, report: &Report) {
         let passed = before.elapsed().min(DEBT_MAX);
         before = Instant::now();
         let micros = u64::try_from(passed.as_micros()).unwrap_or(0);
-        owed_bytes += settings.dirty_bytes_s * micros / 1_000_000;
+        owed_bytes += dirty_bytes_s * micros / 1_000_000;
         let page_bytes = PAGE_BYTES as u64;
         let touches = owed_bytes / page_bytes;
         owed_bytes %= page_bytes;
         for _ in 0..touches {
-            memory.touch(next, settings.words, report);
+            memory.touch(next, words, report);
             next = (next + 1) % memory.pages.len();
         }
         report.pages_touched.fetch_add(touches, Ordering::Relaxed);
@@ -75,21 +88,19 @@ fn run(settings: &Settings, report: &Report) {
             memory.turn(report);
         }
         memory.sweep(SWEEP_PAGES, report);
-        while report.sweeps_done.load(Ordering::Relaxed)
-            < report.sweeps_wanted.load(Ordering::Relaxed)
-        {
+        if let Some(round) = sweeper.due() {
             memory.sweep(memory.pages.len(), report);
             memory.check_special(report);
-            report.sweeps_done.fetch_add(1, Ordering::Relaxed);
+            sweeper.did(round);
         }
         std::thread::sleep(TICK.saturating_sub(before.elapsed()));
     }
 }
 
 impl Memory {
-    fn new(count: usize, seed: u64) -> Self {
+    fn new(base: u64, count: usize, seed: u64) -> Self {
         let mut pages = vec![Page::ZERO; count.max(1)];
-        for (index, page) in (0..).zip(&mut pages) {
+        for (index, page) in (base..).zip(&mut pages) {
             page.begin(index, seed);
         }
         let mut special = vec![Page::ZERO; 3 * SPECIAL_PAGES];
@@ -98,6 +109,7 @@ impl Memory {
         }
         let counters = vec![0; pages.len()];
         Self {
+            base,
             pages,
             counters,
             special,
@@ -108,8 +120,12 @@ impl Memory {
         }
     }
 
+    fn index(&self, position: usize) -> u64 {
+        self.base + position as u64
+    }
+
     fn touch(&mut self, position: usize, words: usize, report: &Report) {
-        let (index, counter) = (position as u64, self.counters[position]);
+        let (index, counter) = (self.index(position), self.counters[position]);
         match self.pages[position].touch(index, counter, words) {
             Ok(()) => self.counters[position] = counter.wrapping_add(1),
             Err(fault) => self.found(position, &fault, report),
@@ -121,8 +137,8 @@ impl Memory {
         for _ in 0..count {
             let position = self.swept;
             self.swept = (position + 1) % self.pages.len();
-            if let Err(fault) = self.pages[position].check(position as u64, self.counters[position])
-            {
+            let (index, counter) = (self.index(position), self.counters[position]);
+            if let Err(fault) = self.pages[position].check(index, counter) {
                 self.found(position, &fault, report);
             }
         }
@@ -131,8 +147,9 @@ impl Memory {
 
     /// Reports a fault once: the page begins anew.
     fn found(&mut self, position: usize, fault: &Fault, report: &Report) {
-        report.fault(&fault.to_string());
-        self.pages[position].begin(position as u64, self.seed);
+        report.fault(&format!("memory: {fault}"));
+        let index = self.index(position);
+        self.pages[position].begin(index, self.seed);
         self.counters[position] = 0;
     }
 
@@ -158,19 +175,19 @@ impl Memory {
             seed => page.check_filled(which as u64, seed),
         };
         if let Err(fault) = checked {
-            report.fault(&format!("a page that turns: {fault}"));
+            report.fault(&format!("memory: a page that turns: {fault}"));
         }
     }
 
     fn check_special(&self, report: &Report) {
         for (index, page) in (0..).zip(&self.special[..SPECIAL_PAGES]) {
             if let Err(fault) = page.check_filled(index, self.seed) {
-                report.fault(&format!("a page written once: {fault}"));
+                report.fault(&format!("memory: a page written once: {fault}"));
             }
         }
         for (index, page) in (0..).zip(&self.special[SPECIAL_PAGES..2 * SPECIAL_PAGES]) {
             if let Err(fault) = page.check_zero(index) {
-                report.fault(&format!("a page never written: {fault}"));
+                report.fault(&format!("memory: a page never written: {fault}"));
             }
         }
         for which in 0..SPECIAL_PAGES {
@@ -191,7 +208,7 @@ mod tests {
     #[test]
     fn damage_of_each_kind_is_found() {
         let report = Report::new();
-        let mut memory = Memory::new(64, 5);
+        let mut memory = Memory::new(640, 64, 5);
         for round in 0..200 {
             memory.touch(round % 64, 8, &report);
             memory.turn(&report);

@@ -50,19 +50,16 @@ impl fmt::Display for Fault {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Identity { index, found } => {
-                write!(out, "memory page {index}: not this page (first word {found:#x})")
+                write!(out, "page {index}: not this page (first word {found:#x})")
             }
             Self::Counter { index, found, expected } => {
-                write!(out, "memory page {index}: version {found}, expected {expected}")
+                write!(out, "page {index}: version {found}, expected {expected}")
             }
             Self::Sum { index, counter } => {
-                write!(out, "memory page {index}: wrong sum in version {counter}")
+                write!(out, "page {index}: wrong sum in version {counter}")
             }
             Self::Word { index, word, found, expected } => {
-                write!(
-                    out,
-                    "memory page {index}: word {word} is {found:#x}, expected {expected:#x}"
-                )
+                write!(out, "page {index}: word {word} is {found:#x}, expected {expected:#x}")
             }
         }
     }
@@ -105,10 +102,8 @@ impl Page {
     }
 
     /// Its bytes, for disks.
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8; PAGE_BYTES] {
-        // SAFETY: words are whole bytes without padding, and any byte is allowed
-        // in a word.
-        unsafe { &mut *self.0.as_mut_ptr().cast() }
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        as_bytes(std::slice::from_mut(self))
     }
 
     /// Fills the page with words that follow from `seed` and `index` alone.
@@ -157,6 +152,14 @@ impl Page {
         let words = self.0.iter().enumerate().filter(|(position, _)| *position != SUM);
         words.fold(0, |sum, (position, word)| sum.wrapping_add(share(position, *word)))
     }
+}
+
+/// The bytes of pages, for disks.
+pub(crate) fn as_bytes(pages: &mut [Page]) -> &mut [u8] {
+    let bytes = size_of_val(pages);
+    // SAFETY: words are whole bytes without padding, pages follow each other without
+    // gaps, and any byte is allowed in a word.
+    unsafe { std::slice::from_raw_parts_mut(pages.as_mut_ptr().cast(), bytes) }
 }
 
 fn identity(index: u64) -> u64 {

@@ -7,7 +7,7 @@
 //! |    2 | slot in which the record belongs |
 //! |    3 | flushed: the highest sequence that was durable when it was written |
 //! |    4 | time, nanoseconds since 1970 |
-//! |    5 | seed of the boot that wrote it |
+//! |    5 | seed of the disk |
 //! |   6… | body: words that follow from seed and sequence |
 //! |  511 | checksum over all words before |
 
@@ -30,7 +30,7 @@ pub(crate) struct Record {
     pub flushed: u64,
     /// Nanoseconds since 1970, by the guest's clock
     pub time_ns: u64,
-    /// Seed of the boot that wrote it
+    /// Seed of the disk, drawn when it was new
     pub seed: u64,
 }
 

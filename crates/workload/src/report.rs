@@ -3,9 +3,11 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
+
+use crate::sweep::Sweeps;
 
 /// Most faults that are kept as text; all are counted.
 const FAULTS_KEPT_MAX: usize = 32;
@@ -21,16 +23,23 @@ pub(crate) struct Report {
     pub pages_touched: AtomicU64,
     /// Pages compared whole
     pub pages_checked: AtomicU64,
-    /// Rounds over all memory that were asked for, and how many are done
-    pub sweeps_wanted: AtomicU64,
-    /// See `sweeps_wanted`
-    pub sweeps_done: AtomicU64,
+    /// Rounds over all memory and all disks
+    pub sweeps: Sweeps,
     /// Journal records written
     pub records_written: AtomicU64,
     /// Blocks of disks read back and compared
     pub blocks_checked: AtomicU64,
-    /// Disks with a journal
-    pub disks: AtomicU64,
+    disks: Mutex<Vec<Arc<DiskReport>>>,
+}
+
+/// How far the journal of one disk has come.
+#[derive(Debug)]
+pub(crate) struct DiskReport {
+    name: String,
+    /// Last record that this boot found; 0 on a new disk
+    recovered: u64,
+    /// Last record that is durable
+    pub durable: AtomicU64,
 }
 
 impl Report {
@@ -43,11 +52,10 @@ impl Report {
             stopping: AtomicBool::new(false),
             pages_touched: AtomicU64::new(0),
             pages_checked: AtomicU64::new(0),
-            sweeps_wanted: AtomicU64::new(0),
-            sweeps_done: AtomicU64::new(0),
+            sweeps: Sweeps::default(),
             records_written: AtomicU64::new(0),
             blocks_checked: AtomicU64::new(0),
-            disks: AtomicU64::new(0),
+            disks: Mutex::default(),
         }
     }
 
@@ -65,6 +73,18 @@ impl Report {
         }
     }
 
+    /// A disk with a journal, and the last record that was found there.
+    pub(crate) fn add_disk(&self, name: &str, recovered: u64) -> Arc<DiskReport> {
+        let durable = AtomicU64::new(recovered);
+        let disk = Arc::new(DiskReport { name: name.to_owned(), recovered, durable });
+        self.disks().push(Arc::clone(&disk));
+        disk
+    }
+
+    fn disks(&self) -> MutexGuard<'_, Vec<Arc<DiskReport>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells every thread to come to an end.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
@@ -77,14 +97,22 @@ impl Report {
     pub(crate) fn json(&self) -> Value {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let disk = |disk: &Arc<DiskReport>| {
+            json!({
+                "name": disk.name,
+                "recovered": disk.recovered,
+                "durable": count(&disk.durable),
+            })
+        };
+        let disks: Vec<_> = self.disks().iter().map(disk).collect();
         json!({
             "boot_id": self.boot_id,
             "errors": count(&self.fault_count),
             "faults": faults,
             "pages_touched": count(&self.pages_touched),
             "pages_checked": count(&self.pages_checked),
-            "sweeps": count(&self.sweeps_done),
-            "disks": count(&self.disks),
+            "sweeps": self.sweeps.done(),
+            "disks": disks,
             "records_written": count(&self.records_written),
             "blocks_checked": count(&self.blocks_checked),
         })

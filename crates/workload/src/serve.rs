@@ -4,13 +4,12 @@
 //! |-----:|----------|------|
 //! | 7000 | TCP | echo |
 //! | 7001 | UDP | echo |
-//! | 7002 | TCP | HTTP: `GET /` the report; `GET /check` after all memory was compared |
+//! | 7002 | TCP | HTTP: `GET /` the report; `GET /check` after all memory and all disks were compared |
 //! | 7003 of the client | UDP | heartbeats, one each 5 ms: `LMHB`, a u64 LE that counts, a u64 LE of this boot |
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::report::Report;
@@ -22,7 +21,7 @@ const STATUS_PORT: u16 = 7002;
 const HEARTBEAT_PORT: u16 = 7003;
 /// Time between two heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(5);
-/// Longest wait for a question, and for a check of all memory.
+/// Longest wait for a question, and for a check of everything.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -81,11 +80,11 @@ fn answer(mut stream: TcpStream, report: &Report) -> io::Result<()> {
     let mut question = [0; 512];
     let length = stream.read(&mut question)?;
     if question[..length].starts_with(b"GET /check ") {
-        let wanted = report.sweeps_wanted.fetch_add(1, Ordering::Relaxed) + 1;
+        let wanted = report.sweeps.ask();
         let until = std::time::Instant::now() + CHECK_TIMEOUT;
-        while report.sweeps_done.load(Ordering::Relaxed) < wanted {
+        while report.sweeps.done() < wanted {
             if std::time::Instant::now() > until {
-                report.fault("memory could not be compared in time");
+                report.fault("memory and disks could not be compared in time");
                 break;
             }
             std::thread::sleep(HEARTBEAT_EVERY);

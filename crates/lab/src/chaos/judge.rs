@@ -5,9 +5,9 @@
 //! | both agents | one has the VM, in the state in which it was, unless its QEMU was killed |
 //! | both hosts' processes | one QEMU where it runs, none elsewhere |
 //! | frames at the switch ports | never a heartbeat twice, out of order, or of an ended boot |
-//! | the guest | the same boot; its memory, journals and blocks are right |
+//! | the guest | the same boot; all its memory and each block of its disks are right |
 //! | a VM that was off | its disks have every byte that they had |
-//! | a VM that was turned off by a fault | starts at its owner and finds what it had flushed; nowhere else |
+//! | a VM that was turned off by a fault | starts at its owner and finds all that was durable; nowhere else |
 //! | the other host | holds nothing of it |
 
 use std::path::PathBuf;

@@ -38,6 +38,8 @@ pub(super) struct Stage<'lab> {
     shape: Shape,
     /// Boot of the guest that runs, as the guest tells
     pub(super) boot: Option<String>,
+    /// How far each disk's journal was durable when the guest reported last
+    durable: Vec<u64>,
 }
 
 /// Hosts of a lab for chaos.
@@ -49,7 +51,7 @@ pub(crate) fn plan() -> Plan {
 impl<'lab> Stage<'lab> {
     /// Starts the agents of a lab, and makes a VM at the host of that number.
     pub(super) fn set(lab: &'lab mut Lab, shape: Shape, at: usize) -> Result<Self> {
-        let mut stage = Self { lab, at, shape, boot: None };
+        let mut stage = Self { lab, at, shape, boot: None, durable: vec![0; shape.disks.len()] };
         for index in 0..stage.lab.hosts().len() {
             stage.launch_agent(index)?;
             stage.host_mut(index).wait_for_agent()?;
@@ -88,6 +90,7 @@ impl<'lab> Stage<'lab> {
         self.bring_to(Begins::Off, true)?;
         self.ask(self.at, "DELETE", &format!("/v1/vms/{VM}"), None)?.read::<Value>()?;
         self.shape = shape;
+        self.durable = vec![0; shape.disks.len()];
         steps::create(self.host(self.at), &self.wanted()?).map(drop)
     }
 
@@ -121,12 +124,13 @@ impl<'lab> Stage<'lab> {
     }
 
     /// Starts the VM where it is, and waits until its guest has looked at its
-    /// disks and answers.
+    /// disks and answers; fails when they are not what they were.
     pub(super) fn start(&mut self) -> Result<()> {
         self.change("start")?;
         let status = status::wait(self.lab.client(), net::guest_v4(0), BOOT_TIMEOUT)
             .context("the guest does not come up")?;
         ensure!(status["errors"] == 0, "the guest found something wrong: {status}");
+        status::assert_recovered(&status, &self.durable)?;
         self.boot = Some(boot_of(&status)?);
         Ok(())
     }
@@ -137,7 +141,7 @@ impl<'lab> Stage<'lab> {
         answer.read::<Value>().with_context(|| format!("{order} of the VM")).map(drop)
     }
 
-    /// The guest's own report once it compared all its memory; fails when
+    /// Lets the guest compare all its memory and each block of its disks; fails when
     /// anything is wrong inside, or when it is not the boot that it should be.
     pub(super) fn check_guest(&mut self) -> Result<()> {
         let client = self.lab.client();
@@ -149,7 +153,11 @@ impl<'lab> Stage<'lab> {
             told.is_none_or(|told| *told == boot),
             "it is another boot of the guest: {boot}, and not {told:?}"
         );
+        if told.is_none() {
+            status::assert_recovered(&status, &self.durable)?;
+        }
         self.boot = Some(boot);
+        self.durable = status::durable(&status)?;
         Ok(())
     }
 

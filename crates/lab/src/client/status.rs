@@ -13,7 +13,7 @@ use crate::namespace::Namespace;
 const STATUS_BYTES_MAX: u64 = 1 << 20;
 /// Longest wait for an answer that takes no work.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest wait until a guest has compared all its memory.
+/// Longest wait until a guest has compared all its memory and disks.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(70);
 
 /// The guest's own report, as JSON.
@@ -21,7 +21,7 @@ pub(crate) fn ask(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
     question(namespace, guest, "/", TIMEOUT)
 }
 
-/// The same after the guest has compared all its memory.
+/// The same after the guest has compared all its memory and all its disks.
 pub(crate) fn check(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
     question(namespace, guest, "/check", CHECK_TIMEOUT)
 }
@@ -61,6 +61,26 @@ pub(crate) fn wait(namespace: &Namespace, guest: IpAddr, timeout: Duration) -> R
     }
 }
 
+/// How far the journal of each disk is durable, as a guest reported it.
+pub(crate) fn durable(status: &Value) -> Result<Vec<u64>> {
+    let disks = status["disks"].as_array().context("the guest does not tell of its disks")?;
+    let durable = disks.iter().map(|disk| disk["durable"].as_u64());
+    durable.collect::<Option<_>>().context("a disk's journal tells no number")
+}
+
+/// Fails unless a guest found on each disk, when it booted, all that was durable
+/// before: it cannot know by itself that a disk is too old, or was emptied.
+pub(crate) fn assert_recovered(status: &Value, durable: &[u64]) -> Result<()> {
+    let disks = status["disks"].as_array().context("the guest does not tell of its disks")?;
+    let recovered = disks.iter().map(|disk| disk["recovered"].as_u64().unwrap_or(0));
+    let has_all = recovered.zip(durable).all(|(recovered, durable)| recovered >= *durable);
+    ensure!(
+        disks.len() == durable.len() && has_all,
+        "the guest found less than was durable, {durable:?}: {status}"
+    );
+    Ok(())
+}
+
 /// The JSON in an answer, after HTTP's header.
 fn parse(text: &str) -> Result<Value> {
     let Some(start) = text.find('{') else { bail!("no JSON in {text:?}") };
@@ -72,6 +92,8 @@ fn parse(text: &str) -> Result<Value> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// Goal: a status is read, and half a one is not.
@@ -81,5 +103,17 @@ mod tests {
         assert_eq!(told["errors"], 0);
         assert!(parse("").is_err());
         assert!(parse("{\"errors\":").is_err());
+    }
+
+    /// Goal: a disk that is older than it was, emptied or missing is found.
+    #[test]
+    fn an_older_disk_is_found() {
+        let before = json!({"disks": [{"durable": 7}, {"durable": 9}]});
+        let durable = durable(&before).unwrap();
+        let found = |disks| assert_recovered(&json!({"disks": disks}), &durable);
+        found(json!([{"recovered": 7}, {"recovered": 12}])).unwrap();
+        assert!(found(json!([{"recovered": 7}, {"recovered": 8}])).is_err());
+        assert!(found(json!([{"recovered": 0}, {"recovered": 9}])).is_err());
+        assert!(found(json!([{"recovered": 7}])).is_err());
     }
 }

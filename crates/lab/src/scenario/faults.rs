@@ -177,6 +177,7 @@ fn destination_qemu_dies(lab: &mut Lab) -> Result<()> {
 
 fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
     let (scene, migration) = moving(lab, Phase::Mirror)?;
+    let before = scene::guest_is_well(lab)?;
     ensure!(lab.host("a").kill_qemu() == 1, "a had no QEMU");
     stayed(lab, &migration)?;
     lab.host("b").assert_clean()?;
@@ -184,8 +185,7 @@ fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
     let vm = steps::look(lab.host("a"), &scene.vm)?.context("a does not know the VM any more")?;
     ensure!(matches!(vm.power, Power::Off | Power::Fault), "a says that it is {:?}", vm.power);
     steps::power(lab.host("a"), &scene.vm, "start").context("starting it again")?;
-    crate::client::status::wait(lab.client(), crate::net::guest_v4(0), scene::BOOT_TIMEOUT)?;
-    scene::guest_is_well(lab).context("after the restart").map(drop)
+    scene::guest_came_back(lab, &before)
 }
 
 fn destination_full(lab: &mut Lab) -> Result<()> {

@@ -116,7 +116,8 @@ fn there_and_back(
             steps::assert_only_at(lab, &wanted.name, to)?;
             let status =
                 scene::guest_is_well(lab).with_context(|| format!("after time {time} to {to}"))?;
-            ensure!(status["disks"] == wanted.disks.len(), "the guest has other disks: {status}");
+            let disks = crate::client::status::durable(&status)?.len();
+            ensure!(disks == wanted.disks.len(), "the guest has other disks: {status}");
         }
     }
     let trace = scene.end(lab, "a")?.1;
@@ -195,6 +196,7 @@ fn off(lab: &mut Lab) -> Result<()> {
     let wanted = Wanted { disks: vec![("raw", 192), ("qcow2", 192)], ..tiny::working()? };
     // Its disks are to hold what a guest wrote.
     Scene::set(lab, &wanted)?.end(lab, "a")?;
+    let before = scene::guest_is_well(lab)?;
     lab.host("a").limosa(&["vm", "stop", &wanted.name])?;
     let copies = copy_images(lab.host("a"), &wanted.name)?;
     steps::move_vm(lab, &wanted.name, "a", "b")?;
@@ -208,9 +210,7 @@ fn off(lab: &mut Lab) -> Result<()> {
         lab.host("b").run(&compare).with_context(|| format!("disk {} differs", disk.id))?;
     }
     steps::power(lab.host("b"), &wanted.name, "start")?;
-    let guest = crate::net::guest_v4(0);
-    crate::client::status::wait(lab.client(), guest, scene::BOOT_TIMEOUT)?;
-    scene::guest_is_well(lab).map(drop)
+    scene::guest_came_back(lab, &before)
 }
 
 /// Copies the images of a VM that is off, to where all hosts can read them.

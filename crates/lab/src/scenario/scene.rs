@@ -67,7 +67,6 @@ impl Scene {
     /// says that all is well, and no user noticed more than a pause.
     pub(crate) fn end(self, lab: &Lab, at: &str) -> Result<(Noticed, Trace)> {
         steps::assert_only_at(lab, &self.vm, at)?;
-        guest_is_well(lab)?;
         let before = self.client.so_far();
         std::thread::sleep(AFTERWARDS);
         self.wait_for_exchanges(&before)?;
@@ -94,11 +93,20 @@ impl Scene {
     }
 }
 
-/// The guest's own report after it compared all its memory; fails when anything
-/// is wrong inside.
+/// The guest's own report after it compared all its memory and disks; fails when
+/// anything is wrong inside.
 pub(crate) fn guest_is_well(lab: &Lab) -> Result<serde_json::Value> {
     client::status::wait(lab.client(), net::guest_v4(0), Duration::from_secs(20))?;
     let status = client::status::check(lab.client(), net::guest_v4(0))?;
     ensure!(status["errors"].as_u64() == Some(0), "the guest found something wrong: {status}");
     Ok(status)
+}
+
+/// Waits for a guest that was started anew: it must be well, and find on its disks
+/// all that was durable when it reported last.
+pub(crate) fn guest_came_back(lab: &Lab, before: &serde_json::Value) -> Result<()> {
+    client::status::wait(lab.client(), net::guest_v4(0), BOOT_TIMEOUT)
+        .context("the guest did not come up again")?;
+    let status = guest_is_well(lab).context("after the restart")?;
+    client::status::assert_recovered(&status, &client::status::durable(before)?)
 }
