@@ -333,6 +333,11 @@ impl Host {
         })
     }
 
+    /// Whether it has cgroups to give.
+    pub(crate) fn has_cgroup(&self) -> bool {
+        self.cgroup.is_some()
+    }
+
     /// Processes of QEMU in the host.
     pub(crate) fn qemu_pids(&self) -> Vec<Pid> {
         let mut pids = self.namespace.pids();

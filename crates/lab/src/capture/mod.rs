@@ -20,7 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
-pub(crate) use trace::{Frame, Kind, Trace};
+pub(crate) use trace::{Frame, How, Kind, Trace};
 
 use crate::heartbeat;
 use crate::net::Net;
@@ -31,6 +31,9 @@ pub(crate) const FRAME_COUNT_MAX: usize = 4_000_000;
 const RARP: [u8; 2] = [0x80, 0x35];
 /// EtherType of ARP.
 const ARP: [u8; 2] = [0x08, 0x06];
+/// Bytes of a frame that its sender has padded to Ethernet's least. The agent does; the
+/// guest's virtual card does not, so that they can be told apart.
+const PADDED_BYTES: u32 = 60;
 /// EtherType of IPv6.
 const IPV6: [u8; 2] = [0x86, 0xdd];
 /// Next header of ICMPv6 in IPv6.
@@ -123,7 +126,9 @@ fn record(
         if stopped_at_ns.is_some_and(|stopped_at_ns| received.at_ns > stopped_at_ns) {
             return socket.dropped();
         }
-        let Some(kind) = classify(&buffer[..received.kept_bytes], mac) else { continue };
+        let Some(kind) = classify(&buffer[..received.kept_bytes], received.bytes, mac) else {
+            continue;
+        };
         let frame = Frame { at_ns: received.at_ns, host, bytes: received.bytes, kind };
         let mut frames = frames.lock().map_err(|_| anyhow::anyhow!("a capture panicked"))?;
         ensure!(frames.len() < FRAME_COUNT_MAX, "the capture is full");
@@ -137,8 +142,8 @@ fn now_ns() -> Result<u64> {
     Ok(u64::try_from(now.as_nanos())?)
 }
 
-/// What a frame is, when it comes from `mac`.
-fn classify(frame: &[u8], mac: [u8; 6]) -> Option<Kind> {
+/// What a frame of that length is, when it comes from `mac`.
+fn classify(frame: &[u8], bytes: u32, mac: [u8; 6]) -> Option<Kind> {
     if frame.get(6..12)? != mac {
         return None;
     }
@@ -146,10 +151,16 @@ fn classify(frame: &[u8], mac: [u8; 6]) -> Option<Kind> {
         return Some(Kind::Heartbeat { sequence, boot });
     }
     let ethertype = frame.get(12..14)?;
-    let is_announcement = ethertype == RARP
-        || (ethertype == ARP && is_gratuitous(frame))
-        || (ethertype == IPV6 && is_advertisement(frame));
-    Some(if is_announcement { Kind::Announcement } else { Kind::Other })
+    let how = if ethertype == RARP {
+        How::Rarp
+    } else if ethertype == ARP && is_gratuitous(frame) {
+        if bytes < PADDED_BYTES { How::GuestArp } else { How::AgentArp }
+    } else if ethertype == IPV6 && is_advertisement(frame) {
+        How::Advertisement
+    } else {
+        return Some(Kind::Other);
+    };
+    Some(Kind::Announcement(how))
 }
 
 /// Whether an ARP frame tells its sender's own address.
@@ -176,12 +187,14 @@ mod tests {
     fn frames_are_classified() {
         let frame =
             |ethertype: [u8; 2], body: &[u8]| [&[0xff; 6], &MAC[..], &ethertype, body].concat();
-        assert_eq!(classify(&frame(RARP, &[0; 28]), MAC), Some(Kind::Announcement));
-        assert_eq!(classify(&frame(ARP, &[0; 28]), MAC), Some(Kind::Announcement));
+        let told = |how| Some(Kind::Announcement(how));
+        assert_eq!(classify(&frame(RARP, &[0; 28]), 60, MAC), told(How::Rarp));
+        assert_eq!(classify(&frame(ARP, &[0; 28]), 60, MAC), told(How::AgentArp));
+        assert_eq!(classify(&frame(ARP, &[0; 28]), 42, MAC), told(How::GuestArp));
         let mut question = [0; 28];
         question[27] = 9;
-        assert_eq!(classify(&frame(ARP, &question), MAC), Some(Kind::Other));
-        assert_eq!(classify(&frame([0x08, 0x00], &[0; 40]), MAC), Some(Kind::Other));
+        assert_eq!(classify(&frame(ARP, &question), 60, MAC), Some(Kind::Other));
+        assert_eq!(classify(&frame([0x08, 0x00], &[0; 40]), 60, MAC), Some(Kind::Other));
         // As the destination's agent sends it: hop limit 255, to all nodes.
         let mut advertisement = [0; 72];
         advertisement[6] = ICMPV6;
@@ -189,10 +202,10 @@ mod tests {
         advertisement[39] = 1;
         advertisement[40] = ADVERTISEMENT;
         advertisement[44] = 0x20;
-        assert_eq!(classify(&frame(IPV6, &advertisement), MAC), Some(Kind::Announcement));
+        assert_eq!(classify(&frame(IPV6, &advertisement), 86, MAC), told(How::Advertisement));
         advertisement[44] = 0x60;
-        assert_eq!(classify(&frame(IPV6, &advertisement), MAC), Some(Kind::Other));
-        assert_eq!(classify(&frame(RARP, &[0; 28]), [0; 6]), None);
-        assert_eq!(classify(&[0; 7], MAC), None);
+        assert_eq!(classify(&frame(IPV6, &advertisement), 86, MAC), Some(Kind::Other));
+        assert_eq!(classify(&frame(RARP, &[0; 28]), 60, [0; 6]), None);
+        assert_eq!(classify(&[0; 7], 7, MAC), None);
     }
 }

@@ -36,9 +36,30 @@ pub(crate) enum Kind {
         boot: u64,
     },
     /// Tells switches and neighbours where the VM is now
-    Announcement,
+    Announcement(How),
     /// Any other traffic
     Other,
+}
+
+/// How a VM's place is announced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum How {
+    /// RARP, which switches learn from
+    Rarp,
+    /// Gratuitous ARP of the host's agent
+    AgentArp,
+    /// Gratuitous ARP of the guest itself
+    GuestArp,
+    /// Unsolicited neighbour advertisement, of either
+    Advertisement,
+}
+
+impl Kind {
+    /// Whether it tells where the VM is, and may be the host's own.
+    pub(crate) fn is_announcement(self) -> bool {
+        matches!(self, Self::Announcement(_))
+    }
 }
 
 /// A time without frames.
@@ -133,7 +154,7 @@ impl Trace {
             self.hosts.iter().position(|host| host == name).and_then(|at| u8::try_from(at).ok())
         };
         let (from, to) = (index(from)?, index(to)?);
-        let mut alive = self.frames.iter().filter(|frame| frame.kind != Kind::Announcement);
+        let mut alive = self.frames.iter().filter(|frame| !frame.kind.is_announcement());
         let last = alive.clone().rfind(|frame| frame.host == from)?;
         let first = alive.find(|frame| frame.host == to)?;
         Some(Silence { from_ns: last.at_ns, to_ns: first.at_ns })
@@ -144,7 +165,7 @@ impl Trace {
         let alive: Vec<_> = self
             .frames
             .iter()
-            .filter(|frame| frame.kind != Kind::Announcement)
+            .filter(|frame| !frame.kind.is_announcement())
             .map(|frame| frame.at_ns)
             .collect();
         alive
@@ -185,7 +206,12 @@ mod tests {
         let mut frames: Vec<_> = (0..5).map(|n| beat(n * 10, 0, n)).collect();
         frames.push(beat(240, 0, 5));
         // An announcement is the hypervisor's and ends no blackout.
-        frames.push(Frame { at_ns: 250 * MS, host: 1, bytes: 60, kind: Kind::Announcement });
+        frames.push(Frame {
+            at_ns: 250 * MS,
+            host: 1,
+            bytes: 60,
+            kind: Kind::Announcement(How::Rarp),
+        });
         frames.extend((0..5).map(|n| beat(300 + n * 10, 1, 8 + n)));
         frames.reverse();
         let trace = trace(frames);

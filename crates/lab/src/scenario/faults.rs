@@ -9,7 +9,7 @@ use limosa_protocol::fault::Action;
 use limosa_protocol::migration::{Migration, Outcome, Phase};
 use serde_json::Value;
 
-use super::points::{Point, start_agent};
+use super::points::{self, Point, start_agent};
 use super::scene::{self, Scene};
 use super::steps::{self, Wanted};
 use super::{Story, tiny};
@@ -62,12 +62,14 @@ pub(super) const STORIES: &[Story] = &[
     fault("source-agent-dies-retire", SOURCE, |lab| agent_dies(lab, "a", Phase::Retire)),
     fault(
         "destination-qemu-dies",
-        "the destination's QEMU dies: the VM goes on at the source",
+        "the destination's QEMU dies, in each phase: the VM goes on at the source; once it was \
+         handed over, it is off at the destination and starts there",
         destination_qemu_dies,
     ),
     fault(
         "source-qemu-dies",
-        "the source's QEMU dies: the VM is off at the source, and nowhere else",
+        "the source's QEMU dies, in each phase: the VM is off at the source, and nowhere else; \
+         once it was handed over, it runs at the destination",
         source_qemu_dies,
     ),
     Story {
@@ -102,12 +104,18 @@ pub(super) fn point_in(phase: Phase) -> &'static str {
 /// A scene with a move under way that stands in that phase, and in no other.
 pub(super) fn held(lab: &mut Lab, phase: Phase) -> Result<Held> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let (migration, point) = hold(lab, &scene.vm, phase)?;
+    Ok(Held { scene, migration, point })
+}
+
+/// Begins a move of a VM from a to b that stands in that phase, and in no other.
+fn hold(lab: &mut Lab, vm: &str, phase: Phase) -> Result<(Migration, Point)> {
     let point = Point::arm(lab, "a", point_in(phase), Action::Hold)?;
-    let begun = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    let begun = steps::begin_move(lab.host("a"), vm, "b", &Value::Null)?;
     point.wait()?;
     let migration = steps::look_at_move(lab.host("a"), &begun)?;
     ensure!(migration.phase == phase, "the move is held in {}", migration.phase.as_str());
-    Ok(Held { scene, migration, point })
+    Ok((migration, point))
 }
 
 /// A scene with a move under way that has come to that phase.
@@ -149,9 +157,7 @@ fn cancel_too_late(lab: &mut Lab) -> Result<()> {
     let answer = lab.host("a").api::<Value>("POST", &path, None)?;
     ensure!(answer.status == 409, "a cancel after the commit was answered {}", answer.status);
     point.release()?;
-    let gathered = steps::follow(lab.host("a"), &migration, SETTLE_TIMEOUT)?;
-    let last = gathered.last().context("nothing was said")?;
-    ensure!(last.outcome == Some(Outcome::Moved), "it ended as {:?}", last.outcome);
+    moved(lab, &migration)?;
     scene.end(lab, "b").map(drop)
 }
 
@@ -168,24 +174,71 @@ fn agent_dies(lab: &mut Lab, host: &str, phase: Phase) -> Result<()> {
     scene.end(lab, &owner).map(drop)
 }
 
+/// Phases in which both hosts have a QEMU of a VM that is still the source's.
+const BEFORE_COMMIT: [Phase; 3] = [Phase::Mirror, Phase::PreCopy, Phase::Switchover];
+
 fn destination_qemu_dies(lab: &mut Lab) -> Result<()> {
-    let (scene, migration) = moving(lab, Phase::Mirror)?;
-    ensure!(lab.host("b").kill_qemu() > 0, "b had no QEMU yet");
-    stayed(lab, &migration)?;
-    scene.end(lab, "a").map(drop)
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let vm = scene.vm.clone();
+    for phase in BEFORE_COMMIT {
+        let (migration, point) = hold(lab, &vm, phase)?;
+        ensure!(lab.host("b").kill_qemu() == 1, "b had no QEMU in {}", phase.as_str());
+        point.release()?;
+        stayed(lab, &migration).with_context(|| format!("killed in {}", phase.as_str()))?;
+        steps::assert_only_at(lab, &vm, "a")?;
+    }
+    scene.end(lab, "a")?;
+    let before = scene::guest_is_well(lab)?;
+    let (migration, point) = hold(lab, &vm, Phase::Retire)?;
+    ensure!(lab.host("b").kill_qemu() == 1, "b had no QEMU after the commit");
+    point.release()?;
+    moved(lab, &migration)?;
+    is_off_at(lab, &vm, "b")?;
+    steps::power(lab.host("b"), &vm, "start").context("starting it again")?;
+    scene::guest_came_back(lab, &before)
 }
 
 fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
-    let (scene, migration) = moving(lab, Phase::Mirror)?;
-    let before = scene::guest_is_well(lab)?;
-    ensure!(lab.host("a").kill_qemu() == 1, "a had no QEMU");
-    stayed(lab, &migration)?;
-    lab.host("b").assert_clean()?;
-    ensure!(steps::look(lab.host("b"), &scene.vm)?.is_none(), "b still tells of the VM");
-    let vm = steps::look(lab.host("a"), &scene.vm)?.context("a does not know the VM any more")?;
-    ensure!(matches!(vm.power, Power::Off | Power::Fault), "a says that it is {:?}", vm.power);
-    steps::power(lab.host("a"), &scene.vm, "start").context("starting it again")?;
-    scene::guest_came_back(lab, &before)
+    let vm = Scene::set(lab, &tiny::heavy()?)?.vm.clone();
+    for phase in BEFORE_COMMIT {
+        let before = scene::guest_is_well(lab)?;
+        let (migration, point) = hold(lab, &vm, phase)?;
+        ensure!(lab.host("a").kill_qemu() == 1, "a had no QEMU in {}", phase.as_str());
+        point.release()?;
+        stayed(lab, &migration).with_context(|| format!("killed in {}", phase.as_str()))?;
+        is_off_at(lab, &vm, "a")?;
+        steps::power(lab.host("a"), &vm, "start").context("starting it again")?;
+        scene::guest_came_back(lab, &before)
+            .with_context(|| format!("killed in {}", phase.as_str()))?;
+    }
+    // Handed over, and its QEMU at the source is still there.
+    let point = Point::arm(lab, "a", "record.handed-over.after", Action::Hold)?;
+    let migration = steps::begin_move(lab.host("a"), &vm, "b", &Value::Null)?;
+    point.wait()?;
+    ensure!(lab.host("a").kill_qemu() == 1, "a had no QEMU any more");
+    point.release()?;
+    moved(lab, &migration)?;
+    steps::assert_only_at(lab, &vm, "b")?;
+    scene::guest_is_well(lab).map(drop)
+}
+
+/// Waits for the outcome and fails unless the VM moved.
+fn moved(lab: &Lab, migration: &Migration) -> Result<()> {
+    let gathered = steps::follow(lab.host("a"), migration, SETTLE_TIMEOUT)?;
+    let last = gathered.last().context("nothing was said")?;
+    ensure!(last.outcome == Some(Outcome::Moved), "{:?}, {:?}", last.outcome, last.reason);
+    Ok(())
+}
+
+/// Fails unless the VM is off at that host, and the other one holds nothing of it.
+fn is_off_at(lab: &Lab, vm: &str, at: &str) -> Result<()> {
+    let other = if at == "a" { "b" } else { "a" };
+    lab.host(other).assert_clean()?;
+    ensure!(steps::look(lab.host(other), vm)?.is_none(), "{other} still tells of the VM");
+    points::wait("the VM's being off", || {
+        let power = steps::look(lab.host(at), vm)?.context("its owner lost it")?.power;
+        Ok((power == Power::Off).then_some(()))
+    })
 }
 
 fn destination_full(lab: &mut Lab) -> Result<()> {

@@ -23,6 +23,7 @@ mod moves;
 mod operator;
 pub(crate) mod points;
 mod postgres;
+mod process;
 pub(crate) mod scene;
 pub(crate) mod steps;
 mod strangers;

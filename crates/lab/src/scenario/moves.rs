@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::api::Power;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::process;
 use super::scene::{self, Scene};
 use super::steps::{self, Boot, Wanted};
 use super::{Story, tiny};
-use crate::capture::{Frame, Kind, Trace};
+use crate::capture::{How, Kind, Trace};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
@@ -16,6 +17,8 @@ const ROUND_TRIPS: usize = 10;
 
 /// Bytes of a whole page with its head.
 const PAGE_SENT_BYTES_MAX: u64 = 4096 + 16;
+/// What a guest that goes on may touch anew while it moves.
+const MEMORY_GROWTH_BYTES: u64 = 64 << 20;
 /// What pages of zeroes and framing may cost of 4 GiB.
 const NOTHING_BYTES: u64 = 16 << 20;
 
@@ -111,7 +114,9 @@ fn there_and_back(
     let scene = Scene::set(lab, &wanted)?;
     for time in 1..=times {
         for (from, to) in [("a", "b"), ("b", "a")] {
-            steps::move_vm(lab, &wanted.name, from, to)
+            // At last, the hosts themselves compare all of it once more.
+            let verify = if (time, to) == (times, "a") { "full" } else { "running" };
+            steps::move_vm_with(lab, &wanted.name, from, to, &json!({"verify": verify}))
                 .with_context(|| format!("time {time} of {times}"))?;
             steps::assert_only_at(lab, &wanted.name, to)?;
             let status =
@@ -124,20 +129,32 @@ fn there_and_back(
     ["a", "b"].into_iter().try_for_each(|host| is_announced(&trace, host))
 }
 
-/// Fails unless the network was told, at a host's switch port, that the VM is there.
+/// Fails unless the network was told, at a host's switch port, that the VM is there:
+/// its switches, and neighbours of both families.
 fn is_announced(trace: &Trace, host: &str) -> Result<()> {
-    let here = |frame: &&Frame| {
-        frame.kind == Kind::Announcement && trace.host_name(frame.host) == Some(host)
-    };
-    ensure!(trace.frames().iter().any(|frame| here(&frame)), "{host} announced nothing");
+    for how in [How::Rarp, How::AgentArp, How::Advertisement] {
+        let is_told = trace.frames().iter().any(|frame| {
+            frame.kind == Kind::Announcement(how) && trace.host_name(frame.host) == Some(host)
+        });
+        ensure!(is_told, "{host} sent no {how:?}");
+    }
     Ok(())
 }
 
 fn large_memory(lab: &mut Lab) -> Result<()> {
-    let wanted = Wanted { memory_mib: 4096, ..tiny::working()? };
+    let mut wanted = Wanted { memory_mib: 4096, ..tiny::working()? };
+    wanted.boot.append.push_str(" limosa.memory_mib=256");
     let scene = Scene::set(lab, &wanted)?;
+    // By then it has touched all that it works with.
+    scene::guest_is_well(lab)?;
     for (from, to) in [("a", "b"), ("b", "a")] {
+        let before_bytes = process::memory_bytes(lab.host(from))?;
         let gathered = steps::move_vm(lab, &wanted.name, from, to)?;
+        let after_bytes = process::memory_bytes(lab.host(to))?;
+        ensure!(
+            after_bytes <= before_bytes + MEMORY_GROWTH_BYTES,
+            "{before_bytes} bytes of memory became {after_bytes} at {to}"
+        );
         let summary = gathered.last().and_then(|last| last.summary.clone());
         let moved = summary.context("no summary")?.moved;
         let zero_bytes = moved.zero_pages << 12;
@@ -151,6 +168,7 @@ fn large_memory(lab: &mut Lab) -> Result<()> {
         steps::assert_only_at(lab, &wanted.name, to)?;
         scene::guest_is_well(lab)?;
     }
+    steps::assert_no_doubt(lab)?;
     scene.end(lab, "a").map(drop)
 }
 
@@ -185,8 +203,8 @@ fn paused(lab: &mut Lab) -> Result<()> {
     ensure!(vm.power == Power::Paused, "it is {:?} after the move", vm.power);
     lab.host("a").assert_clean()?;
     let trace = scene.so_far().1;
-    let lively = |frame: &&Frame| frame.kind != Kind::Announcement;
-    let told = trace.frames()[before..].iter().filter(lively).count();
+    let lively = trace.frames()[before..].iter().filter(|frame| !frame.kind.is_announcement());
+    let told = lively.count();
     ensure!(told == 0, "a paused VM sent {told} frames");
     steps::power(lab.host("b"), &wanted.name, "resume")?;
     is_announced(&scene.end(lab, "b")?.1, "b")
@@ -254,15 +272,8 @@ fn other_qemu(lab: &mut Lab) -> Result<()> {
         .map(|host| host.api::<Value>("GET", "/v1/host", None)?.read())
         .collect::<Result<_>>()?;
     let version = |index: usize| versions[index]["qemu"]["version"].as_str().unwrap_or_default();
-    let major =
-        |index: usize| version(index).split('.').next().and_then(|major| major.parse().ok());
-    let has = |wished: fn(u32) -> bool| (0..2).any(|index| major(index).is_some_and(wished));
-    ensure!(
-        has(|major| major == 7) && has(|major| major >= 10),
-        "the hosts have QEMU {} and {}",
-        version(0),
-        version(1)
-    );
+    let has = |release: &str| (0..2).any(|index| version(index).starts_with(release));
+    ensure!(has("7.2.") && has("10."), "the hosts have QEMU {} and {}", version(0), version(1));
     // A machine type that both know: that of the older one.
     let wanted = Wanted { machine: "pc-q35-7.2".to_owned(), ..tiny::working()? };
     let scene = Scene::on_ready_hosts(lab, &wanted)?;
@@ -278,6 +289,7 @@ fn agent_restart(lab: &mut Lab) -> Result<()> {
     let wanted = tiny::working()?;
     let scene = Scene::set(lab, &wanted)?;
     let before = lab.host("a").qemu_pids();
+    process::is_confined(lab.host("a"), steps::QEMU_USER)?;
     for is_killed in [false, true] {
         if is_killed {
             lab.host_mut("a").kill_agent()?;
@@ -292,5 +304,6 @@ fn agent_restart(lab: &mut Lab) -> Result<()> {
         ensure!(lab.host("a").qemu_pids() == before, "QEMU is another one");
     }
     steps::move_vm(lab, &wanted.name, "a", "b")?;
+    process::is_confined(lab.host("b"), steps::QEMU_USER)?;
     scene.end(lab, "b").map(drop)
 }

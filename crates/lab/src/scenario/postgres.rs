@@ -87,6 +87,7 @@ fn under_load(lab: &mut Lab) -> Result<()> {
     clients.run("createdb", &["bench"])?;
     clients.run("pgbench", &["-i", "-q", "-s", "2", "bench"])?;
     let committed = work_while_moving(lab, &clients)?;
+    steps::assert_no_doubt(lab)?;
     let told = clients.run(
         "psql",
         &[

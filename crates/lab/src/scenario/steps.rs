@@ -25,7 +25,7 @@ pub(crate) const SWITCH: &str = "lan";
 /// How long agents wait for a lost link, in seconds: stories do not wait a minute.
 const LINK_WAIT_S: u32 = 12;
 /// Unprivileged user of Debian as whom QEMU runs in the lab.
-const QEMU_USER: &str = "nobody";
+pub(crate) const QEMU_USER: &str = "nobody";
 
 /// A virtual machine that a story wants.
 #[derive(Debug, Clone)]
@@ -190,8 +190,19 @@ pub(crate) fn follow(host: &Host, migration: &Migration, timeout: Duration) -> R
 
 /// Moves a VM and waits; fails unless it moved.
 pub(crate) fn move_vm(lab: &Lab, vm: &str, from: &str, to: &str) -> Result<Gathered> {
+    move_vm_with(lab, vm, from, to, &Value::Null)
+}
+
+/// The same with further wishes.
+pub(crate) fn move_vm_with(
+    lab: &Lab,
+    vm: &str,
+    from: &str,
+    to: &str,
+    further: &Value,
+) -> Result<Gathered> {
     let host = lab.host(from);
-    let migration = begin_move(host, vm, to, &Value::Null)?;
+    let migration = begin_move(host, vm, to, further)?;
     let gathered = follow(host, &migration, MOVE_TIMEOUT)?;
     let last = gathered.last().context("nothing was said about the move")?;
     if last.outcome != Some(Outcome::Moved) {
@@ -246,6 +257,14 @@ pub(crate) fn assert_only_at(lab: &Lab, vm: &str, at: &str) -> Result<()> {
     let owner = wait_for_owner(lab, vm, Duration::from_secs(30))?;
     ensure!(owner == at, "{vm} is on {owner} and should be on {at}");
     lab.hosts().iter().filter(|host| host.name() != at).try_for_each(Host::assert_clean)
+}
+
+/// Fails when an agent told of doubt: in moves that nothing disturbs there is none.
+pub(crate) fn assert_no_doubt(lab: &Lab) -> Result<()> {
+    let has_doubted = |host: &&Host| host.agent_log().contains("in doubt");
+    let doubting = lab.hosts().iter().find(has_doubted).map(Host::name);
+    ensure!(doubting.is_none(), "the log of {doubting:?} tells of doubt");
+    Ok(())
 }
 
 /// Milliseconds since 1970.

@@ -12,6 +12,7 @@ use rustix::fs::SeekFrom;
 use serde_json::json;
 
 use super::points::Point;
+use super::process;
 use super::scene::Scene;
 use super::steps::{self, Wanted};
 use super::{Story, tiny};
@@ -53,7 +54,7 @@ fn names_what_differs(lab: &mut Lab) -> Result<()> {
     changed(lab, &scene, "full", "send.verify.before", disk, &named)?;
     // RAM is read again as soon as it is all there: it must change before.
     let named = format!("first in the page at {:#x}", RAM_OFFSET_BYTES & !0xfff);
-    let ram = |lab: &Lab| turn(lab, &memory(lab)?, RAM_OFFSET_BYTES);
+    let ram = |lab: &Lab| turn(lab, &process::memory(lab.host("b"))?, RAM_OFFSET_BYTES);
     changed(lab, &scene, "full", "qmp.migrate-continue.before", ram, &named)?;
     scene.end(lab, "a").map(drop)
 }
@@ -68,19 +69,9 @@ fn running_digests(lab: &mut Lab) -> Result<()> {
     scene.end(lab, "a").map(drop)
 }
 
-/// The memory of b's guest.
-fn memory(lab: &Lab) -> Result<String> {
-    let pids = lab.host("b").qemu_pids();
-    let pid = pids.first().context("b has no QEMU")?.as_raw_nonzero();
-    let find = format!(
-        "for fd in /proc/{pid}/fd/*; do readlink $fd | grep -q memfd && echo $fd; done | head -1"
-    );
-    Ok(lab.host("b").run(&["sh", "-c", &find])?.trim().to_owned())
-}
-
 /// Turns a bit of the last byte of each page that b's guest has.
 fn turn_all_pages(lab: &Lab) -> Result<()> {
-    let memory = File::options().read(true).write(true).open(memory(lab)?)?;
+    let memory = File::options().read(true).write(true).open(process::memory(lab.host("b"))?)?;
     let mut at = 0;
     let mut byte = [0];
     loop {

@@ -123,12 +123,16 @@ impl DestinationHand {
 
     /// Whether such an answer can settle anything.
     async fn stand_of(&self, answer: &Result<SourceWord, PeerError>) -> PeerStand {
+        let is_receiving = self.standing().is_receiving;
         let mut inner = self.inner.lock().await;
-        if !matches!(answer, Ok(SourceWord::Undecided)) {
+        // As long as something is received, nothing is to be decided: a long move
+        // must not begin its switchover in doubt.
+        if is_receiving || !matches!(answer, Ok(SourceWord::Undecided)) {
             inner.undecided_count = 0;
         }
         match answer {
             Ok(SourceWord::Unheard) => PeerStand::HasForgotten,
+            Ok(SourceWord::Undecided) if is_receiving => PeerStand::Settles,
             Ok(SourceWord::Undecided) => {
                 inner.undecided_count = inner.undecided_count.saturating_add(1);
                 // It may be about to commit; for seconds it is not.
