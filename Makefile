@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = target/debug
 RELEASE = target/release
 
-.PHONY: build release install workload demo test unit lint bench chaos soak clean
+.PHONY: build release install workload demo test unit lint bench chaos soak clean root
 
 build:
 	$(CARGO) build --workspace
@@ -46,34 +46,43 @@ workload:
 # Two hosts, one VM with a disk and a client; there and back again.
 demo:
 	scripts/install-packages demo
-	$(MAKE) release workload
+	$(MAKE) root release workload
 	$(RELEASE)/limosa-lab demo
 
-test: unit workload build
+test: root unit workload build
 	$(BIN)/limosa-lab stories
+
+# Said before anything is built.
+root:
+	@test "$$(id -u)" = 0 || \
+		{ echo "the lab makes network namespaces: run make as root (sudo make ...)" >&2; exit 1; }
 
 unit:
 	scripts/install-packages test
 	$(CARGO) test --workspace
 
+# The fuzz targets are only checked: to link them, libFuzzer and a nightly compiler
+# are needed, and any file serves for a library that nobody links.
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	CUSTOM_LIBFUZZER_PATH=$(CURDIR)/fuzz/Cargo.toml $(CARGO) clippy --manifest-path fuzz/Cargo.toml \
+		--target-dir target -- -D warnings
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --all-features check; \
 	else echo "cargo-deny is not installed: deny.toml was not checked"; fi
 
 # Against stock QEMU on the same link; figures, not assertions.
-bench: release workload
+bench: root release workload
 	scripts/install-packages test
 	$(RELEASE)/limosa-lab bench
 
 # Moves with faults that are drawn; prints the seed of one that fails.
-chaos: build workload
+chaos: root build workload
 	scripts/install-packages test
 	$(BIN)/limosa-lab chaos --seed 1 --runs 300
 
 # Hours of moves and faults.
-soak: release workload
+soak: root release workload
 	scripts/install-packages test
 	$(RELEASE)/limosa-lab soak
 

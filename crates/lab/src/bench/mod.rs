@@ -1,6 +1,7 @@
 //! `make bench`: Limosa against stock QEMU, same guest, same link, same run.
 //!
-//! Figures for people, not assertions: the machine's other work is in them.
+//! Figures for people, not assertions: the machine's other work is in them. The guest
+//! has 1 GiB, dirties 512 MiB of it round and round, and has 256 MiB on its disk.
 
 mod memory;
 mod qmp;
@@ -12,6 +13,8 @@ use anyhow::{Context, Result};
 use limosa_protocol::migration::Phase;
 use serde::Serialize;
 
+use crate::capture::Trace;
+use crate::client::status;
 use crate::lab::{Lab, Plan};
 use crate::scenario::scene::Scene;
 use crate::scenario::steps::Wanted;
@@ -20,8 +23,13 @@ use crate::{demo, paths, print_line, report};
 
 /// Speed of the link.
 const LINK_MBIT: u32 = 1000;
-/// A guest that dirties memory so fast converges by page versions only.
-const FAST_MB_S: u32 = 100;
+/// The guest's memory, what it dirties of that, its disk, and what it fills of that (a
+/// third), in MiB.
+const MEMORY_MIB: u64 = 1024;
+const DIRTIED_MIB: u64 = 512;
+const DISK_MIB: u64 = 768;
+/// Most page versions that a source keeps, in MiB: what it keeps without a setting.
+const VERSIONS_MIB: u64 = 512;
 /// What an agent may hold besides page versions: this, and a hundredth of the
 /// guest's memory.
 const AGENT_MIB_MAX: u64 = 64;
@@ -51,8 +59,12 @@ pub(crate) struct Measured {
     pub blackout_ms: Option<f64>,
     /// Longest silence of the whole move, from outside
     pub longest_silence_ms: Option<f64>,
+    /// When that began, after the request
+    pub silent_at_s: Option<f64>,
     /// Longest gap on any TCP session
     pub client_gap_ms: f64,
+    /// What the guest really dirtied just before, in MB a second
+    pub dirtied_mb_s: f64,
     /// Most memory of their own that the agents of source and destination held, in
     /// KiB: the guest's, which the destination's fills, is not theirs
     pub agents_kib: Vec<u64>,
@@ -65,33 +77,38 @@ enum Versions {
     None,
 }
 
+impl Versions {
+    fn mib(self) -> u64 {
+        match self {
+            Self::Kept => VERSIONS_MIB,
+            Self::None => 0,
+        }
+    }
+}
+
 /// Runs all comparisons.
 pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
     let plan = Plan { links_mbit: vec![Some(LINK_MBIT)], ..Plan::default() };
     let mut all = Vec::new();
     for (name, dirty_mb_s) in [("20 MB/s dirtied", 20), ("200 MB/s dirtied", 200)] {
-        let wanted = tiny::wanted("bench", 1024, dirty_mb_s)?;
+        let mut wanted = tiny::wanted("bench", MEMORY_MIB, dirty_mb_s)?;
+        wanted.boot.append.push_str(&format!(" limosa.memory_mib={DIRTIED_MIB}"));
+        wanted.disks = vec![("qcow2", DISK_MIB)];
         for time in 1..=times {
             print_line(&format!(
-                "\n{name}, {} MiB, link {LINK_MBIT} Mbit/s, run {time}",
-                wanted.memory_mib
+                "\n{name} of {DIRTIED_MIB} MiB, {MEMORY_MIB} MiB in all, {} MiB on disk, link \
+                 {LINK_MBIT} Mbit/s, run {time}",
+                DISK_MIB / 3
             ));
             let mut accelerator = "tcg".to_owned();
-            if !stock_only {
-                let (chosen, ours) = limosa(&plan, &wanted, Versions::Kept)?;
+            // Without versions, for what the agents need for themselves.
+            let ways = [Versions::Kept, Versions::None];
+            for versions in ways.into_iter().filter(|_| !stock_only) {
+                let (chosen, ours) = limosa(&plan, &wanted, versions)?;
                 show(&ours);
+                show_agents(&ours, versions);
                 all.push((name, ours));
                 accelerator = chosen;
-                if dirty_mb_s < FAST_MB_S {
-                    // What the agents need for themselves.
-                    let (_, ours) = limosa(&plan, &wanted, Versions::None)?;
-                    show(&ours);
-                    let limit_kib = (AGENT_MIB_MAX << 10) + (wanted.memory_mib << 10) / 100;
-                    let is_within = ours.agents_kib.iter().all(|own| *own <= limit_kib);
-                    let verdict = if is_within { "within" } else { "PAST" };
-                    print_line(&format!("  {verdict} the agents' {} MiB", limit_kib >> 10));
-                    all.push((name, ours));
-                }
             }
             let theirs = stock::run(&plan, &wanted, &accelerator)?;
             show(&theirs);
@@ -119,14 +136,12 @@ fn limosa(plan: &Plan, wanted: &Wanted, versions: Versions) -> Result<(String, M
 fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String, Measured)> {
     for host in lab.hosts_mut() {
         let mut config = steps::agent_config(host, None, "");
-        if versions == Versions::None {
-            config.push_str("page_versions_mib = 0\n");
-        }
+        config.push_str(&format!("page_versions_mib = {}\n", versions.mib()));
         host.start_agent(&config, &[])?;
     }
     steps::join(lab)?;
     let scene = Scene::on_ready_hosts(lab, wanted)?;
-    std::thread::sleep(CALM);
+    let dirtied_mb_s = dirtied_mb_s(lab)?;
     let accelerator = steps::look(lab.host("a"), &wanted.name)?.and_then(|vm| vm.accelerator);
     let started_ns = steps::unix_ms()?.saturating_mul(1_000_000);
     let before = lab.net().link_bytes(0, "a")?.1;
@@ -149,7 +164,7 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
             Versions::None => "no versions".to_owned(),
         },
         converged: true,
-        alive: crate::client::status::ask(lab.client(), crate::net::guest_v4(0)).is_ok(),
+        alive: status::ask(lab.client(), crate::net::guest_v4(0)).is_ok(),
         total_s: Duration::from_millis(summary.total_ms).as_secs_f64() - phase_s(Phase::Retire),
         mirror_s: phase_s(Phase::Prepare) + phase_s(Phase::Mirror),
         memory_s: phase_s(Phase::PreCopy) + phase_s(Phase::Switchover),
@@ -157,7 +172,9 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
         downtime_ms: summary.downtime.map(|downtime| downtime.total_ms),
         blackout_ms: trace.blackout("a", "b").map(|silence| silence.ms()),
         longest_silence_ms: trace.longest_silence().map(|silence| silence.ms()),
+        silent_at_s: silent_at_s(&trace, started_ns),
         client_gap_ms: noticed.longest_tcp_gap_ms(),
+        dirtied_mb_s,
         agents_kib,
     };
     let picture = gathered.into_move(&trace, Some(&noticed), Some(LINK_MBIT));
@@ -170,11 +187,44 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
     Ok((accelerator.unwrap_or_else(|| "tcg".to_owned()), result))
 }
 
+/// When the longest silence began, in seconds after that moment.
+pub(crate) fn silent_at_s(trace: &Trace, started_ns: u64) -> Option<f64> {
+    let from_ns = trace.longest_silence()?.from_ns;
+    Some(Duration::from_nanos(from_ns.saturating_sub(started_ns)).as_secs_f64())
+}
+
+/// What the guest dirties, once it has begun to, in MB a second.
+pub(crate) fn dirtied_mb_s(lab: &Lab) -> Result<f64> {
+    let guest = crate::net::guest_v4(0);
+    // All of its memory is there once it was compared.
+    let before = status::check(lab.client(), guest)?;
+    let started = std::time::Instant::now();
+    std::thread::sleep(CALM);
+    let after = status::ask(lab.client(), guest)?;
+    let pages = |status: &serde_json::Value| status["pages_touched"].as_f64().unwrap_or(0.0);
+    Ok((pages(&after) - pages(&before)) * 4096.0 / 1e6 / started.elapsed().as_secs_f64())
+}
+
+/// Says what the agents held, and whether that is within their limit.
+fn show_agents(result: &Measured, versions: Versions) {
+    let [source, destination] = result.agents_kib[..] else { return };
+    let limit_mib = AGENT_MIB_MAX + MEMORY_MIB / 100;
+    let told = |own_kib: u64, limit_mib: u64| {
+        let verdict = if own_kib >> 10 <= limit_mib { "within" } else { "PAST" };
+        format!("{} MiB ({verdict} {limit_mib})", own_kib >> 10)
+    };
+    print_line(&format!(
+        "              agents' own at most {} and {}",
+        told(source, limit_mib + versions.mib()),
+        told(destination, limit_mib)
+    ));
+}
+
 fn show(result: &Measured) {
     let ms = |value: Option<f64>| value.map_or("-".to_owned(), |ms| format!("{ms:.0} ms"));
     print_line(&format!(
         "  {:<11} {:>6.2} s (disk {:.2}, memory {:.2}){}  {:>8} on the wire  downtime {}  \
-         blackout {}  longest silence {}  client gap {:.0} ms{}",
+         blackout {}  longest silence {} (at {:.1} s)  client gap {:.0} ms  dirtied {:.0} MB/s",
         result.how,
         result.total_s,
         result.mirror_s,
@@ -188,11 +238,8 @@ fn show(result: &Measured) {
         ms(result.downtime_ms),
         ms(result.blackout_ms),
         ms(result.longest_silence_ms),
+        result.silent_at_s.unwrap_or(f64::NAN),
         result.client_gap_ms,
-        match result.agents_kib[..] {
-            [source, destination] =>
-                format!("  agents' own at most {} and {} MiB", source / 1024, destination / 1024),
-            _ => String::new(),
-        },
+        result.dirtied_mb_s,
     ));
 }

@@ -44,7 +44,7 @@ fn measure(lab: &Lab, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
     client::status::wait(lab.client(), net::guest_v4(0), BOOT_TIMEOUT)?;
     let client = Client::start(lab.client(), Talk::with(net::guest_v4(0)))?;
     client.wait_until_answered(BOOT_TIMEOUT)?;
-    std::thread::sleep(super::CALM);
+    let dirtied_mb_s = super::dirtied_mb_s(lab)?;
     let started = Instant::now();
     let started_ns = steps::unix_ms()?.saturating_mul(1_000_000);
     let before = lab.net().link_bytes(0, source.name())?.1;
@@ -70,7 +70,9 @@ fn measure(lab: &Lab, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
         downtime_ms: None,
         blackout_ms: silence.filter(|_| converged).map(|silence| silence.ms()),
         longest_silence_ms: trace.longest_silence().map(|silence| silence.ms()),
+        silent_at_s: super::silent_at_s(&trace, started_ns),
         client_gap_ms: noticed.longest_tcp_gap_ms(),
+        dirtied_mb_s,
         agents_kib: Vec::new(),
     })
 }

@@ -25,6 +25,7 @@ pub(crate) mod points;
 mod postgres;
 mod process;
 pub(crate) mod scene;
+mod space;
 pub(crate) mod steps;
 mod strangers;
 pub(crate) mod tiny;
@@ -75,6 +76,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         links::STORIES,
         verify::STORIES,
         doubt::STORIES,
+        space::STORIES,
         listed::STORIES,
         chaos::STORIES,
     ]

@@ -209,7 +209,7 @@ impl Sender {
             add(&self.meter.full_pages, 1);
             self.kinds_bytes.1 += (self.payload.len() - head_at) as u64;
         }
-        self.versions.put(key, content);
+        self.versions.put(key, content, before != 0);
     }
 
     fn zero_page(&mut self, block: usize, page: u64) {
