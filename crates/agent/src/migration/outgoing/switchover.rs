@@ -322,8 +322,13 @@ impl Source {
             ))
         })?;
         match word? {
-            DestinationWord::Undecided | DestinationWord::Unheard => Err(Failure::peer(format!(
-                "{} does not receive this migration any more",
+            DestinationWord::Undecided => Err(Failure::peer(format!(
+                "{0} holds everything and could not record it; the log of limosad on {0} says \
+                 why (a state store that failed, mostly)",
+                self.link.name()
+            ))),
+            DestinationWord::Unheard => Err(Failure::peer(format!(
+                "{} does not know this migration any more",
                 self.link.name()
             ))),
             word => Ok(word),
