@@ -290,9 +290,10 @@ impl Acks {
     /// Has the destination find out where the two differ, once.
     fn differ(&mut self, ack: &Ack, error: PlaneError) {
         if !std::mem::replace(&mut self.differs, true) {
+            // First of all: the destination closes its link once it has the digests.
+            self.halt.tell(PlaneEvent::Different(error));
             // One whose queue is closed has ended.
             self.queues[usize::from(ack.channel)].put_at_once(Work::Digests).ok();
-            self.halt.tell(PlaneEvent::Different(error));
         }
     }
 
