@@ -55,10 +55,10 @@ fn boot_sector(lab: &mut Lab) -> Result<()> {
         return Err(Skipped(format!("/dev/kvm does not open: {error}")).into());
     }
     for host in lab.hosts_mut() {
+        // In a lab nobody has a group for it, and the agent tries it at once.
+        host.run(&["chmod", "0666", "/dev/kvm"])?;
         let config = steps::agent_config(host, None, "accelerator = \"kvm\"\n");
         host.start_agent(&config, &[])?;
-        // In a lab nobody has a group for it.
-        host.run(&["chmod", "0666", "/dev/kvm"])?;
     }
     steps::join(lab)?;
     start(lab.host("a"))?;
