@@ -5,6 +5,9 @@ CARGO ?= cargo
 BIN = target/debug
 RELEASE = target/release
 
+# In the order that is written; cargo uses all processors by itself.
+.NOTPARALLEL:
+
 .PHONY: build release install workload demo test unit lint bench chaos soak clean root
 
 build:

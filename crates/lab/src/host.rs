@@ -52,6 +52,9 @@ pub(crate) enum Storage {
     },
 }
 
+/// What `stat` calls a block, in bytes.
+const STAT_BLOCK_BYTES: u64 = 512;
+
 /// A host that is up.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -331,6 +334,12 @@ impl Host {
         serde_json::from_str(&text).with_context(|| {
             format!("limosa {} answered: {}", args.join(" "), exec::tail(&text, 500))
         })
+    }
+
+    /// Bytes that a file of the host really takes.
+    pub(crate) fn allocated_bytes(&self, path: &str) -> Result<u64> {
+        let blocks = self.run(&["stat", "-L", "-c", "%b", path])?;
+        Ok(blocks.trim().parse::<u64>()? * STAT_BLOCK_BYTES)
     }
 
     /// Whether it has cgroups to give.

@@ -10,8 +10,8 @@
 //!        └──────► report (counters, errors) ◄── echo, status, heartbeats: the outside
 //! ```
 //!
-//! **Invariants.** Whatever a thread finds wrong goes into the [`report`] once and
-//! stays there; the status and the serial console repeat it.
+//! **Invariants.** Whatever a thread finds wrong goes into the [`report`] and stays
+//! there; the status and the serial console repeat it.
 //! Nothing here ends by itself: the guest lives until it is powered off.
 
 mod journal;

@@ -9,7 +9,7 @@ mod stock;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use limosa_protocol::migration::Phase;
 use serde::Serialize;
 
@@ -23,13 +23,14 @@ use crate::{demo, paths, print_line, report};
 
 /// Speed of the link.
 const LINK_MBIT: u32 = 1000;
-/// The guest's memory, what it dirties of that, its disk, and what it fills of that (a
-/// third), in MiB.
+/// The guest's memory, in MiB.
 const MEMORY_MIB: u64 = 1024;
+/// What it dirties of that, in MiB.
 const DIRTIED_MIB: u64 = 512;
+/// Its disk, of which it fills a third, in MiB.
 const DISK_MIB: u64 = 768;
 /// Most page versions that a source keeps, in MiB: what it keeps without a setting.
-const VERSIONS_MIB: u64 = 512;
+const VERSIONS_MIB_MAX: u64 = 512;
 /// What an agent may hold besides page versions: this, and a hundredth of the
 /// guest's memory.
 const AGENT_MIB_MAX: u64 = 64;
@@ -80,7 +81,7 @@ enum Versions {
 impl Versions {
     fn mib(self) -> u64 {
         match self {
-            Self::Kept => VERSIONS_MIB,
+            Self::Kept => VERSIONS_MIB_MAX,
             Self::None => 0,
         }
     }
@@ -198,6 +199,7 @@ pub(crate) fn dirtied_mb_s(lab: &Lab) -> Result<f64> {
     let guest = crate::net::guest_v4(0);
     // All of its memory is there once it was compared.
     let before = status::check(lab.client(), guest)?;
+    ensure!(before["errors"] == 0, "the guest found something wrong: {before}");
     let started = std::time::Instant::now();
     std::thread::sleep(CALM);
     let after = status::ask(lab.client(), guest)?;
@@ -210,7 +212,7 @@ fn show_agents(result: &Measured, versions: Versions) {
     let [source, destination] = result.agents_kib[..] else { return };
     let limit_mib = AGENT_MIB_MAX + MEMORY_MIB / 100;
     let told = |own_kib: u64, limit_mib: u64| {
-        let verdict = if own_kib >> 10 <= limit_mib { "within" } else { "PAST" };
+        let verdict = if own_kib <= limit_mib << 10 { "within" } else { "PAST" };
         format!("{} MiB ({verdict} {limit_mib})", own_kib >> 10)
     };
     print_line(&format!(

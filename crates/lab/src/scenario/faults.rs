@@ -199,7 +199,8 @@ fn destination_qemu_dies(lab: &mut Lab) -> Result<()> {
 }
 
 fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
-    let vm = Scene::set(lab, &tiny::heavy()?)?.vm.clone();
+    let scene = Scene::set(lab, &tiny::heavy()?)?;
+    let vm = scene.vm.clone();
     for phase in BEFORE_COMMIT {
         let before = scene::guest_is_well(lab)?;
         let (migration, point) = hold(lab, &vm, phase)?;
@@ -219,15 +220,22 @@ fn source_qemu_dies(lab: &mut Lab) -> Result<()> {
     point.release()?;
     moved(lab, &migration)?;
     steps::assert_only_at(lab, &vm, "b")?;
-    scene::guest_is_well(lab).map(drop)
+    scene::guest_is_well(lab)?;
+    ensure!(!scene.so_far().1.two_copies(), "two copies of the VM were running");
+    Ok(())
 }
 
-/// Waits for the outcome and fails unless the VM moved.
-fn moved(lab: &Lab, migration: &Migration) -> Result<()> {
+/// Follows a move from a to its end; fails unless the VM moved.
+pub(super) fn moved(lab: &Lab, migration: &Migration) -> Result<Migration> {
     let gathered = steps::follow(lab.host("a"), migration, SETTLE_TIMEOUT)?;
     let last = gathered.last().context("nothing was said")?;
-    ensure!(last.outcome == Some(Outcome::Moved), "{:?}, {:?}", last.outcome, last.reason);
-    Ok(())
+    ensure!(
+        last.outcome == Some(Outcome::Moved),
+        "it ended as {:?}, {:?}",
+        last.outcome,
+        last.reason
+    );
+    Ok(last.clone())
 }
 
 /// Fails unless the VM is off at that host, and the other one holds nothing of it.

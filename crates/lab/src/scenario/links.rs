@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::fault::Action;
-use limosa_protocol::migration::{Migration, Outcome, Phase};
+use limosa_protocol::migration::Phase;
 use serde_json::Value;
 
-use super::faults::{self, SETTLE_TIMEOUT, point_in, slow, stayed};
+use super::faults::{self, moved, point_in, slow, stayed};
 use super::points::{Point, wait};
 use super::scene::Scene;
 use super::steps;
@@ -68,19 +68,6 @@ pub(super) const STORIES: &[Story] = &[
         run: |lab| is_gone(lab, Cut::Silent),
     },
 ];
-
-/// Follows a move to its end, which must be at b.
-fn moved(lab: &Lab, migration: &Migration) -> Result<Migration> {
-    let gathered = steps::follow(lab.host("a"), migration, SETTLE_TIMEOUT)?;
-    let last = gathered.last().context("nothing was said")?;
-    ensure!(
-        last.outcome == Some(Outcome::Moved),
-        "it ended as {:?}, {:?}",
-        last.outcome,
-        last.reason
-    );
-    Ok(last.clone())
-}
 
 fn comes_back(lab: &mut Lab, phase: Phase, how: Cut) -> Result<()> {
     let (scene, migration) = if phase == Phase::Prepare {

@@ -25,8 +25,6 @@ const DISK_MIB: u64 = 192;
 /// Most that an image may grow by in a move, in bytes: the guest goes on writing
 /// its journal, whose ring has 16 MiB.
 const GROWTH_BYTES_MAX: u64 = 20 << 20;
-/// What `stat` calls a block, in bytes.
-const STAT_BLOCK_BYTES: u64 = 512;
 
 pub(super) const STORIES: &[Story] = &[Story {
     name: "move-mapped",
@@ -133,7 +131,7 @@ fn unmapped_is_refused(host: &Host, vm: &str) -> Result<()> {
 
 fn go(lab: &Lab, vm: &str, leg: &Leg, left: [&str; 2]) -> Result<()> {
     let (from, to) = (lab.host(leg.from), lab.host(leg.to));
-    let before = left.iter().map(|path| allocated_bytes(from, path)).collect::<Result<Vec<_>>>()?;
+    let before = left.iter().map(|path| from.allocated_bytes(path)).collect::<Result<Vec<_>>>()?;
     from.limosa(&[&["vm", "move", vm, "--to", leg.to], leg.options].concat())?;
     steps::assert_only_at(lab, vm, leg.to)?;
     for path in left.into_iter().chain([ELSEWHERE]) {
@@ -150,7 +148,7 @@ fn go(lab: &Lab, vm: &str, leg: &Leg, left: [&str; 2]) -> Result<()> {
             disk.path.as_deref() == Some(path.as_ref()),
             "disk {index} should lie at {path}: {disk:?}"
         );
-        let (before, after) = (before[index], allocated_bytes(to, path)?);
+        let (before, after) = (before[index], to.allocated_bytes(path)?);
         ensure!(
             after <= before + GROWTH_BYTES_MAX,
             "{path}: {before} bytes were allocated, now {after}"
@@ -163,11 +161,6 @@ fn go(lab: &Lab, vm: &str, leg: &Leg, left: [&str; 2]) -> Result<()> {
         ensure!(taps_on(to, switch)? == 1, "no TAP of the VM is on the bridge of {switch}");
     }
     scene::guest_is_well(lab).map(drop)
-}
-
-fn allocated_bytes(host: &Host, path: &str) -> Result<u64> {
-    let blocks: u64 = host.run(&["stat", "-c", "%b", path])?.trim().parse()?;
-    Ok(blocks * STAT_BLOCK_BYTES)
 }
 
 /// How many TAPs are ports of a switch's bridge.

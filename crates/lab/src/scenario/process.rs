@@ -4,8 +4,6 @@ use anyhow::{Context, Result, ensure};
 
 use crate::host::Host;
 
-/// What `stat` calls a block, in bytes.
-const STAT_BLOCK_BYTES: u64 = 512;
 /// A seccomp filter, in `/proc/PID/status`.
 const FILTERED: &str = "2";
 
@@ -25,12 +23,6 @@ pub(super) fn memory(host: &Host) -> Result<String> {
     let found = host.run(&["sh", "-c", &find])?.trim().to_owned();
     ensure!(!found.is_empty(), "the QEMU of {} has no memfd", host.name());
     Ok(found)
-}
-
-/// How much of it the host has really given, in bytes.
-pub(super) fn memory_bytes(host: &Host) -> Result<u64> {
-    let blocks = host.run(&["stat", "-L", "-c", "%b", &memory(host)?])?;
-    Ok(blocks.trim().parse::<u64>()? * STAT_BLOCK_BYTES)
 }
 
 /// Fails unless the host's QEMU is an unprivileged user's, without capabilities,

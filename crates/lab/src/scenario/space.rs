@@ -91,8 +91,8 @@ fn no_room(lab: &mut Lab, vm: &str, name: &str, record: &str) -> Result<bool> {
     lab.host(name).run(&["rm", "/run/limosa/store/fill"])?;
     lab.host_mut(name).kill_agent()?;
     start_agent(lab, name)?;
-    let answer = order.join().map_err(|_| anyhow::anyhow!("the order panicked"))?;
-    drop(answer.context("the order was not answered")?);
+    // An agent that was killed may not have answered any more.
+    let _ = order.join().map_err(|_| anyhow::anyhow!("the order panicked"))?;
     let owner = steps::wait_for_owner(lab, vm, SETTLE_TIMEOUT)?;
     steps::assert_only_at(lab, vm, &owner)?;
     scene::guest_is_well(lab)?;

@@ -94,11 +94,12 @@ impl Disk {
         blocks: Range<u64>,
         mut look: impl FnMut(u64, &mut Page) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut chunk = vec![Page::ZERO; CHUNK_BLOCKS];
+        let chunk_blocks =
+            |from| usize::try_from(blocks.end - from).unwrap_or(CHUNK_BLOCKS).min(CHUNK_BLOCKS);
+        let mut chunk = vec![Page::ZERO; chunk_blocks(blocks.start)];
         let mut at = blocks.start;
         while at < blocks.end {
-            let count = usize::try_from(blocks.end - at).unwrap_or(CHUNK_BLOCKS);
-            let some = &mut chunk[..count.min(CHUNK_BLOCKS)];
+            let some = &mut chunk[..chunk_blocks(at)];
             self.read(at, some)?;
             for block in some {
                 look(at, block)?;

@@ -80,7 +80,7 @@ struct Journal {
 /// What the turning blocks hold.
 #[derive(Debug, Clone, Copy)]
 enum Turned {
-    /// Zeroes, and perhaps one that an earlier boot had filled
+    /// Whatever a new disk has there, or one that is wrong
     Unknown,
     /// Zeroes
     Zero,
@@ -105,6 +105,8 @@ struct Ring {
     durable: u64,
     /// By slot
     found: Vec<Option<u64>>,
+    /// Slots that hold a part of a record
+    torn: Vec<u64>,
 }
 
 impl Journal {
@@ -113,7 +115,7 @@ impl Journal {
         let ring = Ring::read(&disk, report)?;
         let (seed, last) =
             ring.as_ref().map_or((mix::fresh_seed(), 0), |ring| (ring.seed, ring.last));
-        let journal = Self {
+        let mut journal = Self {
             seed,
             last,
             turned: Turned::Unknown,
@@ -127,6 +129,7 @@ impl Journal {
             None => journal.fill()?,
             Some(ring) => {
                 journal.recover(&ring, report)?;
+                journal.find_turned(report)?;
                 journal.compare(0..journal.disk.blocks, report)?;
             }
         }
@@ -150,19 +153,43 @@ impl Journal {
     }
 
     /// Finds what the ring lost. What was never called durable may have been lost, and
-    /// is written again: from now on, all of it must be there.
+    /// is written again: from now on, all of it must be there. Records are written one at
+    /// a time, so that one write may be torn: it may have been over a durable record.
     fn recover(&self, ring: &Ring, report: &Report) -> io::Result<()> {
         let mut is_told = false;
+        let next_slot = self.disk.slot_of(ring.last + 1);
         for (slot, found) in (0..).zip(&ring.found) {
             let wanted = self.disk.sequence_in(slot, ring.last);
             let Some(sequence) = wanted.filter(|_| *found != wanted) else { continue };
-            if sequence <= ring.durable && !is_told {
+            let is_torn = slot == next_slot && ring.torn.contains(&slot);
+            if sequence <= ring.durable && !is_torn && !is_told {
                 report.fault(&format!("{}: durable record {sequence} is lost", self.disk.name));
                 is_told = true;
             }
             self.put(sequence, ring.durable)?;
         }
         self.disk.flush()
+    }
+
+    /// Finds which of the turning blocks an earlier boot had filled: one at most.
+    fn find_turned(&mut self, report: &Report) -> io::Result<()> {
+        let mut filled = Vec::new();
+        self.disk.each(self.disk.turning.clone(), |at, block| {
+            if block.check_zero(at).is_err() {
+                filled.push(at);
+            }
+            Ok(())
+        })?;
+        self.turned = match filled[..] {
+            [] => Turned::Zero,
+            [at] => Turned::Filled(at),
+            _ => {
+                let count = filled.len();
+                report.fault(&format!("{}: {count} turning blocks are filled", self.disk.name));
+                Turned::Unknown
+            }
+        };
+        Ok(())
     }
 
     fn run(&mut self, settings: &Settings, report: &Report) -> io::Result<()> {
@@ -273,10 +300,16 @@ impl Ring {
     fn read(disk: &Disk, report: &Report) -> io::Result<Option<Self>> {
         let mut ring: Option<Self> = None;
         let mut found = vec![None; usize::try_from(disk.slots).unwrap_or(0)];
+        let mut torn = Vec::new();
         disk.each(0..disk.slots, |slot, block| {
-            // A write that was under way when the host died may be torn; one that
-            // was called durable may not, which is what counts later.
-            let Found::Record(record) = look(block.bytes_mut()) else { return Ok(()) };
+            let record = match look(block.bytes_mut()) {
+                Found::Record(record) => record,
+                Found::Broken => {
+                    torn.push(slot);
+                    return Ok(());
+                }
+                Found::Zero | Found::Foreign => return Ok(()),
+            };
             let (seed, last, durable) = ring
                 .as_ref()
                 .map_or((record.seed, 0, 0), |ring| (ring.seed, ring.last, ring.durable));
@@ -286,10 +319,10 @@ impl Ring {
             }
             found[usize::try_from(slot).unwrap_or(0)] = Some(record.sequence);
             let (last, durable) = (last.max(record.sequence), durable.max(record.flushed));
-            ring = Some(Self { seed, last, durable, found: Vec::new() });
+            ring = Some(Self { seed, last, durable, found: Vec::new(), torn: Vec::new() });
             Ok(())
         })?;
-        Ok(ring.map(|ring| Self { found, ..ring }))
+        Ok(ring.map(|ring| Self { found, torn, ..ring }))
     }
 }
 

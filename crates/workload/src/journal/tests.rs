@@ -58,6 +58,48 @@ fn lost_durable_records_are_found() {
     assert_eq!(faults(&report), 1);
 }
 
+/// Goal: a write that was torn over a durable record, after the ring's first lap, is no
+/// loss; a torn record elsewhere is one.
+#[test]
+fn only_the_write_under_way_may_be_torn() {
+    let (file, slots) = written("torn", 2_100, 2_100);
+    for (sequence, so_far) in [(2_101, 0), (2_000, 1)] {
+        let at = (sequence - 1) % slots * PAGE_BYTES as u64;
+        file.write_all_at(&[9; 512], at + 512).unwrap();
+        let report = Report::new();
+        let journal = open(&file, &report);
+        assert_eq!((faults(&report), journal.last), (so_far, 2_100));
+    }
+}
+
+/// Goal: after a boot one turning block may be filled, and no more; what turns is
+/// compared with what it must be now.
+#[test]
+fn what_turns_is_known() {
+    let (file, _) = written("turning", 20, 19);
+    let report = Report::new();
+    let mut journal = open(&file, &report);
+    let at = journal.disk.turning.start + 3;
+    let mut block = [Page::ZERO];
+    block[0].fill(at, journal.seed);
+    journal.disk.write(at, &mut block).unwrap();
+    let again = open(&file, &report);
+    assert!(matches!(again.turned, Turned::Filled(found) if found == at));
+    assert_eq!(faults(&report), 0);
+    // A filled block that should be zero, and a zero one that should be filled.
+    for (turned, wrong) in [(Turned::Zero, at), (Turned::Filled(at + 1), at + 1)] {
+        let before = faults(&report);
+        journal.turned = turned;
+        journal.compare(wrong..wrong + 1, &report).unwrap();
+        assert_eq!(faults(&report), before + 1);
+    }
+    block[0].fill(at + 1, journal.seed);
+    journal.disk.write(at + 1, &mut block).unwrap();
+    let report = Report::new();
+    open(&file, &report);
+    assert_eq!(faults(&report), 1);
+}
+
 /// Goal: when the ring's beginning is lost, the disk is not taken for a new one:
 /// the loss is told, and the sequence goes on.
 #[test]
