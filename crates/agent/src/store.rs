@@ -221,6 +221,11 @@ impl Store {
             write.open_table(Table::new(table))?;
         }
         write.commit()?;
+        // A record is durable only if the way to its file is.
+        for above in [Some(folder), folder.parent()].into_iter().flatten() {
+            let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
+            File::open(above).and_then(|above| above.sync_all()).map_err(at(above))?;
+        }
         Ok(Self { database: Arc::new(database), has_failed: Arc::default(), _lock: Arc::new(lock) })
     }
 

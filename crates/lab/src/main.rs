@@ -76,7 +76,7 @@ enum Order {
     /// Measure Limosa against stock QEMU
     Bench {
         /// How often each comparison is made
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 3)]
         times: u32,
         /// Measure stock QEMU alone, without KVM
         #[arg(long)]

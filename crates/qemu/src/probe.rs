@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+use tokio::process::ChildStderr;
 
 use crate::accelerator::Accelerator;
 use crate::launch::SANDBOX;
@@ -16,6 +18,9 @@ use crate::qmp::{Qmp, QmpError, part};
 
 /// Longest a probed QEMU may take to answer.
 const PROBE_MAX: Duration = Duration::from_secs(20);
+/// Most bytes of what it says of its own fate, and longest wait for them.
+const WORDS_BYTES_MAX: u64 = 1024;
+const WORDS_MAX: Duration = Duration::from_secs(1);
 
 /// A version: 7.2.22 and so on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -64,8 +69,18 @@ pub enum ProbeError {
         source: std::io::Error,
     },
     /// It does not speak as QEMU does.
-    #[error("it does not answer over QMP")]
-    Qmp(#[from] QmpError),
+    #[error("it does not answer over QMP{}", said(words))]
+    Qmp {
+        /// What it said otherwise
+        words: String,
+        /// Why
+        #[source]
+        source: QmpError,
+    },
+}
+
+fn said(words: &str) -> String {
+    if words.is_empty() { String::new() } else { format!("; it says: {words}") }
 }
 
 #[derive(Deserialize)]
@@ -107,20 +122,37 @@ pub async fn probe(
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .kill_on_drop(true);
     process::run_as(&mut command, user);
     process::end_with_parent(&mut command);
     let mut child = command
         .spawn()
         .map_err(|source| ProbeError::Start { binary: binary.to_owned(), source })?;
-    let (Some(reader), Some(writer)) = (child.stdout.take(), child.stdin.take()) else {
-        return Err(ProbeError::Qmp(QmpError::Closed));
+    let asked = match (child.stdout.take(), child.stdin.take()) {
+        (Some(reader), Some(writer)) => {
+            async { ask(Qmp::over(reader, writer, None, PROBE_MAX).await?).await }.await
+        }
+        _ => Err(QmpError::Closed),
     };
-    let asked = async { ask(Qmp::over(reader, writer, None, PROBE_MAX).await?).await };
-    let facts = asked.await;
     child.kill().await.ok();
-    Ok(facts?)
+    match asked {
+        Ok(facts) => Ok(facts),
+        Err(source) => {
+            Err(ProbeError::Qmp { words: last_words(child.stderr.take()).await, source })
+        }
+    }
+}
+
+/// What a QEMU that has ended said of its fate.
+async fn last_words(stderr: Option<ChildStderr>) -> String {
+    let mut words = Vec::new();
+    if let Some(stderr) = stderr {
+        let mut stderr = stderr.take(WORDS_BYTES_MAX);
+        // What came before an error is told, too.
+        tokio::time::timeout(WORDS_MAX, stderr.read_to_end(&mut words)).await.ok();
+    }
+    String::from_utf8_lossy(&words).trim().to_owned()
 }
 
 #[derive(Deserialize)]

@@ -3,19 +3,23 @@
 //! Figures for people, not assertions: the machine's other work is in them. The guest
 //! has 1 GiB, dirties 512 MiB of it round and round, and has 256 MiB on its disk.
 
+mod medians;
 mod memory;
 mod qmp;
 mod stock;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::migration::Phase;
+use limosa_protocol::migration::{Outcome, Phase};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::capture::Trace;
 use crate::client::status;
+use crate::host::Host;
 use crate::lab::{Lab, Plan};
+use crate::report::gather::Gathered;
 use crate::scenario::scene::Scene;
 use crate::scenario::steps::Wanted;
 use crate::scenario::{steps, tiny};
@@ -34,6 +38,10 @@ const VERSIONS_MIB_MAX: u64 = 512;
 /// What an agent may hold besides page versions: this, and a hundredth of the
 /// guest's memory.
 const AGENT_MIB_MAX: u64 = 64;
+/// After that long in the memory phase a move counts as not converging, and is cancelled.
+const CONVERGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a move is looked at.
+const LOOK_PAUSE: Duration = Duration::from_millis(25);
 /// Calm before and after, so that the guest's load is steady.
 pub(crate) const CALM: Duration = Duration::from_secs(2);
 
@@ -116,6 +124,7 @@ pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
             all.push((name, theirs));
         }
     }
+    medians::show(&all);
     let folder = paths::lab_dir().join("report");
     std::fs::create_dir_all(&folder)?;
     std::fs::write(folder.join("bench.json"), serde_json::to_vec_pretty(&all)?)?;
@@ -144,10 +153,11 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
     let scene = Scene::on_ready_hosts(lab, wanted)?;
     let dirtied_mb_s = dirtied_mb_s(lab)?;
     let accelerator = steps::look(lab.host("a"), &wanted.name)?.and_then(|vm| vm.accelerator);
+    memory::touch_ahead()?;
     let started_ns = steps::unix_ms()?.saturating_mul(1_000_000);
     let before = lab.net().link_bytes(0, "a")?.1;
-    let own = memory::Watch::start(lab.hosts().iter().filter_map(crate::host::Host::agent_pid));
-    let gathered = steps::move_vm(lab, &wanted.name, "a", "b")?;
+    let own = memory::Watch::start(lab.hosts().iter().filter_map(Host::agent_pid));
+    let gathered = moved_or_cancelled(lab.host("a"), &wanted.name)?;
     let agents_kib = own.stop();
     let wire_bytes = lab.net().link_bytes(0, "a")?.1 - before;
     std::thread::sleep(CALM);
@@ -164,7 +174,7 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
             Versions::Kept => "Limosa".to_owned(),
             Versions::None => "no versions".to_owned(),
         },
-        converged: true,
+        converged: last.outcome == Some(Outcome::Moved),
         alive: status::ask(lab.client(), crate::net::guest_v4(0)).is_ok(),
         total_s: Duration::from_millis(summary.total_ms).as_secs_f64() - phase_s(Phase::Retire),
         mirror_s: phase_s(Phase::Prepare) + phase_s(Phase::Mirror),
@@ -188,6 +198,34 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
     Ok((accelerator.unwrap_or_else(|| "tcg".to_owned()), result))
 }
 
+/// Moves a VM to the other host; one that does not converge in time is cancelled. Any
+/// other end is an error.
+fn moved_or_cancelled(from: &Host, vm: &str) -> Result<Gathered> {
+    let migration = steps::begin_move(from, vm, "b", &Value::Null)?;
+    let mut gathered = Gathered::default();
+    let mut copies_since = None;
+    let mut is_cancelled = false;
+    loop {
+        let now = steps::look_at_move(from, &migration)?;
+        let (phase, outcome, reason) = (now.phase, now.outcome, now.reason.clone());
+        gathered.add(steps::unix_ms()?, now);
+        if let Some(outcome) = outcome {
+            ensure!(outcome == Outcome::Moved || is_cancelled, "{vm} {outcome:?}: {reason:?}");
+            return Ok(gathered);
+        }
+        if phase >= Phase::PreCopy {
+            let since = copies_since.get_or_insert_with(Instant::now);
+            if since.elapsed() > CONVERGE_TIMEOUT && !is_cancelled {
+                let path = format!("/v1/migrations/{}/cancel", migration.id);
+                // One that ends just now refuses it.
+                from.api::<Value>("POST", &path, None)?;
+                is_cancelled = true;
+            }
+        }
+        std::thread::sleep(LOOK_PAUSE);
+    }
+}
+
 /// When the longest silence began, in seconds after that moment.
 pub(crate) fn silent_at_s(trace: &Trace, started_ns: u64) -> Option<f64> {
     let from_ns = trace.longest_silence()?.from_ns;
@@ -200,10 +238,10 @@ pub(crate) fn dirtied_mb_s(lab: &Lab) -> Result<f64> {
     // All of its memory is there once it was compared.
     let before = status::check(lab.client(), guest)?;
     ensure!(before["errors"] == 0, "the guest found something wrong: {before}");
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     std::thread::sleep(CALM);
     let after = status::ask(lab.client(), guest)?;
-    let pages = |status: &serde_json::Value| status["pages_touched"].as_f64().unwrap_or(0.0);
+    let pages = |status: &Value| status["pages_touched"].as_f64().unwrap_or(0.0);
     Ok((pages(&after) - pages(&before)) * 4096.0 / 1e6 / started.elapsed().as_secs_f64())
 }
 

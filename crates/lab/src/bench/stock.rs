@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
-use super::Measured;
 use super::qmp::Qmp;
+use super::{CONVERGE_TIMEOUT, Measured};
 use crate::capture::Capture;
 use crate::client::{self, Client, Talk};
 use crate::host::Host;
@@ -24,9 +24,6 @@ use crate::scenario::steps::{self, Wanted};
 /// Ports of the destination for memory and for the disk.
 const MEMORY_PORT: u16 = 4444;
 const DISK_PORT: u16 = 10_809;
-/// After that long in the memory phase it counts as not converging.
-const CONVERGE_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// Moves the wanted VM once with stock QEMU.
 pub(crate) fn run(plan: &Plan, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
     let lab = Lab::up(plan)?;
@@ -45,6 +42,7 @@ fn measure(lab: &Lab, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
     let client = Client::start(lab.client(), Talk::with(net::guest_v4(0)))?;
     client.wait_until_answered(BOOT_TIMEOUT)?;
     let dirtied_mb_s = super::dirtied_mb_s(lab)?;
+    super::memory::touch_ahead()?;
     let started = Instant::now();
     let started_ns = steps::unix_ms()?.saturating_mul(1_000_000);
     let before = lab.net().link_bytes(0, source.name())?.1;

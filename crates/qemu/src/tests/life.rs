@@ -31,7 +31,11 @@ async fn a_binary_says_what_it_can_do() {
     }
 
     let nothing = probe::probe(Path::new("/bin/true"), Accelerator::Tcg, None).await;
-    assert!(matches!(nothing, Err(probe::ProbeError::Qmp(_))), "{nothing:?}");
+    assert!(matches!(nothing, Err(probe::ProbeError::Qmp { .. })), "{nothing:?}");
+    // What it says of its own fate is told.
+    let other = probe::probe(Path::new("/bin/cat"), Accelerator::Tcg, None).await;
+    let told = other.expect_err("no QEMU").to_string();
+    assert!(told.contains("cat: invalid option"), "{told}");
 }
 
 /// Story: a QEMU runs as another user, in a session of its own; it is found

@@ -37,6 +37,9 @@ use crate::peer_link::PeerError;
 pub(super) const STOPPED_MAX: Duration = Duration::from_secs(5);
 /// Least time that the destination has to load and record what it holds.
 const READY_MIN: Duration = Duration::from_secs(2);
+/// Longest wait for QEMU to end mirrors that have nothing left. One that it has not
+/// ended by then begins anew, for nobody knows whether its disks are equal.
+const MIRRORS_END_MAX: Duration = Duration::from_secs(1);
 /// Longest wait for QEMU to end a stream that nobody wants any more.
 const QEMU_ENDS_MAX: Duration = Duration::from_secs(10);
 /// How often QEMU is asked whether it has.
@@ -69,17 +72,17 @@ impl Source {
     pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Outcome<Option<Switched>> {
         let Stopped { at, mut events } = stopped;
         let too_long = self.hold(at);
-        let mirrored = async {
-            // A mirror that has something left could not end without the link.
-            self.wait_mirrored().await?;
-            self.end_mirrors().await
+        // What a mirror has left needs the link; ending one that has nothing left does not.
+        let has_nothing_left = tokio::select! {
+            () = too_long => false,
+            mirrored = self.wait_mirrored() => mirrored.map(|()| true)?,
         };
-        let mirrored = tokio::select! {
-            () = too_long => None,
-            mirrored = mirrored => Some(mirrored?),
-        };
-        if mirrored.is_none() {
+        if !has_nothing_left {
             return self.run_on(false).await;
+        }
+        match tokio::time::timeout(MIRRORS_END_MAX, self.end_mirrors()).await {
+            Ok(ended) => ended?,
+            Err(_elapsed) => return self.run_on(false).await,
         }
         let mirrors_ended = Instant::now();
         let disk_barrier = self.start_disk_barrier()?;
