@@ -1,6 +1,7 @@
 //! The agent: what all parts of it share, and how it starts.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -22,7 +23,7 @@ use crate::config::{self, Config};
 use crate::failure::{Failure, Outcome, chain};
 use crate::migration::Migrations;
 use crate::net::Net;
-use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError};
+use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError, lock};
 use crate::vm::{Inner, Vm};
 
 /// Most VMs of one host.
@@ -43,6 +44,8 @@ pub(crate) struct Agent {
     /// Held from looking whether a VM's place is free, or a switch is in use, to
     /// having acted on it.
     pub(crate) placing: tokio::sync::Mutex<()>,
+    /// No other agent has the folder of the sockets.
+    _runtime_lock: File,
 }
 
 /// QEMU on this host, looked at once when the agent starts.
@@ -63,6 +66,7 @@ impl Agent {
         let name = config.host_name()?;
         let store = Store::open(&config.folder)?;
         make_folders(&config)?;
+        let runtime_lock = lock(&config.runtime_folder, "limosad.lock")?;
         let identity = Identity::load_or_create(&config.folder.join("identity"), name.as_str())?;
         let trust = TrustStore::new();
         let qemu = QemuHost::look(&config).await?;
@@ -79,6 +83,7 @@ impl Agent {
             vms: Mutex::default(),
             invitation: Mutex::default(),
             placing: tokio::sync::Mutex::default(),
+            _runtime_lock: runtime_lock,
         };
         agent.trust_recorded_peers()?;
         Ok(Arc::new(agent))

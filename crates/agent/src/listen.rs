@@ -97,7 +97,7 @@ pub(crate) async fn local(agent: Arc<Agent>, api: Router) -> anyhow::Result<()> 
 }
 
 fn bind_local(path: &Path, group: &str) -> anyhow::Result<UnixListener> {
-    // The lock of the state folder is held, so a socket that is there is dead.
+    // The lock of its folder is held, so a socket that is there is dead.
     if path.exists() {
         std::fs::remove_file(path)?;
     }

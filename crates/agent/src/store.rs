@@ -147,7 +147,8 @@ impl Record for Switch {
 pub(crate) enum StoreError {
     /// Another agent has the folder.
     #[error(
-        "another limosad uses the state folder {}: stop it, or give this one its own `folder`",
+        "another limosad uses the folder {}: stop it, or give this one its own `folder`, \
+         `runtime_folder` and `listen`",
         folder.display()
     )]
     Locked {
@@ -189,6 +190,20 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
     }
 }
 
+fn at(path: &Path) -> impl FnOnce(std::io::Error) -> StoreError + use<> {
+    let path = path.to_owned();
+    move |source| StoreError::Folder { path, source }
+}
+
+/// Takes a folder for this agent alone, for as long as the file of that name is open.
+pub(crate) fn lock(folder: &Path, name: &str) -> Result<File, StoreError> {
+    let path = folder.join(name);
+    let lock = File::create(&path).map_err(at(&path))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| StoreError::Locked { folder: folder.to_owned() })?;
+    Ok(lock)
+}
+
 /// The open store.
 #[derive(Clone)]
 pub(crate) struct Store {
@@ -200,15 +215,8 @@ pub(crate) struct Store {
 impl Store {
     /// Opens the store of a state folder, making both when missing.
     pub(crate) fn open(folder: &Path) -> Result<Self, StoreError> {
-        let at = |path: &Path| {
-            let path = path.to_owned();
-            move |source| StoreError::Folder { path, source }
-        };
         std::fs::create_dir_all(folder).map_err(at(folder))?;
-        let lock_path = folder.join("lock");
-        let lock = File::create(&lock_path).map_err(at(&lock_path))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| StoreError::Locked { folder: folder.to_owned() })?;
+        let lock = lock(folder, "lock")?;
         let database = Database::create(folder.join("state.redb"))?;
         let write = database.begin_write()?;
         for table in [

@@ -191,6 +191,7 @@ const DESTINATION_COMMANDS: &[Step] = &steps(
         "migrate-set-parameters",
         "migrate-incoming",
         "nbd-server-stop",
+        "blockdev-set-active",
         "cont",
         "stop",
         "announce-self",

@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::launch::FLASH_NODES;
 use crate::qmp::{Qmp, QmpError, QmpEvent, part};
 
 /// How often a job is looked at that is about to end.
@@ -75,8 +76,8 @@ pub enum Sync {
     None,
 }
 
-/// Makes all nodes usable again that the end of a migration made inactive; a
-/// QEMU without a command for it mirrors inactive nodes.
+/// Makes all nodes usable again that the end of a migration made inactive. QEMU before
+/// 10.0 has no command for it, and mirrors inactive nodes.
 ///
 /// # Errors
 /// As every command.
@@ -331,6 +332,36 @@ pub async fn leftovers(qmp: &Qmp, prefix: &str) -> Result<Leftovers, QmpError> {
         exports: ours(exports(qmp).await?),
         nodes: ours(nodes(qmp).await?),
     })
+}
+
+/// Makes all nodes usable of a QEMU that has loaded a guest which does not run yet.
+/// QEMU does so by itself when the guest first runs; and before 10.0 it aborts, guest and
+/// all, when a node is still inactive as it migrates on (QEMU issue 2395).
+///
+/// Disks were exported, which makes a node usable; the firmware's are now, for QEMU had
+/// no other command before 10.0.
+///
+/// - `socket`: where an NBD server may listen for a moment.
+///
+/// # Errors
+/// As every command.
+pub async fn activate_loaded(qmp: &Qmp, socket: &Path) -> Result<(), QmpError> {
+    activate_all(qmp).await?;
+    let all = nodes(qmp).await?;
+    let flash = FLASH_NODES.into_iter().filter(|node| all.iter().any(|known| known == node));
+    let flash: Vec<&str> = flash.collect();
+    if flash.is_empty() {
+        return Ok(());
+    }
+    // An agent that was killed just here left one.
+    stop_nbd_server(qmp).await.ok();
+    start_nbd_server(qmp, socket).await?;
+    let mut exported = Ok(());
+    for node in flash {
+        exported = exported.and(export(qmp, node, node, node, false).await);
+    }
+    stop_nbd_server(qmp).await?;
+    exported
 }
 
 /// Stops QEMU's NBD server and all its exports.

@@ -30,6 +30,8 @@ pub(crate) const SANDBOX: &str =
 /// Block nodes of UEFI's two flash chips.
 const UEFI_CODE_NODE: &str = "uefi-code";
 const UEFI_VARIABLES_NODE: &str = "uefi-variables";
+/// Block nodes of the firmware, where the guest boots by UEFI.
+pub(crate) const FLASH_NODES: [&str; 2] = [UEFI_CODE_NODE, UEFI_VARIABLES_NODE];
 
 /// Everything a QEMU is started with.
 #[derive(Debug, Clone)]

@@ -375,7 +375,12 @@ fn comes(step: &Step, begins: Begins, verifies_all: bool) -> bool {
     // What gives way to an operator's decision is the matter of stories.
     let is_given_way = step.name == "superseded" || (step.kind == Kind::Qmp && step.name == "stop");
     let launches_here = step.side == Side::Source && step.name == "launch";
-    is_all && !is_given_way && (!launches_here || begins == Begins::Off)
+    // A guest that runs takes its disks by that.
+    let takes_disks = step.side == Side::Destination && step.name == "blockdev-set-active";
+    is_all
+        && !is_given_way
+        && (!launches_here || begins == Begins::Off)
+        && (!takes_disks || begins == Begins::Paused)
 }
 
 /// Whether a deed means something at a step, for such a VM.

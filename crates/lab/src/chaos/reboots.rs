@@ -43,13 +43,15 @@ use End::{DestinationOff, DestinationOn, SourceOff, SourceOn};
 /// destination's, and of both.
 struct Row(Side, &'static str, [End; 3]);
 
-const ROWS: [Row; 7] = [
+const ROWS: [Row; 8] = [
     // The destination was told of nothing yet: its restart is a link that comes back.
     Row(Side::Source, "offered", [SourceOff, DestinationOn, SourceOff]),
     Row(Side::Destination, "preparing", [SourceOff, SourceOn, SourceOff]),
     Row(Side::Destination, "declined", [SourceOff, SourceOn, SourceOff]),
     Row(Side::Destination, "ready", [SourceOff, SourceOn, SourceOff]),
     Row(Side::Source, "handed-over", [DestinationOn, SourceOn, SourceOff]),
+    // Taken back: before that, the destination restarted and lost the guest's memory.
+    Row(Side::Source, "owner", [SourceOff, SourceOn, SourceOff]),
     Row(Side::Destination, "owner", [DestinationOn, DestinationOff, DestinationOff]),
     Row(Side::Source, "done", [DestinationOn, DestinationOff, DestinationOff]),
 ];
@@ -64,7 +66,7 @@ pub(crate) fn story(lab: &mut Lab) -> Result<()> {
             let draw = drawn(*side, record, deed)?;
             let source = stage.at;
             let found = reboot(&mut stage, &draw, *end, source, &mut tally);
-            let what = format!("{} after {record}", deed.as_str());
+            let what = format!("{} after {} {record}", deed.as_str(), side.as_str());
             found.with_context(|| format!("{what}: expected {end:?}"))?;
             print_line(&format!("  {:>5.1} s  {what}: {end:?}", started.elapsed().as_secs_f64()));
         }
@@ -101,6 +103,10 @@ fn drawn(side: Side, record: &str, deed: Deed) -> Result<Draw> {
     let mut faults = Vec::new();
     if record == "declined" {
         faults.push(fault(find(Side::Source, Kind::Send, "receive")?, Deed::CancelAtSource));
+    }
+    if (side, record) == (Side::Source, "owner") {
+        let handed_over = find(Side::Source, Kind::Record, "handed-over")?;
+        faults.push(fault(handed_over, Deed::PowerCutDestination));
     }
     faults.push(fault(find(side, Kind::Record, record)?, deed));
     Ok(Draw {

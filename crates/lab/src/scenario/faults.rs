@@ -38,6 +38,12 @@ pub(super) const STORIES: &[Story] = &[
     fault("cancel-prepare", STAYS, |lab| cancel(lab, Phase::Prepare)),
     fault("cancel-mirror", STAYS, |lab| cancel(lab, Phase::Mirror)),
     fault("cancel-pre-copy", STAYS, |lab| cancel(lab, Phase::PreCopy)),
+    fault(
+        "cancel-switchover-paused",
+        "a paused VM whose move failed late is refused with what to do until it has run again, \
+         and then moves",
+        cancel_paused,
+    ),
     fault("cancel-switchover", STAYS, |lab| cancel(lab, Phase::Switchover)),
     fault(
         "cancel-retire",
@@ -149,6 +155,29 @@ fn cancel(lab: &mut Lab, phase: Phase) -> Result<()> {
     lab.net().set_speed(0, None)?;
     steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
     steps::assert_only_at(lab, &vm, "b")
+}
+
+fn cancel_paused(lab: &mut Lab) -> Result<()> {
+    let scene = Scene::set(lab, &tiny::working()?)?;
+    let vm = scene.vm.clone();
+    steps::power(lab.host("a"), &vm, "pause")?;
+    let (migration, _point) = hold(lab, &vm, Phase::Switchover)?;
+    let path = format!("/v1/migrations/{}/cancel", migration.id);
+    lab.host("a").api::<Value>("POST", &path, None)?.read::<Migration>()?;
+    stayed(lab, &migration)?;
+    let power = steps::look(lab.host("a"), &vm)?.context("it is not at a")?.power;
+    ensure!(power == Power::Paused, "it is {power:?} after the cancel");
+    let refused = steps::begin_move(lab.host("a"), &vm, "b", &Value::Null);
+    let why = format!("{:#}", refused.err().context("QEMU would not move it")?);
+    ensure!(why.contains("limosa vm resume"), "it is refused because {why}");
+    for order in ["resume", "pause"] {
+        steps::power(lab.host("a"), &vm, order)?;
+    }
+    steps::move_vm(lab, &vm, "a", "b").context("after it has run")?;
+    let power = steps::look(lab.host("b"), &vm)?.context("it is not at b")?.power;
+    ensure!(power == Power::Paused, "it is {power:?} after the move");
+    steps::power(lab.host("b"), &vm, "resume")?;
+    scene.end(lab, "b").map(drop)
 }
 
 fn cancel_too_late(lab: &mut Lab) -> Result<()> {

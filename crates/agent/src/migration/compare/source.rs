@@ -72,8 +72,12 @@ async fn check_condition(inner: &Inner) -> Option<Problem> {
 pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
     let (what, mend) = match status {
         RunState::Running => return Ok(true),
-        // After a move that failed late, a paused guest is in `postmigrate`.
-        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => return Ok(false),
+        RunState::Paused | RunState::Prelaunch => return Ok(false),
+        RunState::Postmigrate => (
+            "was paused while an earlier move of it failed late, and QEMU moves such a guest \
+             only once it has run again",
+            format!("`limosa vm resume {vm}`, `limosa vm pause {vm}`, then move it"),
+        ),
         RunState::IoError => (
             "was stopped by an error of its disk",
             format!("free or mend what its images lie on, then `limosa vm resume {vm}`"),
@@ -257,10 +261,11 @@ mod tests {
     #[test]
     fn only_guests_that_run_or_are_paused_move() {
         assert_eq!(movable(&vm(), RunState::Running), Ok(true));
-        for paused in [RunState::Paused, RunState::Prelaunch, RunState::Postmigrate] {
+        for paused in [RunState::Paused, RunState::Prelaunch] {
             assert_eq!(movable(&vm(), paused), Ok(false));
         }
         for bad in [
+            RunState::Postmigrate,
             RunState::IoError,
             RunState::Suspended,
             RunState::Inmigrate,

@@ -27,6 +27,9 @@ use crate::vm::run;
 /// Most plane events that wait to be looked at.
 const EVENT_COUNT_MAX: usize = 64;
 
+/// Where QEMU exports the disks, in the VM's folder for sockets.
+pub(super) const NBD_SOCKET: &str = "nbd.sock";
+
 /// What the plane needs besides its channels.
 pub(super) struct Parts {
     ram: Vec<RamTarget>,
@@ -111,7 +114,7 @@ impl Incoming {
         inner.qemu = Some(qemu.clone());
         let doing = "preparing QEMU at the destination";
         let runtime = agent.runtime_folder(&self.definition.name);
-        let nbd = runtime.join("nbd.sock");
+        let nbd = runtime.join(NBD_SOCKET);
         block::start_nbd_server(&qemu.qmp, &nbd).await.or_fail(doing)?;
         let mut disks = Vec::new();
         let own = self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);

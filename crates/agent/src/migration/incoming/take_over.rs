@@ -1,5 +1,6 @@
 //! `switchover` here: from the last byte to *ready*, and to a running guest.
 
+use std::path::Path;
 use std::time::Duration;
 
 use limosa_plane::PlaneEvent;
@@ -8,7 +9,7 @@ use limosa_protocol::peer::{DestinationWord, Digests, Part, ReadyRequest, Verify
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::{block, power, process};
 
-use super::receive::close_plane;
+use super::receive::{NBD_SOCKET, close_plane};
 use super::{Incoming, Inner, Settled, verify};
 use crate::failure::{Failure, OrFail, Outcome, chain};
 use crate::vm::{Qemu, run};
@@ -106,9 +107,13 @@ impl Incoming {
     }
 }
 
-/// Looks whether a guest that is to stay paused is there.
-pub(crate) async fn stands(qemu: &Qemu) -> Outcome<()> {
-    power::query_status(&qemu.qmp).await.or_fail("looking at the paused guest").map(drop)
+/// Makes a guest that is to stay paused one like any other: it may move on as it is.
+///
+/// - `runtime`: the VM's folder for sockets.
+pub(crate) async fn stands(qemu: &Qemu, runtime: &Path) -> Outcome<()> {
+    block::activate_loaded(&qemu.qmp, &runtime.join(NBD_SOCKET))
+        .await
+        .or_fail("taking the paused guest's disks")
 }
 
 /// Lets the guest run, unless it does. An error means that it surely did not.

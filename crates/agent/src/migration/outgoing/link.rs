@@ -257,7 +257,11 @@ impl Drop for Patience<'_> {
 
 impl Source {
     pub(super) fn patience(&self) -> Patience<'_> {
-        Patience { job: &self.job, wait: link_wait(&self.agent), lost: None }
+        self.patience_of(link_wait(&self.agent))
+    }
+
+    pub(super) fn patience_of(&self, wait: Duration) -> Patience<'_> {
+        Patience { job: &self.job, wait, lost: None }
     }
 
     /// Ends with the reason when the link is given up.

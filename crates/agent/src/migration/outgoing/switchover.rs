@@ -106,9 +106,13 @@ impl Source {
         Ok(Some(Switched { stopped, mirrors_ended, pages_sent }))
     }
 
+    fn downtime_limit(&self) -> Duration {
+        Duration::from_millis(self.offer.request.downtime_limit_ms.into())
+    }
+
     /// Ends when a guest that stopped at that moment may stand no longer.
     fn hold(&self, stopped: Instant) -> impl Future<Output = ()> + use<> {
-        let limit = stopped + Duration::from_millis(self.offer.request.downtime_limit_ms.into());
+        let limit = stopped + self.downtime_limit();
         let (was_running, mut link) = (self.was_running, self.link_state.subscribe());
         async move {
             if !was_running {
@@ -226,7 +230,11 @@ impl Source {
 
     async fn read_there(&self, part: Option<Part>) -> Outcome<Digests> {
         let (path, request) = (self.path("verify"), VerifyRequest { part });
-        let mut patience = self.patience();
+        // It stands for its operator's wish, and not for a link.
+        let mut patience = match self.was_running {
+            true => self.patience_of(self.downtime_limit() + STOPPED_MAX),
+            false => self.patience(),
+        };
         loop {
             match self.link.post_within(&path, &request, VERIFY_MS_MAX).await {
                 Ok(digests) => return Ok(digests),
@@ -294,7 +302,7 @@ impl Source {
 
     /// Asks *ready?*, again while the link is lost and the guest may stand.
     async fn ask_ready(&self, switched: &Switched) -> Outcome<DestinationWord> {
-        let limit = Duration::from_millis(self.offer.request.downtime_limit_ms.into());
+        let limit = self.downtime_limit();
         let wait = match switched.stopped {
             Some(stopped) if !self.verifies_fully() => {
                 (limit + STOPPED_MAX).saturating_sub(stopped.elapsed()).max(READY_MIN)

@@ -372,7 +372,11 @@ impl DestinationHand {
 
     async fn run_guest(&self, inner: &mut Inner) -> On {
         let Some(qemu) = inner.qemu.clone() else { return On::GuestRuns };
-        let runs = if inner.record.paused { stands(&qemu).await } else { let_run(&qemu).await };
+        let runs = if inner.record.paused {
+            stands(&qemu, &self.agent.runtime_folder(&inner.definition.name)).await
+        } else {
+            let_run(&qemu).await
+        };
         if let Err(failure) = runs {
             inner.record.view.reason = Some(format!("the guest never ran here: {failure}"));
             return On::GuestNeverRan;
