@@ -8,6 +8,10 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+/// Most items beyond its depth that a queue takes. Pieces of disk writes are 256 KiB at
+/// most, and a mirror has 4 MiB of them under way: those of 16 disks.
+const URGENT_COUNT_MAX: usize = 256;
+
 /// A queue with one taker.
 pub(crate) struct Queue<T> {
     items: Mutex<Items<T>>,
@@ -47,6 +51,28 @@ impl<T> Queue<T> {
             items = self.room.wait(items).unwrap_or_else(PoisonError::into_inner);
         }
         if items.is_closed || gives_up() {
+            return Err(NotTaken);
+        }
+        items.waiting.push_back(item);
+        drop(items);
+        self.filled.notify_one();
+        Ok(())
+    }
+
+    /// Puts an item in when there is room, or when `is_urgent`, which is asked whenever
+    /// somebody calls [`Self::wake`]; even then not more than [`URGENT_COUNT_MAX`] too many.
+    pub(crate) fn put_or_squeeze(
+        &self,
+        item: T,
+        is_urgent: impl Fn() -> bool,
+    ) -> Result<(), NotTaken> {
+        let is_full = |items: &mut Items<T>| {
+            let depth = if is_urgent() { self.depth + URGENT_COUNT_MAX } else { self.depth };
+            !items.is_closed && items.waiting.len() >= depth
+        };
+        let waited = self.room.wait_while(self.lock(), is_full);
+        let mut items = waited.unwrap_or_else(PoisonError::into_inner);
+        if items.is_closed {
             return Err(NotTaken);
         }
         items.waiting.push_back(item);

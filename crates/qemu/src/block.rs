@@ -17,6 +17,10 @@ use serde_json::{Value, json};
 use crate::launch::FLASH_NODES;
 use crate::qmp::{Qmp, QmpError, QmpEvent, part};
 
+/// Most bytes of one mirror that are under way. QEMU and its guest stand while it waits
+/// for them, at each stop, and when the guest resets a disk.
+const MIRROR_UNDER_WAY_BYTES_MAX: u32 = 4 << 20;
+
 /// How often a job is looked at that is about to end.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// How often a job is looked at whose last event may have been lost.
@@ -109,6 +113,7 @@ pub async fn start_mirror(
             Sync::None => "none",
         },
         "granularity": granularity_bytes,
+        "buf-size": MIRROR_UNDER_WAY_BYTES_MAX,
         // A job that fails goes away; the guest does not notice.
         "on-source-error": "report",
         "on-target-error": "report",

@@ -60,6 +60,10 @@ pub struct ImageFacts {
     pub actual_size: u64,
     /// Image on which it stands
     pub backing: Option<String>,
+    /// Snapshots that it keeps inside
+    pub snapshots: Vec<String>,
+    /// Dirty bitmaps that it keeps inside
+    pub bitmaps: Vec<String>,
 }
 
 /// The image tool.
@@ -126,14 +130,29 @@ struct Answer {
     actual_size: u64,
     #[serde(rename = "backing-filename")]
     backing: Option<String>,
+    #[serde(default)]
+    snapshots: Vec<Named>,
     #[serde(rename = "format-specific")]
     specific: Option<Specific>,
 }
 
 #[derive(Deserialize)]
+struct Named {
+    name: String,
+}
+
+#[derive(Deserialize)]
 struct Specific {
-    #[serde(rename = "data")]
-    qcow2: serde_json::Value,
+    #[serde(default, rename = "data")]
+    qcow2: Qcow2,
+}
+
+#[derive(Default, Deserialize)]
+struct Qcow2 {
+    #[serde(rename = "data-file")]
+    data_file: Option<String>,
+    #[serde(default)]
+    bitmaps: Vec<Named>,
 }
 
 fn check_path(path: &Path) -> Result<(), ImageError> {
@@ -233,15 +252,17 @@ pub async fn image_facts(
     command.args(["info", "-U", "--output=json", "-f", format.as_str(), "--"]).arg(path);
     let text = run(tool, &mut command).await?;
     let answer: Answer = serde_json::from_slice(&text).map_err(ImageError::Answer)?;
-    if let Some(name) =
-        answer.specific.and_then(|s| s.qcow2["data-file"].as_str().map(str::to_owned))
-    {
+    let qcow2 = answer.specific.map(|specific| specific.qcow2).unwrap_or_default();
+    if let Some(name) = qcow2.data_file {
         return Err(ImageError::DataFile { name });
     }
+    let names = |all: Vec<Named>| all.into_iter().map(|one| one.name).collect();
     Ok(ImageFacts {
         virtual_size: answer.virtual_size,
         actual_size: answer.actual_size,
         backing: answer.backing,
+        snapshots: names(answer.snapshots),
+        bitmaps: names(qcow2.bitmaps),
     })
 }
 

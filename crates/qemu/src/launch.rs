@@ -292,13 +292,14 @@ impl Line {
     }
 
     fn disk(&mut self, disk: &DiskSpec, slot: usize) {
-        let node = disk_node(&disk.id);
+        // Not the other way round: a disk may be called `a-file`.
+        let (node, file_node) = (disk_node(&disk.id), format!("file-{}", disk.id));
         let direct = matches!(disk.cache, CacheMode::None | CacheMode::Directsync);
         let no_flush = disk.cache == CacheMode::Unsafe;
         let unmap = if disk.discard { "unmap" } else { "ignore" };
         let file = json!({
             "driver": "file",
-            "node-name": format!("{node}-file"),
+            "node-name": file_node,
             "filename": disk.path,
             "cache": { "direct": direct, "no-flush": no_flush },
             "discard": unmap,
@@ -307,7 +308,7 @@ impl Line {
         let image = json!({
             "driver": disk.format.as_str(),
             "node-name": node,
-            "file": format!("{node}-file"),
+            "file": file_node,
             "cache": { "direct": direct, "no-flush": no_flush },
             "discard": unmap,
             "read-only": disk.read_only,

@@ -109,6 +109,14 @@ pub async fn stop(qmp: &Qmp) -> Result<(), QmpError> {
     qmp.execute("stop", json!({})).await.map(drop)
 }
 
+/// Wakes a guest that sleeps.
+///
+/// # Errors
+/// As every command.
+pub async fn system_wakeup(qmp: &Qmp) -> Result<(), QmpError> {
+    qmp.execute("system_wakeup", json!({})).await.map(drop)
+}
+
 /// Presses the guest's power button.
 ///
 /// # Errors

@@ -316,6 +316,7 @@ pub(crate) async fn make_image(
 /// Deletes a VM that is off, with the files that lie in its own places. Its name
 /// is free only when they are gone.
 pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Outcome<()> {
+    vm.settle_alone().await;
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!(

@@ -105,6 +105,17 @@ impl Vm {
         }
     }
 
+    /// Closes an earlier move of a VM that stayed, if that needs no word of its
+    /// destination: one that was never asked whether it is ready can have nothing of it.
+    pub(crate) async fn settle_alone(&self) {
+        let earlier = self.lock().await.hand_over.clone();
+        if let Some(HandOver::Source(hand)) = earlier
+            && hand.standing().is_ours
+        {
+            hand.move_on().await;
+        }
+    }
+
     /// Waits until nobody else works on the VM.
     pub(crate) async fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().await
@@ -125,11 +136,15 @@ impl Vm {
         let (mut view, asked) = self.view_without_qemu().await;
         if let Some(qemu) = asked {
             let looked = tokio::time::timeout(LOOK_MAX, power::look(&qemu.qmp)).await;
-            view.power = looked.unwrap_or_else(|_| {
-                let pid = qemu.process.pid;
-                view.fault.get_or_insert_with(|| format!("QEMU (process {pid}) does not answer"));
-                api::Power::Fault
-            });
+            let (power, stopped_by) = match looked {
+                Ok((power, why)) => (power, why.map(|why| format!("its guest {why}"))),
+                Err(_) => {
+                    let pid = qemu.process.pid;
+                    (api::Power::Fault, Some(format!("QEMU (process {pid}) does not answer")))
+                }
+            };
+            view.power = power;
+            view.fault = view.fault.or(stopped_by);
         }
         view
     }

@@ -16,22 +16,21 @@ use crate::failure::{Failure, OrFail, Outcome};
 /// Most seconds that a guest is waited for.
 const STOP_SECONDS_MAX: u32 = 3600;
 
-/// What QEMU says of its guest.
-pub(crate) async fn look(qmp: &Qmp) -> api::Power {
-    match power::query_status(qmp).await {
-        Ok(status) => match status {
-            RunState::Running => api::Power::Running,
-            RunState::Paused
-            | RunState::Prelaunch
-            | RunState::Postmigrate
-            | RunState::FinishMigrate
-            | RunState::Inmigrate
-            | RunState::Suspended => api::Power::Paused,
-            RunState::Shutdown => api::Power::Off,
-            _ => api::Power::Fault,
-        },
-        Err(_) => api::Power::Fault,
-    }
+/// What QEMU says of its guest, and why that stands if nobody paused it.
+pub(crate) async fn look(qmp: &Qmp) -> (api::Power, Option<&'static str>) {
+    let Ok(status) = power::query_status(qmp).await else { return (api::Power::Fault, None) };
+    let power = match status {
+        RunState::Running => api::Power::Running,
+        RunState::Paused
+        | RunState::Prelaunch
+        | RunState::Postmigrate
+        | RunState::FinishMigrate
+        | RunState::Inmigrate
+        | RunState::Suspended => api::Power::Paused,
+        RunState::Shutdown => api::Power::Off,
+        _ => api::Power::Fault,
+    };
+    (power, stopped_by(status))
 }
 
 /// Stops the vCPUs.
@@ -46,7 +45,13 @@ pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Outcome<()> {
     let inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
     let qemu = inner.running()?;
-    power::cont(&qemu.qmp).await.or_fail(&format!("resuming VM {}", vm.name))?;
+    let doing = format!("resuming VM {}", vm.name);
+    match power::query_status(&qemu.qmp).await.or_fail(&doing)? {
+        // To QEMU it runs: `cont` would do nothing.
+        RunState::Suspended => power::system_wakeup(&qemu.qmp).await,
+        _ => power::cont(&qemu.qmp).await,
+    }
+    .or_fail(&doing)?;
     announce(agent, vm, &inner.definition, qemu).await;
     Ok(())
 }
@@ -73,21 +78,43 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
             vm.name, request.timeout_seconds
         ))
     })?;
-    run::note_end(agent, vm, &mut *vm.lock().await, &qemu);
+    let mut inner = vm.lock().await;
+    // Its QEMU here also ends when the VM has moved meanwhile.
+    if inner.has_left || inner.migration.is_some() {
+        return Err(Failure::conflict(format!(
+            "VM {0} was moved to another host before its guest powered off: see `limosa migration \
+             list`, and stop it there",
+            vm.name
+        )));
+    }
+    run::note_end(agent, vm, &mut inner, &qemu);
     Ok(())
 }
 
 /// A guest whose vCPUs are stopped never hears of its power button.
 async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Outcome<()> {
     let doing = format!("stopping VM {}", vm.name);
-    match power::query_status(&qemu.qmp).await.or_fail(&doing)? {
-        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => {
-            Err(Failure::conflict(format!(
-                "the guest of VM {0} is paused and cannot power itself off: `limosa vm resume {0}` \
-                 first, or turn it off with `limosa vm stop --force {0}`",
-                vm.name
-            )))
-        }
-        _ => Ok(()),
-    }
+    let why = match power::query_status(&qemu.qmp).await.or_fail(&doing)? {
+        RunState::Running | RunState::Shutdown => return Ok(()),
+        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => "is paused".to_owned(),
+        RunState::Suspended => "sleeps".to_owned(),
+        other => stopped_by(other).unwrap_or("does not run").to_owned(),
+    };
+    Err(Failure::conflict(format!(
+        "the guest of VM {0} {why} and cannot power itself off: `limosa vm resume {0}` first, or \
+         turn it off with `limosa vm stop --force {0}`",
+        vm.name
+    )))
+}
+
+/// Why a guest stands that nobody paused.
+pub(crate) fn stopped_by(status: RunState) -> Option<&'static str> {
+    Some(match status {
+        RunState::IoError => "was stopped by an error of its disk",
+        RunState::InternalError => "was stopped by an error within QEMU",
+        RunState::Watchdog => "was stopped by its watchdog",
+        RunState::GuestPanicked => "has crashed",
+        RunState::Unknown => "is in a condition that Limosa does not know",
+        _ => return None,
+    })
 }

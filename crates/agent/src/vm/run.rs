@@ -182,6 +182,7 @@ fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>
 
 /// Starts a VM that is off.
 pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Outcome<()> {
+    vm.settle_alone().await;
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!("VM {} is on already", vm.name)));

@@ -15,11 +15,12 @@ use serde_json::Value;
 
 use super::faults::{self, moved, point_in, slow, stayed};
 use super::points::{Point, wait};
-use super::scene::Scene;
+use super::scene::{BOOT_TIMEOUT, Scene};
 use super::steps;
 use super::{Story, tiny};
+use crate::client;
 use crate::lab::Lab;
-use crate::net::Cut;
+use crate::net::{self, Cut};
 
 /// How long a link is away that comes back: longer than it takes to be noticed.
 const AWAY: Duration = Duration::from_secs(7);
@@ -63,7 +64,8 @@ pub(super) const STORIES: &[Story] = &[
     },
     Story {
         name: "link-silent",
-        proves: "the link drops everything silently for good: the VM goes on at the source",
+        proves: "the link drops everything silently for good: the VM goes on at the source, and can \
+                 be started anew there at once",
         plan: slow,
         run: |lab| is_gone(lab, Cut::Silent),
     },
@@ -128,9 +130,18 @@ fn is_gone(lab: &mut Lab, how: Cut) -> Result<()> {
     lab.net().cut(0, "b", how)?;
     let reason = stayed(lab, &migration)?;
     ensure!(reason.contains("did not come back"), "it stayed because {reason}");
-    lab.net().restore(0, "b")?;
     let vm = scene.vm.clone();
-    scene.end(lab, "a")?;
+    if how == Cut::Silent {
+        // Its destination can have nothing of it, so the VM is its operator's.
+        lab.host("a").limosa(&["vm", "stop", &vm, "--force"])?;
+        steps::power(lab.host("a"), &vm, "start").context("with b out of reach")?;
+        client::status::wait(lab.client(), net::guest_v4(0), BOOT_TIMEOUT)?;
+        lab.net().restore(0, "b")?;
+        steps::assert_only_at(lab, &vm, "a")?;
+    } else {
+        lab.net().restore(0, "b")?;
+        scene.end(lab, "a")?;
+    }
     lab.net().set_speed(0, None)?;
     steps::move_vm(lab, &vm, "a", "b").context("the next move")?;
     steps::assert_only_at(lab, &vm, "b")

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_protocol::frame::{DiskHeader, FrameKind};
 
@@ -19,22 +20,30 @@ const TOUCHED_BYTES: u64 = 64 << 10;
 pub(super) struct ChannelSink {
     disk: SourceDisk,
     queues: Queues,
+    /// Operations are taken without room for them, see [`super::SourcePlane::take_at_once`]
+    is_urgent: Arc<AtomicBool>,
     meter: Arc<Meter>,
     /// One bit for each [`TOUCHED_BYTES`] of the disk.
     touched: Vec<u64>,
 }
 
 impl ChannelSink {
-    pub(super) fn new(disk: SourceDisk, queues: Queues, meter: Arc<Meter>) -> Self {
+    pub(super) fn new(
+        disk: SourceDisk,
+        queues: Queues,
+        is_urgent: Arc<AtomicBool>,
+        meter: Arc<Meter>,
+    ) -> Self {
         let bits = disk.size_bytes.div_ceil(TOUCHED_BYTES);
         let words = usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX);
-        Self { disk, queues, meter, touched: vec![0; words] }
+        Self { disk, queues, is_urgent, meter, touched: vec![0; words] }
     }
 
     fn send(&self, kind: FrameKind, head: DiskHeader, bytes: Vec<u8>) -> io::Result<()> {
         let channel = disk_channel(self.disk.index, head.offset_bytes, self.queues.len());
         let operation = DiskOperation { kind, head, bytes };
-        self.queues[channel].put(Work::Disk(operation), || false).map_err(|_| ended())
+        let is_urgent = || self.is_urgent.load(Ordering::Acquire);
+        self.queues[channel].put_or_squeeze(Work::Disk(operation), is_urgent).map_err(|_| ended())
     }
 
     fn head(&self, may_unmap: bool, offset_bytes: u64, length_bytes: u64) -> DiskHeader {
@@ -136,12 +145,34 @@ mod tests {
             std::iter::repeat_with(taken).take_while(|taken| *taken).count()
         };
         let disk = SourceDisk { index: 0, size_bytes: 1 << 40, fresh: true };
-        let mut sink = ChannelSink::new(disk, Arc::clone(&queues), Arc::new(Meter::default()));
+        let (urgent, meter) = (Arc::default(), Arc::new(Meter::default()));
+        let mut sink = ChannelSink::new(disk, Arc::clone(&queues), urgent, meter);
         sink.write_zeroes(0, 1 << 40, true).unwrap();
         assert_eq!(count(), 0);
         sink.write((1 << 20) - 4, vec![7; 8]).unwrap();
         assert_eq!(count(), 2, "cut at the region's border");
         sink.write_zeroes(0, 1 << 40, true).unwrap();
         assert_eq!(count(), 2, "only the two that were written");
+    }
+
+    /// Goal: a mirror's write that waits for room gets none from its taker, and goes on
+    /// when QEMU waits for it.
+    #[test]
+    fn urgent_writes_need_no_room() {
+        let queues: Queues = vec![Queue::new(1)].into();
+        let urgent = Arc::new(AtomicBool::new(false));
+        let disk = SourceDisk { index: 0, size_bytes: 1 << 30, fresh: true };
+        let meter = Arc::new(Meter::default());
+        let mut sink = ChannelSink::new(disk, Arc::clone(&queues), Arc::clone(&urgent), meter);
+        sink.write(0, vec![1; 512]).unwrap();
+        let waiting = std::thread::spawn(move || sink.write(4096, vec![2; 512]));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished(), "there is no room");
+        urgent.store(true, Ordering::Release);
+        queues[0].wake();
+        waiting.join().unwrap().unwrap();
+        for _ in 0..2 {
+            assert!(matches!(queues[0].take(Duration::ZERO), Taken::Item(Work::Disk(_))));
+        }
     }
 }

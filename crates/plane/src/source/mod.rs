@@ -18,6 +18,7 @@ mod sender;
 
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -89,6 +90,7 @@ pub struct SourcePlane {
     head: Arc<reader::Head>,
     ram: Vec<RamBlockSpec>,
     disks: Vec<SourceDisk>,
+    is_urgent: Arc<AtomicBool>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     reader: Mutex<Option<JoinHandle<()>>>,
 }
@@ -153,6 +155,7 @@ impl SourcePlane {
             head: Arc::default(),
             ram: spec.ram,
             disks: spec.disks,
+            is_urgent: Arc::default(),
             threads: Mutex::new(threads),
             reader: Mutex::default(),
         })
@@ -219,7 +222,20 @@ impl SourcePlane {
             .iter()
             .find(|disk| disk.index == index)
             .ok_or_else(|| io::Error::other("a disk that is not part of this migration"))?;
-        Ok(Box::new(disk::ChannelSink::new(*disk, self.queues.clone(), Arc::clone(&self.meter))))
+        Ok(Box::new(disk::ChannelSink::new(
+            *disk,
+            self.queues.clone(),
+            Arc::clone(&self.is_urgent),
+            Arc::clone(&self.meter),
+        )))
+    }
+
+    /// Has the sinks take operations of disks without room for them, or not any more: QEMU
+    /// waits for those that it has under way, and does nothing else meanwhile. Only so many
+    /// more are taken as a mirror has under way.
+    pub fn take_at_once(&self, is_urgent: bool) {
+        self.is_urgent.store(is_urgent, Ordering::Release);
+        self.queues.iter().for_each(Queue::wake);
     }
 
     /// Has everything that the sinks took made durable and compared; the event

@@ -22,6 +22,28 @@ async fn an_image_is_made_and_described() {
     }
 }
 
+#[tokio::test]
+async fn what_an_image_keeps_inside_is_named() {
+    let folder = folder();
+    // As the agent's user: it is made and changed here.
+    let tool = ImageTool { user: None, ..image_tool() };
+    let path = folder.path().join("kept.qcow2");
+    image_create(&tool, &path, ImageFormat::Qcow2, 1 << 20).await.expect("an image");
+    for words in [&["bitmap", "--add"][..], &["snapshot", "-c", "monday"]] {
+        let mut command = Command::new(&tool.program);
+        command.args(words).arg(&path);
+        if words[0] == "bitmap" {
+            command.arg("backup");
+        }
+        assert!(command.status().expect("qemu-img").success(), "{words:?}");
+    }
+    let facts = image_facts(&tool, &path, ImageFormat::Qcow2).await.expect("facts");
+    assert_eq!(
+        (&facts.snapshots[..], &facts.bitmaps[..]),
+        (&["monday".to_owned()][..], &["backup".to_owned()][..])
+    );
+}
+
 /// Story: images name other files of the host, as a stranger's may.
 #[tokio::test]
 async fn images_that_name_other_files_are_noticed() {

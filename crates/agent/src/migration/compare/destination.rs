@@ -177,7 +177,12 @@ fn same_vm(agent: &Agent, other: &VmDefinition, migration: Option<(MigrationId, 
             format!("VM {name} is on its way to {here} already"),
             format!("wait for it with `limosa migration watch {id}`, or cancel that move"),
         ),
-        _ => problem(
+        Some((id, Role::Source)) => problem(
+            ProblemCode::Busy,
+            format!("VM {name} is not yet all gone from {here}, from which it moved"),
+            format!("try again in a moment; on {here}, `limosa migration show {id}` tells more"),
+        ),
+        None => problem(
             ProblemCode::NameTaken,
             format!(
                 "host {here} has a VM {name} of the same identity ({})",

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use limosa_protocol::id::{MigrationId, VmName};
+use limosa_protocol::id::{DiskId, MigrationId, VmName};
 use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
 use limosa_protocol::peer::{DiskFacts, FILE_BYTES_MAX, Offer};
 use limosa_protocol::version::PEER_VERSION;
@@ -15,6 +15,7 @@ use super::{check_qemu, problem};
 use crate::agent::Agent;
 use crate::failure::{Outcome, chain};
 use crate::migration::UNDER_WAY_COUNT_MAX;
+use crate::vm::power::stopped_by;
 use crate::vm::{Inner, create, files};
 
 /// Everything at this host that stands against a move, apart from files.
@@ -79,20 +80,20 @@ pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
             format!("`limosa vm resume {vm}`, `limosa vm pause {vm}`, then move it"),
         ),
         RunState::IoError => (
-            "was stopped by an error of its disk",
+            stopped_by(status).unwrap_or_default(),
             format!("free or mend what its images lie on, then `limosa vm resume {vm}`"),
         ),
-        RunState::Suspended => ("sleeps", "wake its guest, or power it off".to_owned()),
+        RunState::Suspended => ("sleeps", format!("`limosa vm resume {vm}` wakes it")),
         RunState::Inmigrate | RunState::FinishMigrate => {
             ("is between two hosts in QEMU's eyes", "try again in a moment".to_owned())
         }
         RunState::Shutdown => {
             ("has powered off and its QEMU is still there", "try again in a moment".to_owned())
         }
-        RunState::InternalError => ("was stopped by an error within QEMU", turn_off(vm)),
-        RunState::Watchdog => ("was stopped by its watchdog", turn_off(vm)),
-        RunState::GuestPanicked => ("has crashed", turn_off(vm)),
-        RunState::Unknown => ("is in a condition that Limosa does not know", turn_off(vm)),
+        RunState::InternalError
+        | RunState::Watchdog
+        | RunState::GuestPanicked
+        | RunState::Unknown => (stopped_by(status).unwrap_or_default(), turn_off(vm)),
     };
     Err(problem(ProblemCode::Busy, format!("VM {vm} {what}"), mend))
 }
@@ -214,14 +215,36 @@ async fn look_at_image(agent: &Agent, disk: &Disk, path: &Path) -> Result<ImageF
             format!("see what is wrong with `qemu-img info -U {shown}`"),
         )
     })?;
-    match &facts.backing {
+    match left_by_a_mirror(&disk.id, &shown.to_string(), &facts) {
         None => Ok(facts),
-        Some(backing) => Err(problem(
-            ProblemCode::HostAttached,
-            format!("disk {} stands on {backing}, which would not move with it", disk.id),
-            "make the image whole with `qemu-img convert`",
-        )),
+        Some((message, mend)) => Err(problem(ProblemCode::HostAttached, message, mend)),
     }
+}
+
+/// What of an image a mirror would not bring across, and what to do about it: it copies
+/// what the guest sees and nothing else.
+fn left_by_a_mirror(disk: &DiskId, image: &str, facts: &ImageFacts) -> Option<(String, String)> {
+    if let Some(backing) = &facts.backing {
+        return Some((
+            format!("disk {disk} stands on {backing}, which would not move with it"),
+            "make the image whole with `qemu-img convert`".to_owned(),
+        ));
+    }
+    let (kept, what, mend) = match (&facts.snapshots[..], &facts.bitmaps[..]) {
+        ([], []) => return None,
+        ([], bitmaps) => (bitmaps, "dirty bitmaps", "qemu-img bitmap --remove"),
+        (snapshots, _) => (snapshots, "snapshots", "qemu-img snapshot -d"),
+    };
+    Some((
+        format!(
+            "disk {disk} keeps {what} inside its image ({}), which would not move with it",
+            kept.join(", ")
+        ),
+        format!(
+            "with the VM off, save what is needed of them with `qemu-img convert`, then remove \
+             them with `{mend}` from {image}"
+        ),
+    ))
 }
 
 /// Size of a file that moves beside the disks, or why it cannot move.
@@ -255,6 +278,28 @@ mod tests {
 
     fn vm() -> VmName {
         "web1".parse().unwrap()
+    }
+
+    /// Goal: an image that holds more than the guest sees does not move without it unasked.
+    #[test]
+    fn what_a_mirror_leaves_behind_is_told() {
+        let whole = ImageFacts {
+            virtual_size: 1 << 20,
+            actual_size: 0,
+            backing: None,
+            snapshots: vec![],
+            bitmaps: vec![],
+        };
+        let told = |facts| left_by_a_mirror(&"root".parse().unwrap(), "/i.qcow2", &facts);
+        assert_eq!(told(whole.clone()), None);
+        let snapshots = vec!["monday".to_owned(), "tuesday".to_owned()];
+        let (what, mend) = told(ImageFacts { snapshots, ..whole.clone() }).unwrap();
+        assert!(what.contains("monday, tuesday") && mend.contains("snapshot -d"), "{what} {mend}");
+        let bitmaps = vec!["backup".to_owned()];
+        let (what, mend) = told(ImageFacts { bitmaps, ..whole.clone() }).unwrap();
+        assert!(what.contains("backup") && mend.contains("bitmap --remove"), "{what} {mend}");
+        let backing = Some("/base.qcow2".to_owned());
+        assert!(told(ImageFacts { backing, ..whole }).unwrap().0.contains("/base.qcow2"));
     }
 
     /// Goal: a guest that an error stopped is not taken for a paused one.

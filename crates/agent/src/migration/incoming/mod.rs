@@ -104,7 +104,8 @@ impl Incoming {
         // Whoever has the lock now lets QEMU start, or all of it has arrived.
         let Ok(inner) = self.inner.try_lock() else { return 0 };
         let filled = inner.qemu.as_ref().map_or(0, |qemu| {
-            let memory = process::ram_backend_file(&qemu.process, total);
+            let size_bytes = qemu.accelerator.ram_bytes(total);
+            let memory = process::ram_backend_file(&qemu.process, size_bytes);
             let found = memory.ok().and_then(|memory| memory.metadata().ok());
             found.map_or(0, |found| found.blocks() * BLOCK_BYTES)
         });

@@ -43,6 +43,7 @@ impl Source {
             self.wait_for_link().await;
             // A mirror that was ending when its link went had to begin anew.
             self.wait_ready().await?;
+            self.catch_up().await?;
         }
         Err(Failure::peer(format!(
             "{SWITCHOVER_COUNT_MAX} times the guest was stopped and not everything arrived within \
@@ -68,7 +69,8 @@ impl Source {
                 return Ok(Stopped { at, events });
             }
             self.check_exports()?;
-            let status = migrate::status(&self.qemu.qmp).await.or_fail("asking QEMU")?;
+            let status = self.answered(migrate::status(&self.qemu.qmp)).await?;
+            let status = status.or_fail("asking QEMU")?;
             match status.status {
                 MigrationStatus::Failed | MigrationStatus::Cancelled => {
                     return Err(memory_failure(status.error_desc.as_deref()));

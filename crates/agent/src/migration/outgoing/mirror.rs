@@ -19,6 +19,12 @@ use crate::failure::{Failure, OrFail, Outcome};
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// The same while the guest stands.
 const STOPPED_LOOK_EVERY: Duration = Duration::from_millis(1);
+/// Least time for QEMU to answer.
+const ANSWER_MIN: Duration = Duration::from_millis(100);
+/// Longest wait, before the guest is stopped again, for what its disks are behind.
+const CATCH_UP_MAX: Duration = Duration::from_secs(30);
+/// What may be left then, for each disk.
+const BEHIND_BYTES: u64 = 1 << 20;
 /// Blocks that a mirror handles at a time, in bytes.
 const GRANULARITY_BYTES: u32 = 64 << 10;
 
@@ -67,6 +73,22 @@ pub(super) fn transfer(done_bytes: u64, total_bytes: u64, rate: &mut Rate) -> Tr
 }
 
 impl Source {
+    /// Waits until little is left of what the guest wrote, for it was stopped before for
+    /// more; not for ever, as it may go on writing.
+    pub(super) async fn catch_up(&mut self) -> Outcome<()> {
+        let deadline = Instant::now() + CATCH_UP_MAX;
+        while Instant::now() < deadline {
+            self.check_exports()?;
+            let jobs = self.answered(block::jobs(&self.qemu.qmp)).await?;
+            let jobs = jobs.or_fail("asking QEMU for its mirrors")?;
+            if jobs.iter().all(|job| job.len.saturating_sub(job.offset) <= BEHIND_BYTES) {
+                break;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        Ok(())
+    }
+
     /// Waits until a stopped guest's disks are equal on both sides.
     pub(super) async fn wait_mirrored(&self) -> Outcome<()> {
         loop {
@@ -93,7 +115,8 @@ impl Source {
         let mut wire = Rate::new();
         loop {
             self.check_exports()?;
-            let jobs = block::jobs(&self.qemu.qmp).await.or_fail("asking QEMU for its mirrors")?;
+            let jobs = self.answered(block::jobs(&self.qemu.qmp)).await?;
+            let jobs = jobs.or_fail("asking QEMU for its mirrors")?;
             let mut all_ready = true;
             for (id, rate) in disks.iter().zip(&mut rates) {
                 let name = mirror_name(id);
@@ -114,6 +137,24 @@ impl Source {
                 return Ok(());
             }
             tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Waits for an answer of QEMU. It gives none, and its guest stands, while it waits for
+    /// what its mirrors have under way: before it stops the guest, and when the guest
+    /// resets a disk. With the link slow or lost that may take for ever, so it is taken
+    /// from QEMU without room for it, as soon as the guest stood for its downtime limit.
+    pub(super) async fn answered<T>(&self, ask: impl Future<Output = T>) -> Outcome<T> {
+        let plane = self.plane()?;
+        let mut ask = std::pin::pin!(ask);
+        match tokio::time::timeout(self.downtime_limit().max(ANSWER_MIN), &mut ask).await {
+            Ok(answer) => Ok(answer),
+            Err(_elapsed) => {
+                plane.take_at_once(true);
+                let answer = ask.await;
+                plane.take_at_once(false);
+                Ok(answer)
+            }
         }
     }
 

@@ -106,7 +106,7 @@ impl Source {
         Ok(Some(Switched { stopped, mirrors_ended, pages_sent }))
     }
 
-    fn downtime_limit(&self) -> Duration {
+    pub(super) fn downtime_limit(&self) -> Duration {
         Duration::from_millis(self.offer.request.downtime_limit_ms.into())
     }
 
