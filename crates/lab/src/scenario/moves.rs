@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use limosa_protocol::api::Power;
 use serde_json::{Value, json};
 
+use super::faults;
 use super::process;
 use super::scene::{self, Scene};
 use super::steps::{self, Boot, Wanted};
@@ -70,7 +71,8 @@ pub(super) const STORIES: &[Story] = &[
     },
     Story {
         name: "move-paused",
-        proves: "a paused VM is paused after its move, moves on as it is, and resumes as if nothing was",
+        proves: "a paused VM is paused after its move, moves on as it is, and resumes as if nothing \
+                 was; one whose move failed late is refused until it has run again",
         plan: Plan::default,
         run: paused,
     },
@@ -195,6 +197,7 @@ fn paused(lab: &mut Lab) -> Result<()> {
     let wanted = uefi()?;
     let scene = Scene::set(lab, &wanted)?;
     steps::power(lab.host("a"), &wanted.name, "pause")?;
+    faults::cancel_late_while_paused(lab, &wanted.name)?;
     // Frames that were on their way may still come.
     std::thread::sleep(std::time::Duration::from_millis(300));
     let before = scene.so_far().1.frames().len();

@@ -18,7 +18,7 @@ use crate::net;
 /// Longest time for a tiny guest to boot without KVM on a busy machine.
 pub(crate) const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Time in which a guest shows that it goes on, after everything.
-const AFTERWARDS: Duration = Duration::from_millis(1500);
+const AFTERWARDS: Duration = Duration::from_millis(500);
 
 /// A VM that works on the first host.
 #[derive(Debug)]
