@@ -50,13 +50,10 @@ impl<T> Queue<T> {
         while !items.is_closed && items.waiting.len() >= self.depth && !gives_up() {
             items = self.room.wait(items).unwrap_or_else(PoisonError::into_inner);
         }
-        if items.is_closed || gives_up() {
+        if gives_up() {
             return Err(NotTaken);
         }
-        items.waiting.push_back(item);
-        drop(items);
-        self.filled.notify_one();
-        Ok(())
+        self.add(items, item)
     }
 
     /// Puts an item in when there is room, or when `is_urgent`, which is asked whenever
@@ -71,19 +68,15 @@ impl<T> Queue<T> {
             !items.is_closed && items.waiting.len() >= depth
         };
         let waited = self.room.wait_while(self.lock(), is_full);
-        let mut items = waited.unwrap_or_else(PoisonError::into_inner);
-        if items.is_closed {
-            return Err(NotTaken);
-        }
-        items.waiting.push_back(item);
-        drop(items);
-        self.filled.notify_one();
-        Ok(())
+        self.add(waited.unwrap_or_else(PoisonError::into_inner), item)
     }
 
     /// Puts an item in at once. For the few that are small and may not wait.
     pub(crate) fn put_at_once(&self, item: T) -> Result<(), NotTaken> {
-        let mut items = self.lock();
+        self.add(self.lock(), item)
+    }
+
+    fn add(&self, mut items: MutexGuard<'_, Items<T>>, item: T) -> Result<(), NotTaken> {
         if items.is_closed {
             return Err(NotTaken);
         }

@@ -82,8 +82,8 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
     // Its QEMU here also ends when the VM has moved meanwhile.
     if inner.has_left || inner.migration.is_some() {
         return Err(Failure::conflict(format!(
-            "VM {0} was moved to another host before its guest powered off: see `limosa migration \
-             list`, and stop it there",
+            "VM {0} was taken by a move before its guest powered off: `limosa migration list` says \
+             where it is; stop it there",
             vm.name
         )));
     }
@@ -96,9 +96,9 @@ async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Outcome<()> {
     let doing = format!("stopping VM {}", vm.name);
     let why = match power::query_status(&qemu.qmp).await.or_fail(&doing)? {
         RunState::Running | RunState::Shutdown => return Ok(()),
-        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => "is paused".to_owned(),
-        RunState::Suspended => "sleeps".to_owned(),
-        other => stopped_by(other).unwrap_or("does not run").to_owned(),
+        RunState::Paused | RunState::Prelaunch | RunState::Postmigrate => "is paused",
+        RunState::Suspended => "sleeps",
+        other => stopped_by(other).unwrap_or("does not run"),
     };
     Err(Failure::conflict(format!(
         "the guest of VM {0} {why} and cannot power itself off: `limosa vm resume {0}` first, or \
