@@ -1,12 +1,13 @@
 //! The full guest: a Debian whose PostgreSQL works for outside clients while it moves.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::api::Power;
 use limosa_protocol::migration::Outcome;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::Story;
@@ -20,9 +21,10 @@ use crate::{exec, net};
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
 /// Longest time for it to shut down, in seconds.
 const SHUTDOWN_TIMEOUT_S: u32 = 110;
-/// How long the clients work, and when within that the move begins, in seconds.
-const WORK_S: u32 = 45;
-const MOVE_AFTER: Duration = Duration::from_secs(4);
+/// Longest time for the clients' work, in seconds; how long they work before the move begins
+/// and after it has ended.
+const WORK_MAX_S: u32 = 200;
+const WORK_AROUND: Duration = Duration::from_secs(4);
 /// Longest time for one client program, in seconds.
 const CLIENT_TIMEOUT_S: u32 = 240;
 const CLIENTS: &str = "4";
@@ -138,20 +140,24 @@ fn start(lab: &Lab, full: &FullGuest) -> Result<()> {
 /// Lets clients work, and moves the VM meanwhile; returns how many transactions
 /// were committed.
 fn work_while_moving(lab: &Lab, clients: &Clients<'_>) -> Result<u64> {
-    let seconds = WORK_S.to_string();
+    let seconds = WORK_MAX_S.to_string();
     let mut command = clients.command("pgbench", &["-c", CLIENTS, "-T", &seconds, "bench"])?;
     let work =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    std::thread::sleep(MOVE_AFTER);
+    std::thread::sleep(WORK_AROUND);
     let moved = steps::begin_move(lab.host("a"), VM, "b", &Value::Null)
         .and_then(|migration| steps::follow(lab.host("a"), &migration, steps::MOVE_TIMEOUT));
+    std::thread::sleep(WORK_AROUND);
     let mut work = work;
     let ended_before = work.try_wait()?.is_some();
+    if !ended_before {
+        ring(&work)?;
+    }
     let output = work.wait_with_output()?;
     let last = moved?;
     let last = last.last().context("nothing was said about the move")?;
     ensure!(last.outcome == Some(Outcome::Moved), "it did not move: {:?}", last.reason);
-    ensure!(!ended_before, "pgbench ended before the move: make it work longer");
+    ensure!(!ended_before, "pgbench ended before the move did: make it work longer");
     let (told, complaints) = (exec::lossy(&output.stdout), exec::lossy(&output.stderr));
     ensure!(output.status.success(), "pgbench failed: {complaints}{told}");
     ensure!(!complaints.contains("aborted"), "a connection broke: {complaints}");
@@ -164,6 +170,16 @@ fn work_while_moving(lab: &Lab, clients: &Clients<'_>) -> Result<u64> {
     let committed = number("number of transactions actually processed:")?;
     ensure!(committed > 0, "nothing was committed");
     Ok(committed)
+}
+
+/// Rings pgbench's own alarm clock: it ends its transactions, then its connections, and reports.
+fn ring(work: &Child) -> Result<()> {
+    let id = work.id();
+    // It is the child of `timeout`, for which the signal would mean to kill.
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
+    let pgbench = children.trim().parse().ok().and_then(Pid::from_raw);
+    let pgbench = pgbench.with_context(|| format!("pgbench is not alone in [{children}]"))?;
+    kill_process(pgbench, Signal::ALARM).context("ringing pgbench's alarm clock")
 }
 
 /// Shuts the guest down and looks at its file system from outside.
