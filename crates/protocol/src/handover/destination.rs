@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Preparing ─► Readying ─► Ready ─ commit ─► Owning ═► Starting ─► Owner ─► Moved
-//!     │                      │                            │          └─► Superseded
+//!     │  ◄─ Repeating ◄─again─┤                           │          └─► Superseded
 //!     └──────────────────────┴── abort, never ran ────────┴─► Declining ─► Declined ─► Stayed
 //! ```
 //!
@@ -26,6 +26,8 @@ enum State {
     Readying,
     /// Waits for the commit.
     Ready,
+    /// The source tries again; `preparing` is being written anew.
+    Repeating,
     /// `owner` is being written.
     Owning,
     /// The VM is ours; the guest is being let run.
@@ -54,6 +56,8 @@ pub struct Destination {
     offered: Epoch,
     /// Ours, if we get the VM, and while we have it.
     epoch: Epoch,
+    /// Which attempt of the source this is, from 1.
+    attempt: u32,
     guest: Guest,
     state: State,
 }
@@ -67,11 +71,11 @@ impl Destination {
     /// [`WrongRecord`] when something else was written.
     #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
     pub fn begin(preparing: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
-        let Record { migration, offered, stage, epoch } = preparing.record();
+        let Record { migration, offered, stage, epoch, attempt } = preparing.record();
         if stage != Stage::Preparing {
             return Err(WrongRecord { role: "destination", stage });
         }
-        Ok(Self { migration, offered, epoch, guest, state: State::Preparing })
+        Ok(Self { migration, offered, epoch, attempt, guest, state: State::Preparing })
     }
 
     /// A destination whose agent was restarted, and what it does first.
@@ -83,8 +87,9 @@ impl Destination {
     /// [`WrongRecord`] when that is no record of a destination.
     #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
     pub fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
-        let Record { migration, offered, stage, epoch } = receipt.record();
-        let mut destination = Self { migration, offered, epoch, guest, state: State::Owner };
+        let Record { migration, offered, stage, epoch, attempt } = receipt.record();
+        let state = State::Owner;
+        let mut destination = Self { migration, offered, epoch, attempt, guest, state };
         let actions = match stage {
             // The channels died with the agent.
             Stage::Preparing => destination.decline(false),
@@ -119,6 +124,12 @@ impl Destination {
     #[must_use]
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// Which attempt of the source this is, from 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
     }
 
     /// What the machine believes of this host's QEMU.
@@ -203,6 +214,7 @@ impl Destination {
             State::Preparing => "preparing",
             State::Readying => "readying",
             State::Ready => "ready",
+            State::Repeating => "repeating",
             State::Owning => "owning",
             State::Starting => "starting",
             State::Owner => "owner",
@@ -242,7 +254,8 @@ impl Destination {
             | On::Retired { .. }
             | On::Undecided
             | On::Unheard => self.on_word(&event),
-            On::Complete | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
+            On::Again { attempt } => self.on_again(attempt),
+            On::Complete { .. } | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
         }
         .ok_or(illegal)
     }
@@ -250,12 +263,18 @@ impl Destination {
     /// What the host itself or its operator wants.
     fn on_own(&mut self, event: &On) -> Option<Vec<Do>> {
         Some(match (self.state, event) {
-            (State::Preparing, On::Complete) => {
+            // A late question, or one that came before *again*.
+            (State::Preparing | State::Ready, On::Complete { attempt })
+                if *attempt != self.attempt =>
+            {
+                Vec::new()
+            }
+            (State::Preparing, On::Complete { .. }) => {
                 self.state = State::Readying;
                 self.persist(Stage::Ready)
             }
             // Asked again: the answer was lost.
-            (State::Ready, On::Complete) => self.say(),
+            (State::Ready, On::Complete { .. }) => self.say(),
             (State::Preparing, On::GiveUp) => self.decline(false),
             (State::Ready, On::GiveUp) => self.decline(true),
             // The second of two reasons to give up.
@@ -284,6 +303,32 @@ impl Destination {
                 self.state = State::Closing(Ended::Moved);
                 self.persist(Stage::Done)
             }
+            _ => return None,
+        })
+    }
+
+    /// The source has let its guest run on: what is here is not the newest any more,
+    /// and is to be made so again. A copy that was ready is not, from the record on.
+    fn on_again(&mut self, attempt: u32) -> Option<Vec<Do>> {
+        Some(match self.state {
+            State::Preparing | State::Ready if attempt > self.attempt => {
+                // A QEMU that is lost has taken along what was received.
+                if self.guest.is_absent() {
+                    return Some(self.decline(self.state == State::Ready));
+                }
+                self.attempt = attempt;
+                self.state = State::Repeating;
+                self.persist(Stage::Preparing)
+            }
+            // Late or repeated, or it has ended here: the answer is what was said before.
+            State::Preparing
+            | State::Ready
+            | State::Owner
+            | State::Declined
+            | State::Freeing
+            | State::Ended(_) => self.say(),
+            // Only the store can say how it goes on.
+            State::UnknownDurability => Vec::new(),
             _ => return None,
         })
     }
@@ -356,14 +401,18 @@ impl Destination {
     }
 
     fn on_recorded(&mut self, receipt: &Receipt) -> Option<Vec<Do>> {
-        let Record { migration, stage, epoch, .. } = receipt.record();
-        if migration != self.migration || epoch != self.epoch {
+        let Record { migration, stage, epoch, attempt, .. } = receipt.record();
+        if migration != self.migration || epoch != self.epoch || attempt != self.attempt {
             return None;
         }
         match (self.state, stage) {
             (State::Readying, Stage::Ready) => {
                 self.state = State::Ready;
-                Some(vec![Do::SendReady { epoch }])
+                Some(vec![Do::SendReady { epoch, attempt }])
+            }
+            (State::Repeating, Stage::Preparing) => {
+                self.state = State::Preparing;
+                Some(vec![Do::BeginAgain])
             }
             (State::Owning, Stage::Owner) => Some(self.start()),
             (State::Declining { whole }, Stage::Declined) => {
@@ -390,7 +439,11 @@ impl Destination {
 
     fn on_record_failed(&mut self) -> Option<Vec<Do>> {
         match self.state {
-            State::Readying | State::Owning | State::Declining { .. } | State::Closing(_) => {
+            State::Readying
+            | State::Repeating
+            | State::Owning
+            | State::Declining { .. }
+            | State::Closing(_) => {
                 self.state = State::UnknownDurability;
                 Some(Vec::new())
             }
@@ -435,8 +488,8 @@ impl Destination {
     }
 
     fn persist(&self, stage: Stage) -> Vec<Do> {
-        let Self { migration, offered, epoch, .. } = *self;
-        vec![Do::Persist(Record { migration, offered, stage, epoch })]
+        let Self { migration, offered, epoch, attempt, .. } = *self;
+        vec![Do::Persist(Record { migration, offered, stage, epoch, attempt })]
     }
 
     /// What a host asks that waits for the source's word.
@@ -451,9 +504,9 @@ impl Destination {
 
     /// What this state answers to a source that waits for a word.
     fn say(&self) -> Vec<Do> {
-        let epoch = self.epoch;
+        let (epoch, attempt) = (self.epoch, self.attempt);
         match self.state {
-            State::Ready => vec![Do::SendReady { epoch }],
+            State::Ready => vec![Do::SendReady { epoch, attempt }],
             State::Owner | State::Ended(Ended::Moved) => vec![Do::SendRunning { epoch }],
             State::Declined | State::Freeing | State::Ended(Ended::Stayed | Ended::Superseded) => {
                 vec![Do::SendDeclined { epoch }]

@@ -22,6 +22,8 @@ pub enum SourceEvent {
     Ready {
         /// At which epoch it would own the VM
         epoch: Epoch,
+        /// Of which attempt it holds all
+        attempt: u32,
     },
     /// A record is durable
     Recorded(Receipt),
@@ -39,6 +41,9 @@ pub enum SourceEvent {
     },
     /// The destination answers, and has never heard of this migration
     Unheard,
+    /// The guest stands for too long without the destination's word: it is to run on,
+    /// and all is tried again
+    Again,
     /// The destination asks how the source stands
     Asked,
     /// The destination has not spoken for a while
@@ -72,6 +77,7 @@ impl SourceEvent {
             Self::Running { .. } => "running",
             Self::Declined { .. } => "declined",
             Self::Unheard => "unheard",
+            Self::Again => "again",
             Self::Asked => "asked",
             Self::Silence => "silence",
             Self::GiveUp => "give-up",
@@ -94,7 +100,16 @@ pub enum SourceAction {
     /// Write this; then report `Recorded` or `RecordFailed`
     Persist(Record),
     /// Ask the destination whether it is ready
-    AskReady,
+    AskReady {
+        /// With all of which attempt
+        attempt: u32,
+    },
+    /// Take the disks, mirrored as before, let the guest run on, and say *again*; a
+    /// failure is a reason to give up
+    RunOn {
+        /// The attempt that begins
+        attempt: u32,
+    },
     /// Say that the VM is the destination's
     SendCommit(Committed),
     /// Say that the VM stays: do not run it
@@ -125,7 +140,15 @@ pub enum SourceAction {
 pub enum DestinationEvent {
     /// The source asks, and everything is here: loaded, equal to the source's,
     /// and the disks are flushed
-    Complete,
+    Complete {
+        /// Of which attempt it asks
+        attempt: u32,
+    },
+    /// The source let its guest run on, and tries again
+    Again {
+        /// The attempt that begins
+        attempt: u32,
+    },
     /// A record is durable
     Recorded(Receipt),
     /// A record may or may not be durable
@@ -172,7 +195,8 @@ impl DestinationEvent {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Complete => "complete",
+            Self::Complete { .. } => "complete",
+            Self::Again { .. } => "again",
             Self::Recorded(_) => "recorded",
             Self::RecordFailed => "record-failed",
             Self::Commit { .. } => "commit",
@@ -204,7 +228,12 @@ pub enum DestinationAction {
     SendReady {
         /// At which epoch this host would own the VM
         epoch: Epoch,
+        /// Of which attempt everything is here
+        attempt: u32,
     },
+    /// End QEMU and have another one wait for what comes, with RAM as it is here; a
+    /// failure is a reason to give up
+    BeginAgain,
     /// Say that the VM is ours, and runs or is off here
     SendRunning {
         /// At which epoch this host owns it

@@ -16,6 +16,10 @@
 //! record needs its [`Receipt`]. Any end before the commit point leaves the VM at
 //! the source (`stayed`), and the destination gives its copy up (`declined`).
 //!
+//! A source that has not heard *ready* may let its guest run on and try again: it says
+//! *again*, and the destination is `preparing` anew. Each such attempt has a number,
+//! so that no word of an earlier one counts.
+//!
 //! **Invariants**, checked over this very code by `tests/handover_model`, with
 //! every order of messages lost, repeated and late, of crashes, of QEMUs that
 //! die and of an operator who is sure:
@@ -112,6 +116,9 @@ pub struct Record {
     pub stage: Stage,
     /// See [`Stage`]
     pub epoch: Epoch,
+    /// Which attempt to hand over, from 1. Of the destination's records it says which
+    /// copy is meant; the source's only tell it.
+    pub attempt: u32,
 }
 
 /// What is known of this host's QEMU of the VM.
@@ -156,7 +163,7 @@ impl Record {
     /// - `offered`: the epoch at which the source owns the VM.
     #[must_use]
     pub fn first(migration: MigrationId, stage: Stage, offered: Epoch) -> Self {
-        Self { migration, offered, stage, epoch: offered.next() }
+        Self { migration, offered, stage, epoch: offered.next(), attempt: 1 }
     }
 }
 

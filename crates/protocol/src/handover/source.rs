@@ -3,7 +3,8 @@
 //! ```text
 //!                     ┌────────────── declined, force-owner ─────────────┐
 //! Copying ─► Asking ─► Committing ═► HandedOver ─► Retiring ─► Moved     ▼
-//!    └─────────┴─ give up ─────────────────────────► Keeping ◄─── TakingBack
+//!    │  ◄─again─┤
+//!    └──────────┴─ give up ────────────────────────► Keeping ◄─── TakingBack
 //!                                                       ├─► Stayed
 //!                                                       └─► Superseded
 //! ```
@@ -55,6 +56,8 @@ pub struct Source {
     reserved: Epoch,
     /// That at which the VM is ours, while it is.
     owned: Epoch,
+    /// Which attempt to hand over, from 1.
+    attempt: u32,
     guest: Guest,
     /// The destination may hold the whole VM and be ready, as far as is known.
     may_be_ready: bool,
@@ -101,6 +104,7 @@ impl Source {
             offered: record.offered,
             reserved: record.epoch,
             owned: record.offered,
+            attempt: record.attempt,
             guest,
             may_be_ready: false,
             state: State::Copying,
@@ -115,7 +119,7 @@ impl Source {
     /// [`WrongRecord`] when that is no record of a source.
     #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
     pub fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
-        let Record { migration, offered, stage, epoch } = receipt.record();
+        let Record { migration, offered, stage, epoch, attempt } = receipt.record();
         let first = offered.next();
         let (reserved, owned, state) = match stage {
             // The channels died with the agent: the guest goes on here.
@@ -131,7 +135,8 @@ impl Source {
             }
         };
         let may_be_ready = true;
-        let mut source = Self { migration, offered, reserved, owned, guest, may_be_ready, state };
+        let mut source =
+            Self { migration, offered, reserved, owned, attempt, guest, may_be_ready, state };
         let actions = match state {
             State::Resuming { confirmed } => source.resume(confirmed),
             State::HandedOver => vec![source.commit()],
@@ -144,6 +149,12 @@ impl Source {
     #[must_use]
     pub fn epoch(&self) -> Epoch {
         self.reserved
+    }
+
+    /// Which attempt to hand over this is, from 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
     }
 
     /// What the machine believes of this host's QEMU.
@@ -266,9 +277,12 @@ impl Source {
             On::Ready { .. } | On::Running { .. } | On::Declined { .. } | On::Unheard => {
                 self.on_word(&event)
             }
-            On::Delivered | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
-                self.on_own(&event)
-            }
+            On::Delivered
+            | On::Again
+            | On::GiveUp
+            | On::Freed
+            | On::ForceOwner
+            | On::MovesOn => self.on_own(&event),
         }
         .ok_or(illegal)
     }
@@ -282,7 +296,14 @@ impl Source {
                 if self.guest == Guest::Running {
                     self.guest = Guest::Stopped;
                 }
-                vec![Do::AskReady]
+                vec![Do::AskReady { attempt: self.attempt }]
+            }
+            // With QEMU gone, what the destination has is all there is of the guest.
+            (State::Copying | State::Asking, On::Again) if !self.guest.is_absent() => {
+                self.state = State::Copying;
+                self.attempt += 1;
+                self.guest = Guest::Running;
+                vec![Do::RunOn { attempt: self.attempt }]
             }
             (State::Copying | State::Asking, On::GiveUp) => self.resume(false),
             // The second of two reasons to give up.
@@ -314,7 +335,9 @@ impl Source {
     /// What the destination says.
     fn on_word(&mut self, event: &On) -> Option<Vec<Do>> {
         Some(match (self.state, event) {
-            (State::Asking, On::Ready { epoch }) if *epoch == self.reserved => {
+            (State::Asking, On::Ready { epoch, attempt })
+                if *epoch == self.reserved && *attempt == self.attempt =>
+            {
                 self.state = State::Committing;
                 vec![Do::Persist(Record { stage: Stage::HandedOver, ..self.record() })]
             }
@@ -458,7 +481,7 @@ impl Source {
     /// What this state has to say, for whoever may not have heard it.
     fn say_again(&self, unasked: bool) -> Vec<Do> {
         match self.state {
-            State::Asking if unasked => vec![Do::AskReady],
+            State::Asking if unasked => vec![Do::AskReady { attempt: self.attempt }],
             State::Copying | State::Asking if !unasked => vec![Do::SayUndecided],
             State::HandedOver => vec![self.commit()],
             State::Keeping => vec![Do::SendStays { epoch: self.owned }],
@@ -485,6 +508,7 @@ impl Source {
             offered: self.offered,
             stage: Stage::Offered,
             epoch: self.reserved,
+            attempt: self.attempt,
         }
     }
 }

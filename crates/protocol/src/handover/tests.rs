@@ -35,8 +35,8 @@ fn receipt(record: Record) -> Receipt {
 /// A source that was told that the destination is ready.
 fn committing() -> (Source, Record) {
     let mut source = Source::begin(receipt(record(Stage::Offered)), Guest::Running).unwrap();
-    assert_eq!(source.on(SourceEvent::Delivered).unwrap(), [SourceAction::AskReady]);
-    let mut actions = source.on(SourceEvent::Ready { epoch: Epoch(4) }).unwrap();
+    assert_eq!(source.on(SourceEvent::Delivered).unwrap(), [SourceAction::AskReady { attempt: 1 }]);
+    let mut actions = source.on(SourceEvent::Ready { epoch: Epoch(4), attempt: 1 }).unwrap();
     let Some(SourceAction::Persist(record)) = actions.pop() else { panic!("{actions:?}") };
     (source, record)
 }

@@ -74,6 +74,9 @@ impl Model for HandOver {
             Property::sometimes("it moves", |_, world: &World| world.has_moved()),
             Property::sometimes("it stays", |_, world: &World| world.has_stayed()),
             Property::sometimes("it is taken back", |_, world: &World| world.was_taken_back()),
+            Property::sometimes("it moves when it is tried again", |_, world: &World| {
+                world.has_moved() && world.destination.stored.attempt > 1
+            }),
             Property::sometimes(
                 "one host gives way to the operator's",
                 |model: &Self, world: &World| {
@@ -168,7 +171,13 @@ fn a_wrong_decision_is_healed() {
 impl HandOver {
     /// Whether a property must always hold (the others must hold sometimes).
     fn is_promise(name: &str) -> bool {
-        !["it moves", "it stays", "it is taken back", "one host gives way to the operator's"]
-            .contains(&name)
+        ![
+            "it moves",
+            "it stays",
+            "it is taken back",
+            "it moves when it is tried again",
+            "one host gives way to the operator's",
+        ]
+        .contains(&name)
     }
 }

@@ -6,6 +6,10 @@
 pub(crate) enum Mutation {
     /// The source lets its guest run when the answer to its commit is lost
     SourceResumesOnLostReply,
+    /// The source lets its guest run on while it asks, and does not begin a new attempt
+    SourceRunsOnUnnumbered,
+    /// The source takes *ready* of an earlier attempt for one of this
+    ReadyOfEarlierAttemptAccepted,
     /// The source lets its guest run when somebody cancels after the commit
     AbortAfterHandedOver,
     /// The source takes a failed sync of the commit for a commit not written
@@ -35,8 +39,10 @@ pub(crate) enum Mutation {
 }
 
 impl Mutation {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::SourceResumesOnLostReply,
+        Self::SourceRunsOnUnnumbered,
+        Self::ReadyOfEarlierAttemptAccepted,
         Self::AbortAfterHandedOver,
         Self::FailedSyncCountsAsUnwritten,
         Self::CommitBeforeRecord,

@@ -54,7 +54,11 @@ impl World {
                     }
                     self.source.work = Some(Work::Persist(record));
                 }
-                SourceAction::AskReady => self.say(Message::AskReady),
+                SourceAction::AskReady { attempt } => self.say(Message::AskReady(attempt)),
+                SourceAction::RunOn { attempt } => {
+                    self.run_source();
+                    self.say(Message::Again(attempt));
+                }
                 SourceAction::SendCommit(committed) => {
                     self.say(Message::Commit(committed.epoch()));
                     if mutation == Some(Mutation::SourceFreesBeforeRunning) {
@@ -98,8 +102,12 @@ impl World {
                     }
                     self.destination.work = Some(Work::Persist(record));
                 }
-                DestinationAction::SendReady { epoch } => {
-                    self.say(Message::Ready(epoch));
+                DestinationAction::BeginAgain => {
+                    // Of the one that ended, the agent still has what RAM held.
+                    self.destination.qemu = Guest::Stopped;
+                }
+                DestinationAction::SendReady { epoch, attempt } => {
+                    self.say(Message::Ready(epoch, attempt));
                     if mutation == Some(Mutation::DestinationRunsAtReady) {
                         self.run_destination();
                     }

@@ -24,6 +24,8 @@ pub(crate) enum Step {
     Deliver(Message),
     /// Nothing has arrived for a while.
     Silence(Side),
+    /// The source's guest stood for too long without the destination's word.
+    Again,
     /// Somebody cancels, or something fails.
     GiveUp(Side),
     /// Work in flight succeeds.
@@ -74,10 +76,16 @@ pub(crate) fn possible(world: &World, mutation: Option<Mutation>, steps: &mut Ve
 pub(crate) fn all_can_arrive(world: &World) -> bool {
     is_in(&world.source, Source::state, "copying")
         && is_in(&world.destination, Destination::state, "preparing")
+        && attempts(world).is_some_and(|(here, there)| here == there)
         && matches!(
             (world.source.qemu, world.destination.qemu),
             (Guest::Running, Guest::Stopped) | (Guest::Off, Guest::Off)
         )
+}
+
+/// Which attempt each side is at.
+fn attempts(world: &World) -> Option<(u32, u32)> {
+    Some((world.source.machine.as_ref()?.attempt(), world.destination.machine.as_ref()?.attempt()))
 }
 
 fn is_in<M>(host: &Host<M>, state: fn(&M) -> &'static str, name: &str) -> bool {
@@ -100,6 +108,13 @@ fn of_source(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Step>) {
         return;
     }
     steps.push(Step::Silence(Here));
+    // A guest without memory, and one whose QEMU is lost, has nothing to run on with.
+    if matches!(machine.state(), "copying" | "asking")
+        && !machine.guest().is_absent()
+        && world.budget.agains > 0
+    {
+        steps.push(Step::Again);
+    }
     let aborts_late =
         mutation == Some(Mutation::AbortAfterHandedOver) && machine.state() == "handed-over";
     if machine.may_give_up() || aborts_late {
@@ -211,9 +226,18 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             if mutation == Some(Mutation::SourceResumesOnLostReply) && is_committed {
                 world.run_source();
             }
+            if mutation == Some(Mutation::SourceRunsOnUnnumbered)
+                && is_in(&world.source, Source::state, "asking")
+            {
+                world.run_source();
+            }
             world.tell_source(SourceEvent::Silence, true, mutation);
         }
         Step::Silence(There) => world.tell_destination(DestinationEvent::Silence, true, mutation),
+        Step::Again => {
+            spend(&mut world.budget.agains);
+            world.tell_source(SourceEvent::Again, true, mutation);
+        }
         Step::GiveUp(Here) if is_in(&world.source, Source::state, "handed-over") => {
             world.run_source();
         }
@@ -359,7 +383,14 @@ fn deliver(world: &mut World, message: Message, mutation: Option<Mutation>) {
         _ => epoch,
     };
     let event = match message {
-        Message::Ready(epoch) => SourceEvent::Ready { epoch: to_source(epoch, world) },
+        Message::Ready(epoch, attempt) => {
+            let now = world.source.machine.as_ref().map(Source::attempt);
+            let is_taken = mutation == Some(Mutation::ReadyOfEarlierAttemptAccepted);
+            SourceEvent::Ready {
+                epoch: to_source(epoch, world),
+                attempt: now.filter(|_| is_taken).unwrap_or(attempt),
+            }
+        }
         Message::Running(epoch) => SourceEvent::Running { epoch: to_source(epoch, world) },
         Message::Declined(epoch) => SourceEvent::Declined { epoch: to_source(epoch, world) },
         Message::Ask => SourceEvent::Asked,
@@ -378,7 +409,8 @@ fn deliver(world: &mut World, message: Message, mutation: Option<Mutation>) {
                 Message::Retired(epoch) => {
                     DestinationEvent::Retired { epoch: to_destination(epoch, world) }
                 }
-                Message::AskReady => asked_ready(world),
+                Message::AskReady(attempt) => asked_ready(world, attempt),
+                Message::Again(attempt) => DestinationEvent::Again { attempt },
                 _ => DestinationEvent::Undecided,
             };
             world.tell_destination(event, false, mutation);
@@ -392,11 +424,14 @@ fn deliver(world: &mut World, message: Message, mutation: Option<Mutation>) {
 }
 
 /// What the destination's agent makes of the question whether it is ready.
-fn asked_ready(world: &World) -> DestinationEvent {
+fn asked_ready(world: &World, attempt: u32) -> DestinationEvent {
     let host = &world.destination;
+    if host.machine.as_ref().map(Destination::attempt) != Some(attempt) {
+        return DestinationEvent::Asked;
+    }
     match host.machine.as_ref().map(Destination::state) {
         Some("preparing") if host.qemu == Guest::Gone => DestinationEvent::GiveUp,
-        Some("preparing" | "ready") => DestinationEvent::Complete,
+        Some("preparing" | "ready") => DestinationEvent::Complete { attempt },
         _ => DestinationEvent::Asked,
     }
 }

@@ -39,6 +39,8 @@ pub(crate) struct Budget {
     pub(crate) failed_writes: u8,
     /// Guests that QEMU refuses to let run at the destination.
     pub(crate) refused_starts: u8,
+    /// Switchovers that are tried again.
+    pub(crate) agains: u8,
     /// Operators who force an owner, being sure that the other host's QEMU ended.
     pub(crate) forces: u8,
     /// Operators who force an owner and only believe so.
@@ -54,6 +56,7 @@ impl Budget {
         qemu_deaths: 0,
         failed_writes: 0,
         refused_starts: 0,
+        agains: 0,
         forces: 0,
         wrong_forces: 0,
         losses: 0,
@@ -65,6 +68,7 @@ impl Budget {
         qemu_deaths: UNBOUNDED,
         failed_writes: UNBOUNDED,
         refused_starts: UNBOUNDED,
+        agains: 2,
         ..Self::NONE
     };
     /// The same, and one operator who made sure.
@@ -88,13 +92,14 @@ pub(crate) enum MovingVm {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Message {
     // To the destination.
-    AskReady,
+    AskReady(u32),
+    Again(u32),
     Commit(Epoch),
     Stays(Epoch),
     Retired(Epoch),
     Undecided,
     // To the source.
-    Ready(Epoch),
+    Ready(Epoch, u32),
     Running(Epoch),
     Declined(Epoch),
     Ask,
@@ -177,7 +182,7 @@ impl World {
             // The destination may ask at any time.
             Message::Ask,
             // Words of an earlier move, between the same hosts.
-            Message::Ready(OLD_RESERVED),
+            Message::Ready(OLD_RESERVED, 1),
             Message::Running(OLD_RESERVED),
             Message::Declined(OLD_RESERVED),
             Message::Commit(OLD_RESERVED),
