@@ -40,7 +40,7 @@ mod tests;
 mod versions;
 
 pub use channel::{ChannelIo, ReadWrite};
-pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, RamTarget};
+pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, PagePlace, RamTarget};
 pub use digest::ram_digests;
 pub use disk::{DiskTarget, RawTarget};
 pub use halt::{Place, PlaneError, PlaneEvent};

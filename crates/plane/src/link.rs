@@ -158,6 +158,11 @@ impl Link {
         }
     }
 
+    /// Closes the connections without a word of it here; others may take their place.
+    pub(crate) fn close(&self) {
+        self.lock().close();
+    }
+
     /// Notes that a connection of a set broke.
     pub(crate) fn lost(&self, number: u64, error: PlaneError) {
         let mut set = self.lock();

@@ -49,8 +49,9 @@ impl Ram {
         let offset = usize::try_from(page).expect("the map fits the address space") * PAGE_BYTES;
         // SAFETY: the page lies within the map, which lives as long as `self`.
         // Within this process only the caller's thread has it (see above). QEMU
-        // maps the same memory, but its vCPUs are stopped and its devices are
-        // not loaded before all pages are in: nobody else writes.
+        // maps the same memory, but its vCPUs are stopped, its devices are not
+        // loaded before all pages are in, and one whose pages are taken over by
+        // another has ended: nobody else writes.
         let content = unsafe { &mut *self.map.as_mut_ptr().add(offset).cast::<[u8; PAGE_BYTES]>() };
         work(content)
     }
@@ -64,15 +65,18 @@ impl Ram {
         ram_digests(&self.memfd, &Part { disk: None, from_bytes: 0, to_bytes })
     }
 
-    /// Makes a page zero by giving its memory back.
+    /// Makes pages zero by giving their memory back.
     ///
     /// # Errors
     /// The kernel's.
-    pub(crate) fn clear_page(&self, page: u64) -> io::Result<()> {
-        assert!(page < self.page_count, "the receiver checks pages before it has them cleared");
+    pub(crate) fn clear(&self, first: u64, count: u64) -> io::Result<()> {
+        assert!(
+            first < self.page_count && count <= self.page_count - first,
+            "pages are checked before they are cleared"
+        );
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let offset = page * PAGE_BYTES as u64;
-        Ok(rustix::fs::fallocate(&self.memfd, flags, offset, PAGE_BYTES as u64)?)
+        let bytes = PAGE_BYTES as u64;
+        Ok(rustix::fs::fallocate(&self.memfd, flags, first * bytes, count * bytes)?)
     }
 }
 
@@ -87,7 +91,7 @@ mod tests {
         let ram = Ram::map(file, 4 * PAGE_BYTES as u64).unwrap();
         ram.with_page(2, |page| page.fill(7));
         assert!(ram.with_page(2, |page| *page == [7; PAGE_BYTES]));
-        ram.clear_page(2).unwrap();
+        ram.clear(2, 1).unwrap();
         assert!(ram.with_page(2, |page| *page == [0; PAGE_BYTES]));
     }
 }

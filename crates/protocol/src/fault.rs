@@ -147,8 +147,8 @@ const SOURCE_SENDS: &[Step] = &steps(
     Side::Source,
     Kind::Send,
     [
-        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "commit",
-        "retired", "stays",
+        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "again",
+        "commit", "retired", "stays",
     ],
 );
 const DESTINATION_SENDS: &[Step] = &steps(Side::Destination, Kind::Send, ["ask"]);
@@ -156,8 +156,8 @@ const DESTINATION_ANSWERS: &[Step] = &steps(
     Side::Destination,
     Kind::Answer,
     [
-        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "commit",
-        "retired", "stays",
+        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "again",
+        "commit", "retired", "stays",
     ],
 );
 const SOURCE_ANSWERS: &[Step] = &steps(Side::Source, Kind::Answer, ["ask"]);

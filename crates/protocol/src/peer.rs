@@ -12,6 +12,7 @@
 //! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationWord`] |
 //! | 7 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`DestinationWord`]; may be repeated |
 //! | 8 | `POST /peer/v1/migrations/{id}/retired` | [`Retired`] | [`DestinationWord`]; may be repeated |
+//! | – | `POST /peer/v1/migrations/{id}/again` | [`AgainRequest`] | [`BegunAgain`]: 5 and 6 are tried again; may be repeated |
 //! | – | `POST /peer/v1/migrations/{id}/stays` | [`Stays`] | [`DestinationWord`]; instead of 5 to 8, may be repeated |
 //! | – | `GET /peer/v1/migrations/{id}` | | [`DestinationWord`] |
 //! | – | `GET /peer/v1/offers/{id}` | | [`SourceWord`]: the destination asks back |
@@ -143,6 +144,8 @@ pub enum ChannelRole {
 /// Read everything again, or a part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyRequest {
+    /// Of which attempt
+    pub attempt: u32,
     /// Only this
     pub part: Option<Part>,
 }
@@ -203,11 +206,28 @@ impl Part {
 /// Everything was sent: is it there?
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ReadyRequest {
+    /// In which attempt
+    pub attempt: u32,
     /// The guest is to stay paused
     pub paused: bool,
     /// Addresses the guest was seen to use, newest first; of more than
     /// [`GUEST_ADDRESS_COUNT_MAX`] the rest is not looked at
     pub addresses: Vec<GuestAddress>,
+}
+
+/// The link was away for too long, and the guest runs on at the source: what the
+/// destination's QEMU has loaded, or may have, is of no use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgainRequest {
+    /// The attempt that begins
+    pub attempt: u32,
+}
+
+/// The destination receives again, over new channels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BegunAgain {
+    /// Pages that it does not have any more, block and number of each: they are zero there
+    pub changed: Vec<(u8, u32)>,
 }
 
 /// An address that a guest was seen to use.
@@ -275,6 +295,8 @@ pub enum DestinationWord {
     Ready {
         /// Epoch it would own
         epoch: Epoch,
+        /// Of which attempt it holds everything
+        attempt: u32,
     },
     /// It owns the VM, which runs or is off there
     Running {

@@ -9,8 +9,8 @@ use limosa_protocol::handover::{DestinationEvent, Stage};
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
-    Commit, DestinationWord, Digests, FILE_PART_BYTES_MAX, FileReceived, OfferAnswer, ReadyRequest,
-    Receive, Receiving, Retired, SourceWord, Stays, VerifyRequest,
+    AgainRequest, BegunAgain, Commit, DestinationWord, Digests, FILE_PART_BYTES_MAX, FileReceived,
+    OfferAnswer, ReadyRequest, Receive, Receiving, Retired, SourceWord, Stays, VerifyRequest,
 };
 use serde_json::Value;
 
@@ -35,6 +35,7 @@ pub(super) fn routes() -> Router<Arc<Agent>> {
         .route("/peer/v1/migrations/{id}/receive", post(receive))
         .route("/peer/v1/migrations/{id}/verify", post(verify))
         .route("/peer/v1/migrations/{id}/ready", post(ready))
+        .route("/peer/v1/migrations/{id}/again", post(again))
         .route("/peer/v1/migrations/{id}/commit", post(commit))
         .route("/peer/v1/migrations/{id}/retired", post(retired))
         .route("/peer/v1/migrations/{id}/stays", post(stays))
@@ -127,6 +128,22 @@ async fn ready(
         Ok(incoming) => Ok(Json(incoming.ready(&request).await)),
         Err(_) => answer(&agent, id, caller, DestinationEvent::Asked).await,
     }
+}
+
+async fn again(
+    State(agent): Shared,
+    Extension(caller): Extension<Caller>,
+    Named(id): Named<MigrationId>,
+    Body(request): Body<AgainRequest>,
+) -> Outcome<Json<BegunAgain>> {
+    if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
+        return incoming.begin_again(request.attempt).await.map(Json);
+    }
+    let reason = format!("limosad on {} was restarted: the move cannot go on", agent.name);
+    if let Some(hand) = hand(&agent, id, caller)? {
+        hand.give_up(&reason).await;
+    }
+    Err(Failure::conflict(reason))
 }
 
 async fn commit(

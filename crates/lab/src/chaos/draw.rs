@@ -23,6 +23,9 @@ const SHORT_CUT_MS: u64 = 2_500;
 /// Longest time for which a link is cut in the others, so that what has been
 /// waiting for an answer gives up.
 const LONG_CUT_MS: u64 = 16_000;
+/// Time for which a guest that was stopped may stand without the other host's word, in
+/// milliseconds, and a little more.
+const STANDS_MS: u64 = 6_000;
 /// Longest time for which a dead agent stays away.
 const AWAY_MS: u64 = 2_000;
 /// How many of a hundred runs compare all contents before the commit.
@@ -235,6 +238,7 @@ pub(super) fn draw(seed: u64, only: Option<&str>) -> Option<Draw> {
     let wanted = match dice.below(10) {
         0 => When::InDoubt,
         1 | 2 => When::GivenUp,
+        3 => When::TriedAgain,
         _ => When::Always,
     };
     let chosen: Vec<Step> = steps.iter().filter(|step| when(step) == wanted).copied().collect();
@@ -304,6 +308,8 @@ enum When {
     Always,
     /// When it is given up
     GivenUp,
+    /// When its switchover is tried again although all was there
+    TriedAgain,
     /// When somebody does not know how it stands
     InDoubt,
 }
@@ -318,6 +324,7 @@ fn when(step: &Step) -> When {
         | (Destination, Record, "declined")
         | (Destination, Qmp, "quit")
         | (Destination, Host, "remove") => When::GivenUp,
+        (_, _, "again") => When::TriedAgain,
         (Source, Record, "owner")
         | (Source, Qmp, "blockdev-set-active")
         | (_, Send | Answer, "ask") => When::InDoubt,
@@ -335,6 +342,7 @@ fn provoke(dice: &mut Dice, when: When, begins: Begins) -> Option<Fault> {
             Deed::CancelAtDestination,
             Deed::KillDestinationQemu,
         ]),
+        When::TriedAgain => dice.one_of(&[Deed::CutCable, Deed::CutSilently, Deed::CutOneWay]),
         When::InDoubt => dice.one_of(&[
             Deed::KillAgent,
             Deed::PowerCutDestination,
@@ -343,6 +351,12 @@ fn provoke(dice: &mut Dice, when: When, begins: Begins) -> Option<Fault> {
         ]),
     };
     let before_commit = |step: &&Step| match when {
+        When::TriedAgain => matches!(
+            (step.side, step.kind, step.name),
+            (Side::Source, Kind::Send, "ready")
+                | (Side::Destination, Kind::Answer, "ready")
+                | (Side::Destination, Kind::Record, "ready")
+        ),
         When::InDoubt => matches!(
             (step.side, step.kind, step.name),
             (Side::Source, Kind::Record, "handed-over")
@@ -366,6 +380,9 @@ fn provoke(dice: &mut Dice, when: When, begins: Begins) -> Option<Fault> {
         .collect();
     let mut first = fault(dice, deed, &fitting);
     first.skip = 0;
+    if when == When::TriedAgain {
+        first.lasts_ms = STANDS_MS + dice.below(LONG_CUT_MS / 2);
+    }
     Some(first)
 }
 
@@ -379,6 +396,7 @@ fn comes(step: &Step, begins: Begins, verifies_all: bool) -> bool {
     let takes_disks = step.side == Side::Destination && step.name == "blockdev-set-active";
     is_all
         && !is_given_way
+        && (begins == Begins::Running || step.name != "again")
         && (!launches_here || begins == Begins::Off)
         && (!takes_disks || begins == Begins::Paused)
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::fault::Action;
-use limosa_protocol::migration::Phase;
-use serde_json::Value;
+use limosa_protocol::migration::{Moved, Phase};
+use serde_json::{Value, json};
 
 use super::faults::{self, moved, point_in, slow, stayed};
 use super::points::{Point, wait};
@@ -19,7 +19,7 @@ use super::scene::{BOOT_TIMEOUT, Scene};
 use super::steps;
 use super::{Story, tiny};
 use crate::client;
-use crate::lab::Lab;
+use crate::lab::{Lab, Plan};
 use crate::net::{self, Cut};
 
 /// How long a link is away that comes back: longer than it takes to be noticed.
@@ -55,6 +55,14 @@ pub(super) const STORIES: &[Story] = &[
                  moves once the link is back",
         plan: slow,
         run: in_switchover,
+    },
+    Story {
+        name: "link-lost-when-all-is-there",
+        proves: "a link that is lost when the destination is ready, or reads again what it has \
+                 loaded: the guest runs on at the source, and moves in another attempt, which \
+                 sends little",
+        plan: Plan::default,
+        run: when_all_is_there,
     },
     Story {
         name: "link-cut",
@@ -106,8 +114,37 @@ fn comes_back(lab: &mut Lab, phase: Phase, how: Cut) -> Result<()> {
 
 fn in_switchover(lab: &mut Lab) -> Result<()> {
     let scene = Scene::set(lab, &tiny::heavy()?)?;
-    let point = Point::arm(lab, "a", point_in(Phase::Switchover), Action::Hold)?;
-    let migration = steps::begin_move(lab.host("a"), &scene.vm, "b", &Value::Null)?;
+    tried_again(lab, &scene, ("a", point_in(Phase::Switchover)), &Value::Null)?;
+    scene.end(lab, "b").map(drop)
+}
+
+fn when_all_is_there(lab: &mut Lab) -> Result<()> {
+    let scene = Scene::set(lab, &tiny::working()?)?;
+    let rounds = [
+        ("b", "answer.ready.after", Value::Null),
+        ("a", "send.verify.before", json!({"verify": "full"})),
+    ];
+    for (at, point, wishes) in rounds {
+        let moved = tried_again(lab, &scene, (at, point), &wishes).context(point)?;
+        // The second attempt went over all memory, and found most of it there.
+        ensure!(moved.unchanged_pages > moved.full_pages / 2, "{point}: {moved:?}");
+        if point != "send.verify.before" {
+            steps::move_vm(lab, &scene.vm, "b", "a").context("the way back")?;
+        }
+    }
+    scene.end(lab, "b").map(drop)
+}
+
+/// Moves a VM from a to b whose link is silent from a point on until the guest runs on at
+/// the source; it moves all the same.
+fn tried_again(
+    lab: &mut Lab,
+    scene: &Scene,
+    (at, point): (&str, &str),
+    wishes: &Value,
+) -> Result<Moved> {
+    let point = Point::arm(lab, at, point, Action::Hold)?;
+    let migration = steps::begin_move(lab.host("a"), &scene.vm, "b", wishes)?;
     point.wait()?;
     lab.net().cut(0, "b", Cut::Silent)?;
     point.release()?;
@@ -122,7 +159,8 @@ fn in_switchover(lab: &mut Lab) -> Result<()> {
     let view = moved(lab, &migration)?;
     let summary = view.summary.context("a move without a summary")?;
     ensure!(summary.given_up_switchover_count == 1, "{summary:?}");
-    scene.end(lab, "b").map(drop)
+    ensure!(!scene.so_far().1.two_copies(), "two copies of the VM were running");
+    Ok(summary.moved)
 }
 
 fn is_gone(lab: &mut Lab, how: Cut) -> Result<()> {

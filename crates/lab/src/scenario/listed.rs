@@ -8,6 +8,7 @@
 //! agent which dies at one dies between two steps that are listed.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::fault::{
@@ -113,10 +114,7 @@ fn held(
     point: &str,
     deed: impl FnOnce(&host::Host, &Migration) -> Result<()>,
 ) -> Result<Migration> {
-    let folder = lab.host("a").fault_dir();
-    let armed = Armed { point: point.to_owned(), action: Action::Hold, skip: 0 };
-    std::fs::write(folder.join(ARMED_FILE), armed.to_string())?;
-    let reached = folder.join(format!("{REACHED_PREFIX}{point}"));
+    let reached = arm(lab, point)?;
     let migration = steps::begin_move(lab.host("a"), vm, "b", &Value::Null)?;
     wait("coming to the point", || Ok(reached.exists().then_some(())))?;
     deed(lab.host("a"), &migration)?;
@@ -137,8 +135,26 @@ fn link_lost(lab: &Lab, vm: &str) -> Result<Migration> {
     wait("the loss is told", || {
         Ok(steps::look_at_move(lab.host("a"), &migration)?.progress.link_loss)
     })?;
+    // The next time all is there, and nobody may say so.
+    let reached = arm(lab, "send.ready.before")?;
+    lab.net().restore(0, "b")?;
+    wait("coming to the question", || Ok(reached.exists().then_some(())))?;
+    lab.net().cut(0, "b", Cut::Silent)?;
+    std::fs::remove_file(reached)?;
+    wait("the guest's going on at the source", || {
+        let progress = steps::look_at_move(lab.host("a"), &migration)?.progress;
+        Ok((progress.given_up_switchover_count > 0).then_some(()))
+    })?;
     lab.net().restore(0, "b")?;
     Ok(migration)
+}
+
+/// Has a hold at a point; returns the file by which that is seen and ended.
+fn arm(lab: &Lab, point: &str) -> Result<PathBuf> {
+    let folder = lab.host("a").fault_dir();
+    let armed = Armed { point: point.to_owned(), action: Action::Hold, skip: 0 };
+    std::fs::write(folder.join(ARMED_FILE), armed.to_string())?;
+    Ok(folder.join(format!("{REACHED_PREFIX}{point}")))
 }
 
 fn compare(passed: &Passed) -> Result<()> {

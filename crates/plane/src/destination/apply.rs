@@ -3,6 +3,7 @@
 //! **Invariant.** A frame is applied whole or the plane ends: what counts as
 //! taken over is never half done.
 
+use std::io;
 use std::sync::Arc;
 
 use limosa_protocol::frame::{
@@ -15,15 +16,13 @@ use crate::PAGE_BYTES;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::halt::{Place, PlaneError};
-use crate::route::{
-    disk_channel, is_in_one_region, page_channel, page_slot, slot_count, slot_page,
-};
+use crate::ram::Ram;
+use crate::route::{disk_channel, is_in_one_region, page_channel, page_slot, slot_page};
 
 /// What is done with frames.
 pub(super) struct Apply {
     index: usize,
     shared: Arc<Shared>,
-    digests: PageDigests,
     disks: DiskDigests,
     /// The stream of QEMU of which pages come, from 1
     stream: u32,
@@ -32,13 +31,8 @@ pub(super) struct Apply {
 
 impl Apply {
     pub(super) fn new(index: usize, shared: Arc<Shared>) -> Self {
-        let slots = shared
-            .ram
-            .iter()
-            .map(|ram| slot_count(ram.page_count() * PAGE_BYTES as u64, shared.channel_count));
         Self {
             index,
-            digests: PageDigests::new(slots),
             disks: DiskDigests::new(shared.disks.sizes_bytes()),
             shared,
             stream: 0,
@@ -93,18 +87,26 @@ impl Apply {
         if self.ram_passed {
             return Err(self.bad("pages after the end of RAM"));
         }
+        let ram = self.shared.read_ram();
+        let mut digests = self.shared.lock_digests(self.index);
         while !payload.is_empty() {
             let (head, content) = PageHeader::decode(&mut payload)
                 .map_err(|error| PlaneError::frame(self.index, error))?;
-            self.page(head, content)?;
+            self.page(&ram, &mut digests, head, content)?;
         }
         Ok(())
     }
 
-    fn page(&mut self, head: PageHeader, content: &[u8]) -> Result<(), PlaneError> {
+    fn page(
+        &self,
+        ram: &[Ram],
+        digests: &mut PageDigests,
+        head: PageHeader,
+        content: &[u8],
+    ) -> Result<(), PlaneError> {
         let (block, page) = (usize::from(head.block), u64::from(head.index));
         let count = self.shared.channel_count;
-        let ram = self.shared.ram.get(block).ok_or_else(|| self.bad("a page of no block"))?;
+        let ram = ram.get(block).ok_or_else(|| self.bad("a page of no block"))?;
         // Each page has one channel: two threads never have the same page.
         if page >= ram.page_count() || page_channel(page, count) != self.index {
             return Err(self.bad("a page out of its place"));
@@ -113,8 +115,8 @@ impl Apply {
         let digest = match head.form {
             PageForm::Zero if content.is_empty() => {
                 // One that was never written is a hole already, and stays one.
-                if self.digests.get(block, slot) != 0 {
-                    ram.clear_page(page)
+                if digests.get(block, slot) != 0 {
+                    ram.clear(page, 1)
                         .map_err(|error| PlaneError::local("clearing a page", error))?;
                 }
                 0
@@ -134,14 +136,14 @@ impl Apply {
                 .map_err(|error| PlaneError::protocol(self.index, error))?,
             PageForm::Zero => return Err(self.bad("a page of zeroes with a content")),
         };
-        self.digests.set(block, slot, digest);
+        digests.set(block, slot, digest);
         Ok(())
     }
 
     fn ram_start(&mut self, payload: &[u8]) -> Result<(), PlaneError> {
         let RamStart { stream } =
             RamStart::decode(payload).map_err(|error| PlaneError::frame(self.index, error))?;
-        if stream <= self.stream || self.shared.ram.is_empty() {
+        if stream <= self.stream || self.shared.read_ram().is_empty() {
             return Err(self.bad("a start of RAM where none belongs"));
         }
         self.stream = stream;
@@ -196,7 +198,7 @@ impl Apply {
         if std::mem::replace(&mut self.ram_passed, true) {
             return Err(self.bad("a second end of RAM"));
         }
-        let barrier = Barrier { at: number, digest: self.digests.sum() };
+        let barrier = Barrier { at: number, digest: self.shared.lock_digests(self.index).sum() };
         self.shared.board.passed_ram(self.index, barrier);
         Ok(())
     }
@@ -224,8 +226,9 @@ impl Apply {
                 FrameKind::DiskZero => target.write_zeroes(offset, length, head.may_unmap),
                 _ => target.write_zeroes(offset, length, true),
             });
-        applied.map_err(|error| {
-            PlaneError::local(format!("writing disk {} here", head.disk), error)
+        applied.map_err(|error| match error.kind() {
+            io::ErrorKind::NotConnected => PlaneError::lost(self.index, error),
+            _ => PlaneError::local(format!("writing disk {} here", head.disk), error),
         })?;
         drop(target);
         self.disks.add(head.disk, offset, kind as u8, payload);
@@ -241,8 +244,9 @@ impl Apply {
             return Err(self.bad("the source told of a difference that is not there"));
         }
         let disk = self.disks.disk(head.number);
+        let digests = self.shared.lock_digests(self.index);
         let ours = match head.subject {
-            DigestSubject::Ram => self.digests.tables().get(usize::from(head.number)),
+            DigestSubject::Ram => digests.tables().get(usize::from(head.number)),
             DigestSubject::Disk => disk.map(|ranges| &ranges.chains),
         };
         let first = usize::try_from(head.first).unwrap_or(usize::MAX);

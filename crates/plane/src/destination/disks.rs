@@ -10,6 +10,9 @@
 //! the barrier. A receiver that brings one goes on at once, and none has another
 //! operation by then: the last pages do not queue behind a disk.
 //!
+//! Targets may be let go of, all durable, and others of the same disks be taken up:
+//! QEMU, which has the images open, is another one then.
+//!
 //! **Invariants.** A barrier is told only when each disk was flushed after it came,
 //! on the way on which its operations went, or had none since such a flush. An
 //! early flush promises nothing; but one that fails ends the plane, for a host may
@@ -34,6 +37,8 @@ const EARLY_AFTER: Duration = Duration::from_secs(1);
 /// is slower than the network is not to fill the host's memory.
 const UNFLUSHED_BYTES_MAX: u64 = 256 << 20;
 
+type Way = Box<dyn DiskTarget + Send>;
+
 /// A disk to be filled.
 pub struct DestinationDisk {
     /// Where its operations go
@@ -46,12 +51,16 @@ pub struct DestinationDisk {
 /// All disks of a plane, by number.
 pub(super) struct Disks {
     targets: Vec<Mutex<Target>>,
+    /// By disk: the way on which it is flushed early
+    early: Vec<Mutex<Option<Way>>>,
     due: Mutex<Due>,
     changed: Condvar,
 }
 
 pub(super) struct Target {
-    target: Box<dyn DiskTarget + Send>,
+    /// `None` while it is let go of
+    target: Option<Way>,
+    size_bytes: u64,
     /// Not known to be durable as it stands; at first, neither is an empty image
     is_dirty: bool,
 }
@@ -101,7 +110,9 @@ impl Unflushed {
 }
 
 impl Disks {
-    pub(super) fn new(targets: Vec<Box<dyn DiskTarget + Send>>, channel_count: usize) -> Self {
+    pub(super) fn new(disks: Vec<DestinationDisk>, channel_count: usize) -> Self {
+        let (targets, early): (Vec<_>, Vec<_>) =
+            disks.into_iter().map(|disk| (disk.target, disk.early)).unzip();
         Self {
             due: Mutex::new(Due {
                 brought: vec![0; channel_count],
@@ -110,15 +121,55 @@ impl Disks {
             }),
             targets: targets
                 .into_iter()
-                .map(|target| Mutex::new(Target { target, is_dirty: true }))
+                .map(|target| {
+                    let size_bytes = target.size_bytes();
+                    Mutex::new(Target { target: Some(target), size_bytes, is_dirty: true })
+                })
                 .collect(),
+            early: early.into_iter().map(Mutex::new).collect(),
             changed: Condvar::new(),
         }
     }
 
     /// Bytes of each disk.
     pub(super) fn sizes_bytes(&self) -> impl Iterator<Item = u64> {
-        self.targets.iter().map(|target| lock(target).target.size_bytes())
+        self.targets.iter().map(|target| lock(target).size_bytes)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Makes all disks durable and lets go of them: operations are lost until others
+    /// are taken up.
+    pub(super) fn let_go(&self) -> io::Result<()> {
+        self.targets.iter().try_for_each(|target| lock(target).flush())?;
+        self.close();
+        Ok(())
+    }
+
+    /// Lets go of all disks as they are.
+    pub(super) fn close(&self) {
+        for (target, early) in self.targets.iter().zip(&self.early) {
+            lock(target).target = None;
+            *lock(early) = None;
+        }
+    }
+
+    /// Takes up other ways to the same disks.
+    pub(super) fn take_up(&self, disks: Vec<DestinationDisk>) -> io::Result<()> {
+        if disks.len() != self.targets.len() {
+            return Err(io::Error::other("another number of disks than before"));
+        }
+        for (disk, (target, early)) in disks.into_iter().zip(self.targets.iter().zip(&self.early)) {
+            let mut target = lock(target);
+            if disk.target.size_bytes() != target.size_bytes {
+                return Err(io::Error::other("a disk of another size than before"));
+            }
+            target.target = Some(disk.target);
+            *lock(early) = disk.early;
+        }
+        Ok(())
     }
 
     /// A disk, for one operation.
@@ -134,8 +185,10 @@ impl Disks {
         bytes: u64,
         work: impl FnOnce(&mut dyn DiskTarget) -> io::Result<()>,
     ) -> io::Result<()> {
+        // Nobody counts it as done: it comes again over the next connection.
+        let way = target.target.as_mut().ok_or(io::ErrorKind::NotConnected)?;
         target.is_dirty = true;
-        work(&mut *target.target)?;
+        work(&mut **way)?;
         let mut due = lock(&self.due);
         let unflushed = &mut due.disks[usize::from(disk)];
         // Its thread waits for the first operation, then for time or bytes.
@@ -177,18 +230,17 @@ impl Disks {
     }
 
     /// Flushes a disk whenever that is due, until the plane ends.
-    pub(super) fn flush_when_due(
-        &self,
-        shared: &Shared,
-        disk: usize,
-        mut early: Option<Box<dyn DiskTarget + Send>>,
-    ) -> Result<(), PlaneError> {
+    pub(super) fn flush_when_due(&self, shared: &Shared, disk: usize) -> Result<(), PlaneError> {
         let failed = |error| PlaneError::local(format!("flushing disk {disk} here"), error);
-        while let Some(work) = self.next(shared, disk, early.is_some()) {
-            match (work, &mut early) {
-                (Work::Early, Some(early)) => early.flush().map_err(failed)?,
-                (Work::Early, None) => {}
-                (Work::Barrier(count), _) => {
+        let may_be_early = lock(&self.early[disk]).is_some();
+        while let Some(work) = self.next(shared, disk, may_be_early) {
+            match work {
+                Work::Early => {
+                    if let Some(early) = &mut *lock(&self.early[disk]) {
+                        early.flush().map_err(failed)?;
+                    }
+                }
+                Work::Barrier(count) => {
                     lock(&self.targets[disk]).flush().map_err(failed)?;
                     let mut due = lock(&self.due);
                     due.disks[disk].passed = count;
@@ -252,13 +304,15 @@ impl Due {
 
 impl Target {
     pub(super) fn size_bytes(&self) -> u64 {
-        self.target.size_bytes()
+        self.size_bytes
     }
 
     /// Returns when it is durable as it stands.
     fn flush(&mut self) -> io::Result<()> {
-        if self.is_dirty {
-            self.target.flush()?;
+        if self.is_dirty
+            && let Some(way) = &mut self.target
+        {
+            way.flush()?;
             self.is_dirty = false;
         }
         Ok(())

@@ -8,10 +8,14 @@
 //!              ack thread ═══► return path: what is applied, digests
 //! ```
 //!
+//! A switchover whose stream QEMU has loaded already may be tried again ([`again`]):
+//! the plane goes on with another QEMU, and what the old one held.
+//!
 //! **Invariant.** A frame is applied once, whatever connections it came on: a
 //! receiver says how many it has, and the source goes on there.
 
 mod acks;
+mod again;
 mod apply;
 mod disks;
 mod receiver;
@@ -19,16 +23,22 @@ mod tail;
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::PAGE_BYTES;
 use crate::channel::ChannelIo;
+use crate::digest::PageDigests;
 use crate::halt::{self, Halt, PlaneError, PlaneEvent};
 use crate::link::Link;
 use crate::ram::Ram;
+use crate::route::slot_count;
 use crate::settings::PlaneSettings;
 use acks::Board;
+pub use again::PagePlace;
 pub use disks::DestinationDisk;
 use disks::Disks;
 use tail::{Tail, TailError};
@@ -72,13 +82,15 @@ pub struct DestinationPlane {
     halt: Arc<Halt>,
     link: Arc<Link>,
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// What all receivers share.
 struct Shared {
     channel_count: usize,
-    ram: Vec<Ram>,
+    ram: RwLock<Vec<Ram>>,
+    /// By channel: of the pages that it carries
+    digests: Vec<Mutex<PageDigests>>,
     disks: Disks,
     board: Board,
     tail: Mutex<Tail>,
@@ -107,29 +119,21 @@ impl DestinationPlane {
     /// Memory that cannot be mapped, threads that cannot be made.
     pub fn start(spec: DestinationSpec) -> Result<Self, PlaneError> {
         let halt = Halt::new(spec.on_event);
-        let mut ram = Vec::new();
-        for target in spec.ram {
-            let mapped = Ram::map(target.memfd, target.size_bytes);
-            ram.push(mapped.map_err(|error| {
-                PlaneError::local(format!("mapping guest RAM {}", target.name), error)
-            })?);
-        }
+        let ram = map(spec.ram)?;
         if let Some(stream) = &spec.qemu_incoming {
-            let closer = stream
-                .try_clone()
-                .map_err(|error| PlaneError::local("QEMU's incoming socket", error))?;
-            halt.on_halt(Box::new(move || {
-                // QEMU may have closed it before.
-                closer.shutdown(std::net::Shutdown::Both).ok();
-            }));
+            close_with(&halt, stream)?;
         }
         let channel_count = spec.channels.len();
-        let (targets, early): (Vec<_>, Vec<_>) =
-            spec.disks.into_iter().map(|disk| (disk.target, disk.early)).unzip();
+        let digests = || {
+            let bytes = |ram: &Ram| ram.page_count() * PAGE_BYTES as u64;
+            let slots = ram.iter().map(|ram| slot_count(bytes(ram), channel_count));
+            Mutex::new(PageDigests::new(slots))
+        };
         let shared = Arc::new(Shared {
             channel_count,
-            ram,
-            disks: Disks::new(targets, channel_count),
+            digests: (0..channel_count).map(|_| digests()).collect(),
+            ram: RwLock::new(ram),
+            disks: Disks::new(spec.disks, channel_count),
             board: Board::new(channel_count),
             tail: Mutex::new(Tail::new(spec.qemu_incoming)),
             progress: Mutex::new(Progress {
@@ -157,9 +161,9 @@ impl DestinationPlane {
             let thread = halt::spawn(format!("receive-{index}"), &halt, move || receiver.run());
             threads.push(thread.map_err(failed)?);
         }
-        for (disk, early) in early.into_iter().enumerate() {
+        for disk in 0..shared.disks.count() {
             let own = Arc::clone(&shared);
-            let flush = move || own.disks.flush_when_due(&own, disk, early);
+            let flush = move || own.disks.flush_when_due(&own, disk);
             threads.push(halt::spawn(format!("flush-{disk}"), &halt, flush).map_err(failed)?);
         }
         let (own, told) = (Arc::clone(&link), Arc::clone(&shared));
@@ -168,7 +172,7 @@ impl DestinationPlane {
             told.board.run(&own, channel_count, keep_alive_every, &told.halt)
         });
         threads.push(thread.map_err(failed)?);
-        Ok(Self { halt, link, shared, threads })
+        Ok(Self { halt, link, shared, threads: Mutex::new(threads) })
     }
 
     /// Goes on over new connections, as many as before; the source is told what
@@ -202,27 +206,56 @@ impl DestinationPlane {
     ///
     /// # Errors
     /// What ended the plane before.
-    pub fn join(self) -> Result<(), PlaneError> {
+    pub fn join(&self) -> Result<(), PlaneError> {
         self.abort();
-        let ended = halt::join(self.threads, &self.halt);
-        // With the threads gone, nobody else has it.
-        if let Some(Shared { ram, disks, .. }) = Arc::into_inner(self.shared) {
-            drop(disks);
-            // Letting go of a large RAM takes long, and the guest stands still:
-            // nobody waits for it. Without a thread for it, it goes here.
-            let later = std::thread::Builder::new().name("unmap-ram".to_owned());
-            later.spawn(move || drop(ram)).ok();
-        }
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let ended = halt::join(threads, &self.halt);
+        self.shared.disks.close();
+        drop(std::mem::take(&mut *self.shared.write_ram()));
         ended
     }
 }
 
+/// Maps all blocks of RAM.
+fn map(targets: Vec<RamTarget>) -> Result<Vec<Ram>, PlaneError> {
+    let map = |target: RamTarget| {
+        let mapped = Ram::map(target.memfd, target.size_bytes);
+        mapped
+            .map_err(|error| PlaneError::local(format!("mapping guest RAM {}", target.name), error))
+    };
+    targets.into_iter().map(map).collect()
+}
+
+/// Has QEMU's socket closed when the plane ends.
+fn close_with(halt: &Halt, qemu: &UnixStream) -> Result<(), PlaneError> {
+    let closer =
+        qemu.try_clone().map_err(|error| PlaneError::local("QEMU's incoming socket", error))?;
+    halt.on_halt(Box::new(move || {
+        // QEMU may have closed it before.
+        closer.shutdown(std::net::Shutdown::Both).ok();
+    }));
+    Ok(())
+}
+
 impl Shared {
-    fn lock_progress(&self) -> std::sync::MutexGuard<'_, Progress> {
+    fn read_ram(&self) -> RwLockReadGuard<'_, Vec<Ram>> {
+        self.ram.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_ram(&self) -> RwLockWriteGuard<'_, Vec<Ram>> {
+        self.ram.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_digests(&self, channel: usize) -> MutexGuard<'_, PageDigests> {
+        self.digests[channel].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_progress(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_tail(&self) -> std::sync::MutexGuard<'_, Tail> {
+    fn lock_tail(&self) -> MutexGuard<'_, Tail> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -246,7 +279,8 @@ impl Shared {
     }
 
     fn read_ram_back(&self) -> Result<Vec<u128>, PlaneError> {
-        let digests = self.ram.iter().map(Ram::digests);
+        let ram = self.read_ram();
+        let digests = ram.iter().map(Ram::digests);
         let digests = digests.collect::<std::io::Result<Vec<_>>>().map(|all| all.concat());
         digests.map_err(|error| PlaneError::local("reading RAM again", error))
     }

@@ -4,9 +4,11 @@
 //! Stream ──────────────────────────► QEMU      at once: whole sections, harmless
 //! Tail ─► held ─ Release, all RAM ─► QEMU      once: loading cannot be undone
 //!           └── a new stream begins ─► thrown away
+//!
+//! let go ─ what is left of this stream is dropped ─► another QEMU ─► a new stream begins
 //! ```
 //!
-//! **Invariant.** QEMU gets bytes of one tail only, and device state only after all
+//! **Invariant.** A QEMU gets bytes of one tail only, and device state only after all
 //! RAM is in.
 
 use std::io::{self, Write};
@@ -27,6 +29,8 @@ pub(super) struct Tail {
     is_released: bool,
     /// QEMU has read a part of the tail
     is_begun: bool,
+    /// Let go of: the stream of before is not for anybody any more
+    is_over: bool,
 }
 
 /// Why a frame of a stream is not taken.
@@ -42,7 +46,28 @@ pub(super) enum TailError {
 
 impl Tail {
     pub(super) fn new(qemu: Option<UnixStream>) -> Self {
-        Self { qemu, held: Vec::new(), is_whole: false, is_released: false, is_begun: false }
+        Self {
+            qemu,
+            held: Vec::new(),
+            is_whole: false,
+            is_released: false,
+            is_begun: false,
+            is_over: false,
+        }
+    }
+
+    /// Lets go of QEMU, which has all of the stream or ends.
+    pub(super) fn let_go(&mut self) {
+        if let Some(qemu) = &self.qemu {
+            // It may have closed it before.
+            qemu.shutdown(std::net::Shutdown::Both).ok();
+        }
+        *self = Self { is_over: true, ..Self::new(None) };
+    }
+
+    /// Takes another QEMU, which gets the stream that begins next.
+    pub(super) fn begin_again(&mut self, qemu: UnixStream) {
+        *self = Self { is_over: true, ..Self::new(Some(qemu)) };
     }
 
     /// Throws away what a stream before left.
@@ -52,11 +77,15 @@ impl Tail {
         }
         self.held = Vec::new();
         self.is_whole = false;
+        self.is_over = false;
         Ok(())
     }
 
     /// Sections that QEMU may read at any time.
     pub(super) fn stream(&mut self, bytes: &[u8]) -> Result<(), TailError> {
+        if self.is_over {
+            return Ok(());
+        }
         if self.is_begun || self.is_released {
             return Err(TailError::Order("sections after the tail"));
         }
@@ -65,11 +94,14 @@ impl Tail {
 
     /// Whether the tail with these bytes is too long to be held.
     pub(super) fn is_long_with(&self, bytes: &[u8]) -> bool {
-        self.is_begun || self.held.len() + bytes.len() > TAIL_BYTES_MAX
+        !self.is_over && (self.is_begun || self.held.len() + bytes.len() > TAIL_BYTES_MAX)
     }
 
     /// Holds a piece of the tail.
     pub(super) fn hold(&mut self, bytes: &[u8]) -> Result<(), TailError> {
+        if self.is_over {
+            return Ok(());
+        }
         if self.is_whole || self.qemu.is_none() {
             return Err(TailError::Order("a tail where none belongs"));
         }
@@ -80,6 +112,9 @@ impl Tail {
     /// Gives a tail that is too long to QEMU.
     pub(super) fn pass_on(&mut self, bytes: &[u8]) -> Result<(), TailError> {
         self.hold(bytes)?;
+        if self.is_over {
+            return Ok(());
+        }
         self.is_begun = true;
         let held = std::mem::take(&mut self.held);
         self.write(&held)
@@ -87,6 +122,9 @@ impl Tail {
 
     /// The source's QEMU has ended its stream.
     pub(super) fn end(&mut self) -> Result<(), TailError> {
+        if self.is_over {
+            return Ok(());
+        }
         if self.is_whole || self.qemu.is_none() {
             return Err(TailError::Order("an end where none belongs"));
         }
@@ -96,6 +134,9 @@ impl Tail {
 
     /// The source does not send another stream.
     pub(super) fn release(&mut self) -> Result<(), TailError> {
+        if self.is_over {
+            return Ok(());
+        }
         if !self.is_whole || self.is_released {
             return Err(TailError::Order("a release of no whole stream"));
         }

@@ -3,10 +3,12 @@
 //!
 //! ```text
 //! stream  begun ─► all barriers and its end acknowledged ─► released (QEMU gets the tail)
-//!           └─► given up ─► the next one begins
+//!           └─► given up ─► the next one begins                 │
+//!                                  ▲── the destination begins again ───┘
 //! ```
 //!
-//! **Invariants.** A stream is released or given up, never both: one lock decides.
+//! **Invariants.** A stream is released or given up, never both: one lock decides. One
+//! that was released is undone only when the destination begins again with another QEMU.
 //! Digests are compared at barriers whose frames have the numbers that the sender
 //! noted; nothing else counts.
 
@@ -101,6 +103,14 @@ impl Delivery {
         }
         inner.disk_awaited = 0;
         true
+    }
+
+    /// The destination begins again: what it had of streams and disk barriers counts no
+    /// more.
+    pub(super) fn begin_again(&self) {
+        let mut inner = self.lock();
+        inner.stream = Stream::GivenUp;
+        inner.disk_awaited = 0;
     }
 
     pub(super) fn is_given_up(&self, stream: u32) -> bool {
@@ -211,6 +221,11 @@ mod tests {
         assert_eq!(delivery.take(&ack(0, 7, 5)).unwrap(), [Met::Ram]);
         assert_eq!(delivery.take(&ack(0, 7, 5)).unwrap(), [], "it is said again, and told once");
         assert!(!delivery.give_up(), "too late");
+        delivery.begin_again();
+        assert!(delivery.is_given_up(stream));
+        let second = delivery.begin_stream().unwrap();
+        delivery.expect_end(second, 20);
+        assert_eq!(delivery.take(&ack(0, 20, 5)).unwrap(), [], "barriers of the stream before");
     }
 
     #[test]

@@ -25,13 +25,16 @@ use std::thread::JoinHandle;
 use limosa_protocol::frame::{Ack, FrameKind};
 use limosa_protocol::migration::Moved;
 
+use crate::PAGE_BYTES;
 use crate::channel::{ChannelIo, FrameReader};
+use crate::destination::PagePlace;
 use crate::halt::{self, Halt, PlaneError, PlaneEvent};
 use crate::link::{Connection, Link};
 use crate::meter::Meter;
 use crate::nbd::server::DiskSink;
 use crate::queue::Queue;
 use crate::replay::Replay;
+use crate::route::page_channel;
 use crate::settings::PlaneSettings;
 use delivery::{Delivery, Met};
 use outlet::Outlet;
@@ -210,6 +213,33 @@ impl SourcePlane {
         let given_up = self.delivery.give_up();
         self.queues.iter().for_each(Queue::wake);
         given_up
+    }
+
+    /// Undoes a switchover that the destination's QEMU may have loaded, once the
+    /// destination has begun again ([`crate::DestinationPlane::begin_again`]): another
+    /// stream may follow, and only pages that are not there are sent.
+    ///
+    /// - `changed`: pages that are zero there now.
+    ///
+    /// # Errors
+    /// A page that there is not; a plane that has ended.
+    pub fn begin_again(&self, changed: &[PagePlace]) -> io::Result<()> {
+        let is_page = |at: &PagePlace| {
+            let block = self.ram.get(usize::from(at.block));
+            block.is_some_and(|block| u64::from(at.page) < block.size_bytes / PAGE_BYTES as u64)
+        };
+        if !changed.iter().all(is_page) {
+            return Err(io::Error::other("the destination tells of a page that there is not"));
+        }
+        self.delivery.begin_again();
+        // Another QEMU needs it, too.
+        *self.head.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        for (channel, queue) in self.queues.iter().enumerate() {
+            let own = |at: &&PagePlace| page_channel(at.page.into(), self.queues.len()) == channel;
+            let own = changed.iter().filter(own).copied().collect();
+            queue.put_at_once(Work::Forget(own)).map_err(|_| ended())?;
+        }
+        Ok(())
     }
 
     /// Where the operations of a disk go.

@@ -11,6 +11,7 @@ use super::delivery::Delivery;
 use super::outlet::Outlet;
 use super::{RamBlockSpec, SourceDisk};
 use crate::PAGE_BYTES;
+use crate::destination::PagePlace;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::halt::{Halt, PlaneError};
@@ -52,6 +53,8 @@ pub(crate) enum Work {
     StreamEnd,
     Release,
     RamBarrier,
+    /// The destination has only zeroes there now
+    Forget(Vec<PagePlace>),
     /// Its number
     DiskBarrier(u32),
     /// The two sides differ
@@ -134,6 +137,14 @@ impl Sender {
                 let barrier = self.barrier(self.digests.sum());
                 self.delivery.expect_ram(self.index, self.stream, barrier);
                 self.send_now(FrameKind::RamBarrier)
+            }
+            Work::Forget(pages) => {
+                for PagePlace { block, page } in pages {
+                    let (block, page) = (usize::from(block), u64::from(page));
+                    self.digests.set(block, page_slot(page, self.channel_count), 0);
+                    self.versions.forget(key(block, page));
+                }
+                Ok(())
             }
             Work::DiskBarrier(number) => {
                 let barrier = self.barrier(self.disks.digest());

@@ -23,8 +23,8 @@ use std::time::Duration;
 
 use crate::{
     ChannelIo, DestinationDisk, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES,
-    PlaneEvent, PlaneSettings, RamBlockSpec, RamTarget, RawTarget, SourceDisk, SourcePlane,
-    SourceSpec,
+    PagePlace, PlaneEvent, PlaneSettings, RamBlockSpec, RamTarget, RawTarget, SourceDisk,
+    SourcePlane, SourceSpec,
 };
 
 const CHANNEL_COUNT: usize = 3;
@@ -221,7 +221,7 @@ impl Both {
             target: noted_disk(&slow_flush, &flush_count),
             early: Some(noted_disk(&Arc::default(), &early_flush_count)),
         };
-        let (mut qemu, qemu_incoming) = UnixStream::pair().unwrap();
+        let (qemu, qemu_incoming) = UnixStream::pair().unwrap();
         let (tell, destination_events) = channel();
         let destination = DestinationPlane::start(DestinationSpec {
             channels: theirs,
@@ -251,11 +251,7 @@ impl Both {
             flush_count,
             early_flush_count,
             disk_barrier: Cell::new(0),
-            qemu: std::thread::spawn(move || {
-                let mut got = Vec::new();
-                qemu.read_to_end(&mut got).unwrap();
-                got
-            }),
+            qemu: read_all(qemu),
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -268,6 +264,32 @@ impl Both {
         let [(ours, ack_in), (theirs, ack_out)] = connections(fate);
         self.destination.reconnect(theirs, ack_out).unwrap();
         self.source.reconnect(ours, ack_in).unwrap();
+    }
+
+    /// Has both begin again, with another QEMU at the destination; returns what the old
+    /// one got.
+    fn begin_again(&mut self) -> (Vec<u8>, Vec<PagePlace>) {
+        self.destination.rest().unwrap();
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(RAM_BYTES).unwrap();
+        let ram = RamTarget {
+            name: "ram0".into(),
+            size_bytes: RAM_BYTES,
+            memfd: memory.try_clone().unwrap(),
+        };
+        let disk = NotedDisk {
+            disk: RawTarget::new(self.disk.try_clone().unwrap()).unwrap(),
+            noted: Arc::clone(&self.noted),
+            slow_flush: Arc::clone(&self.slow_flush),
+            flush_count: Arc::clone(&self.flush_count),
+        };
+        let disk = DestinationDisk { target: Box::new(disk), early: None };
+        let (qemu, qemu_incoming) = UnixStream::pair().unwrap();
+        let changed = self.destination.begin_again(vec![ram], vec![disk], qemu_incoming).unwrap();
+        self.source.begin_again(&changed).unwrap();
+        self.memory = memory;
+        let old = std::mem::replace(&mut self.qemu, read_all(qemu));
+        (old.join().unwrap(), changed)
     }
 
     /// Lets the source have a stream of QEMU.
@@ -343,6 +365,15 @@ impl Both {
             assert!(self.page(page) == expected(page), "page {page}");
         }
     }
+}
+
+/// A QEMU that only reads its stream, to the end.
+fn read_all(mut qemu: UnixStream) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut got = Vec::new();
+        qemu.read_to_end(&mut got).unwrap();
+        got
+    })
 }
 
 /// A stream as QEMU writes it.

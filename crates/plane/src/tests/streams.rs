@@ -207,3 +207,61 @@ fn a_very_long_tail_goes_to_qemu_as_it_comes() {
     both.expect_there("RamDelivered");
     assert!(read(&both.end()).tail.ends_with(&long));
 }
+
+/// Goal: a switchover that QEMU has loaded can be tried again: another QEMU gets one whole
+/// stream, only what is not there is sent, and disks go on.
+/// Method: the link is lost before the release, or after QEMU had it and changed pages;
+/// writes to the disk are under way meanwhile.
+#[test]
+fn a_switchover_that_was_loaded_is_tried_again() {
+    for loads in [false, true] {
+        let mut both = Both::new();
+        let mut sink = both.source.disk_sink(0).unwrap();
+        sink.write(0, vec![1; 4096]).unwrap();
+        whole(1).write(both.attach(1)).join().unwrap();
+        both.start_disk_barrier();
+        both.expect(&mut no_fates(), vec!["RamDelivered", "DisksEqual"]);
+        if loads {
+            both.expect_there("RamDelivered");
+            both.memory.write_all_at(&[9; PAGE_BYTES], 20 * PAGE_BYTES as u64).unwrap();
+            both.memory.write_all_at(&[0; PAGE_BYTES], 21 * PAGE_BYTES as u64).unwrap();
+            both.memory.write_all_at(&[9; 8], 700 * PAGE_BYTES as u64).unwrap();
+        }
+        let before = both.source.moved();
+        assert!(!both.source.give_up_switchover(), "it is released");
+        let (first, changed) = both.begin_again();
+        let pages: Vec<u32> = changed.iter().map(|at| at.page).collect();
+        assert_eq!(pages, if loads { vec![20, 21, 700] } else { vec![] });
+        assert!(!loads || read(&first).tail.ends_with(b"device state 1"));
+        sink.write(1 << 20, vec![2; 4096]).unwrap();
+        let mut second = whole(1);
+        second.0.extend_from_slice(b", later");
+        let qemu = second.write(both.attach(2));
+        both.reconnect(&Fate::default());
+        both.start_disk_barrier();
+        both.expect(&mut no_fates(), vec!["RamDelivered", "DisksEqual"]);
+        qemu.join().unwrap();
+        both.expect_there("RamDelivered");
+        assert_version(&both, 1);
+        let after = both.source.moved();
+        // Pages 3 and 5 were changed within the stream, so they change twice more.
+        let sent = changed.len() as u64;
+        assert_eq!(after.unchanged_pages - before.unchanged_pages, RAM_PAGES - 2 - sent);
+        assert_eq!(after.full_pages - before.full_pages, sent);
+        let mut disk = vec![0; 4096];
+        both.disk.read_exact_at(&mut disk, 1 << 20).unwrap();
+        assert_eq!(disk, [2; 4096]);
+        let read = read(&both.end());
+        assert!(read.tail.ends_with(b"device state 1, later"), "loads: {loads}");
+    }
+}
+
+/// Goal: pages of nowhere, told by the other host, are refused.
+#[test]
+fn a_changed_page_must_be_one() {
+    let both = Both::new();
+    for (block, page) in [(1, 0), (0, u32::try_from(RAM_PAGES).unwrap()), (255, u32::MAX)] {
+        both.source.begin_again(&[PagePlace { block, page }]).unwrap_err();
+    }
+    both.end();
+}

@@ -36,17 +36,22 @@ impl Store for Disk {
 }
 
 fn receipt(stage: Stage, epoch: Epoch, attempt: u32) -> Receipt {
-    let record =
-        Record { migration: MigrationId(Uuid::from_u128(1)), offered: OFFERED, stage, epoch, attempt };
+    let record = Record {
+        migration: MigrationId(Uuid::from_u128(1)),
+        offered: OFFERED,
+        stage,
+        epoch,
+        attempt,
+    };
     let Ok(receipt) = persist(&mut Disk, record);
     receipt
 }
 
 fn receipts() -> impl Iterator<Item = Receipt> {
     let of_stage = |stage| {
-        EPOCHS.into_iter().flat_map(move |epoch| {
-            ATTEMPTS.map(move |attempt| receipt(stage, epoch, attempt))
-        })
+        EPOCHS
+            .into_iter()
+            .flat_map(move |epoch| ATTEMPTS.map(move |attempt| receipt(stage, epoch, attempt)))
     };
     STAGES.into_iter().flat_map(of_stage)
 }
@@ -186,8 +191,9 @@ fn a_source_takes_these() {
 /// Goal: the same for the destination.
 #[test]
 fn a_destination_takes_these() {
-    let first = [Guest::Stopped, Guest::Off]
-        .map(|guest| Destination::begin(receipt(Stage::Preparing, OFFERED.next(), 1), guest).unwrap());
+    let first = [Guest::Stopped, Guest::Off].map(|guest| {
+        Destination::begin(receipt(Stage::Preparing, OFFERED.next(), 1), guest).unwrap()
+    });
     assert_eq!(taken(first.into(), of_destination), DESTINATION);
 }
 

@@ -277,12 +277,9 @@ impl Source {
             On::Ready { .. } | On::Running { .. } | On::Declined { .. } | On::Unheard => {
                 self.on_word(&event)
             }
-            On::Delivered
-            | On::Again
-            | On::GiveUp
-            | On::Freed
-            | On::ForceOwner
-            | On::MovesOn => self.on_own(&event),
+            On::Delivered | On::Again | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
+                self.on_own(&event)
+            }
         }
         .ok_or(illegal)
     }

@@ -12,7 +12,8 @@
 //!
 //! **Bounds.** None for faults: messages lost, repeated, late and in any order,
 //! crashes, restarts of hosts, deaths of QEMU, failed syncs and cancels may happen
-//! without end. One operator decides, once ([`world::Budget`]).
+//! without end. A switchover is tried again twice, or once beside an operator or a host that
+//! is destroyed; one operator decides, once ([`world::Budget`]).
 
 #![expect(clippy::print_stdout, reason = "sizes and times of the model are its result")]
 #![expect(clippy::disallowed_types, reason = "only the time of the search is looked at")]

@@ -72,9 +72,9 @@ impl Budget {
         ..Self::NONE
     };
     /// The same, and one operator who made sure.
-    pub(crate) const OPERATOR: Self = Self { forces: 1, ..Self::FAULTS };
+    pub(crate) const OPERATOR: Self = Self { forces: 1, agains: 1, ..Self::FAULTS };
     /// Faults without end, and one host that never comes back.
-    pub(crate) const LOSS: Self = Self { losses: 1, ..Self::FAULTS };
+    pub(crate) const LOSS: Self = Self { losses: 1, agains: 1, ..Self::FAULTS };
     /// An operator who did not.
     pub(crate) const WRONG_OPERATOR: Self = Self { crashes: 1, wrong_forces: 1, ..Self::NONE };
 }

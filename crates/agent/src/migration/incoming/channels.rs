@@ -46,6 +46,8 @@ struct Inner {
     set: u32,
     gathered: Gathered,
     have_ended: bool,
+    /// A set has come in this attempt
+    have_come: bool,
 }
 
 /// A set that is not whole yet, if it has a number.
@@ -81,9 +83,16 @@ impl Connections {
         inner.token.clone().map(|token| (token, count))
     }
 
-    /// Whether a whole set has come.
+    /// Whether a whole set has come, in this attempt.
     pub(super) fn have_come(&self) -> bool {
-        self.lock().set > 0
+        self.lock().have_come
+    }
+
+    /// Connections are needed again, for another attempt.
+    pub(super) fn begin_again(&self) {
+        let mut inner = self.lock();
+        inner.have_ended = false;
+        inner.have_come = false;
     }
 
     /// Everything is here: no connection is needed any more.
@@ -105,7 +114,7 @@ impl Connections {
         let mut inner = self.lock();
         // Others may have come since.
         inner.check(hello)?;
-        let Inner { set, gathered, .. } = &mut *inner;
+        let Inner { set, gathered, have_come, .. } = &mut *inner;
         if gathered.set < hello.set {
             gathered.set = hello.set;
             gathered.channels.iter_mut().for_each(|channel| *channel = None);
@@ -127,6 +136,7 @@ impl Connections {
         }
         let Some(return_path) = gathered.return_path.take() else { return Ok(None) };
         *set = hello.set;
+        *have_come = true;
         let channels = gathered.channels.iter_mut().filter_map(Option::take).collect();
         Ok(Some(Set { channels, return_path }))
     }
@@ -280,5 +290,9 @@ mod tests {
         assert!(add(3, ChannelRole::Channel(0)).unwrap().is_none());
         assert!(add(3, ChannelRole::ReturnPath).unwrap().is_some());
         assert!(connections.have_come());
+        connections.end();
+        connections.begin_again();
+        assert!(!connections.have_come() && !connections.have_ended());
+        assert!(add(3, ChannelRole::Channel(0)).is_err(), "set 3 was in use");
     }
 }

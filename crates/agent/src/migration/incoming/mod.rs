@@ -9,6 +9,7 @@
 //! it is made, so that declining removes it also after a crash. What is received
 //! goes to a QEMU that stands; only [`super::handover`] lets it run.
 
+mod again;
 mod channels;
 mod place;
 mod receive;
@@ -19,13 +20,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use limosa_plane::PlaneEvent;
+use limosa_plane::{PlaneError, PlaneEvent};
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
-use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer};
+use limosa_protocol::peer::{BegunAgain, FileReceived, Offer, OfferAnswer};
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::process;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 
 pub(crate) use channels::{Set, accept_channel};
 pub(crate) use place::free;
@@ -56,6 +57,8 @@ pub(crate) struct Incoming {
     connections: Connections,
     /// Whose turn it is to write a small file.
     file_turn: Mutex<()>,
+    /// The last attempt that the source began
+    attempt: watch::Sender<u32>,
     inner: Mutex<Inner>,
 }
 
@@ -68,6 +71,10 @@ struct Inner {
     /// What the plane is made of, until it is.
     parts: Option<receive::Parts>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
+    /// Why the link is lost, while it is
+    lost: Option<watch::Sender<Option<PlaneError>>>,
+    /// What the source was told of the attempt that began last
+    begun: Option<(u32, BegunAgain)>,
     arrived: Arrived,
     /// Everything is here; with RAM that was read again, its digests.
     settled: Option<Settled>,
@@ -78,8 +85,6 @@ struct Inner {
 struct Arrived {
     ram: bool,
     disks: bool,
-    /// Of RAM that was read again, by part; from the plane's end on
-    ram_digests: Option<Vec<u128>>,
 }
 
 /// Everything is here, loaded and flushed.
@@ -215,6 +220,7 @@ impl Incoming {
             hand: Arc::clone(&hand),
             connections: Connections::default(),
             file_turn: Mutex::default(),
+            attempt: watch::Sender::new(1),
             inner: Mutex::default(),
         });
         let added = agent

@@ -30,11 +30,11 @@ const EVENT_COUNT_MAX: usize = 64;
 /// Where QEMU exports the disks, in the VM's folder for sockets.
 pub(super) const NBD_SOCKET: &str = "nbd.sock";
 
-/// What the plane needs besides its channels.
+/// What the plane needs of QEMU.
 pub(super) struct Parts {
-    ram: Vec<RamTarget>,
-    disks: Vec<DestinationDisk>,
-    qemu_incoming: Option<std::os::unix::net::UnixStream>,
+    pub(super) ram: Vec<RamTarget>,
+    pub(super) disks: Vec<DestinationDisk>,
+    pub(super) qemu_incoming: Option<std::os::unix::net::UnixStream>,
 }
 
 impl Incoming {
@@ -78,8 +78,14 @@ impl Incoming {
             // The answer was lost, and the source asks again.
             return Ok(peer::Receiving { token });
         }
-        match self.start_qemu(&mut inner, request.channel_count).await {
-            Ok(token) => {
+        let started = async {
+            let parts = self.start_qemu(&mut inner).await?;
+            Ok::<_, Failure>((parts, random_token()?))
+        };
+        match started.await {
+            Ok((parts, token)) => {
+                inner.parts = Some(parts);
+                self.connections.expect(token.clone(), request.channel_count);
                 drop(inner);
                 self.spawn_channel_watch();
                 Ok(peer::Receiving { token })
@@ -92,7 +98,8 @@ impl Incoming {
         }
     }
 
-    async fn start_qemu(&self, inner: &mut Inner, channel_count: u8) -> Outcome<String> {
+    /// Starts a QEMU that waits for what comes.
+    pub(super) async fn start_qemu(&self, inner: &mut Inner) -> Outcome<Parts> {
         let agent = &self.agent;
         let launched = run::launch(agent, &self.definition, true).await;
         let noted = match launched {
@@ -148,10 +155,7 @@ impl Incoming {
                 memfd: process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?,
             });
         }
-        let token = random_token()?;
-        inner.parts = Some(Parts { ram, disks, qemu_incoming });
-        self.connections.expect(token.clone(), channel_count);
-        Ok(token)
+        Ok(Parts { ram, disks, qemu_incoming })
     }
 
     /// All channels are there: bytes may come.
@@ -168,6 +172,7 @@ impl Incoming {
         let watcher = Arc::clone(self);
         let runtime = tokio::runtime::Handle::current();
         let (lost, losses) = watch::channel(None);
+        inner.lost = Some(lost.clone());
         let spec = DestinationSpec {
             channels: set.channels,
             return_path: set.return_path,
@@ -203,20 +208,13 @@ fn export_id(disk: &str) -> String {
 }
 
 /// Ends a plane's threads; nobody needs to wait for them.
-pub(crate) fn end_plane(plane: DestinationPlane) {
+pub(crate) fn end_plane(plane: Arc<DestinationPlane>) {
     plane.abort();
     std::thread::spawn(move || {
         if let Err(error) = plane.join() {
             tracing::debug!(%error, "the data plane's end");
         }
     });
-}
-
-/// Ends a plane that brought everything, and waits until its disks are closed.
-pub(super) async fn close_plane(plane: DestinationPlane) -> Outcome<()> {
-    plane.abort();
-    let joined = tokio::task::spawn_blocking(move || plane.join()).await;
-    joined.or_fail("closing the data plane")?.or_fail("closing the data plane")
 }
 
 /// Writes the next part of a file of a known size, and syncs the file once it is

@@ -9,7 +9,7 @@ use limosa_protocol::peer::{DestinationWord, Digests, Part, ReadyRequest, Verify
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::{block, power, process};
 
-use super::receive::{NBD_SOCKET, close_plane};
+use super::receive::NBD_SOCKET;
 use super::{Incoming, Inner, Settled, verify};
 use crate::failure::{Failure, OrFail, Outcome, chain};
 use crate::vm::{Qemu, run};
@@ -24,8 +24,14 @@ impl Incoming {
     pub(crate) async fn verify(&self, request: &VerifyRequest) -> Outcome<Digests> {
         let mut inner = self.inner.lock().await;
         self.hand.expect_preparing()?;
-        match self.read_again(&mut inner, request.part).await {
-            Ok(digests) => Ok(digests),
+        let read = tokio::select! {
+            biased;
+            () = self.is_over(request.attempt) => Ok(None),
+            read = self.read_again(&mut inner, request.part) => read.map(Some),
+        };
+        match read {
+            Ok(Some(digests)) => Ok(digests),
+            Ok(None) => Err(Failure::conflict("the source tries again")),
             Err(failure) => {
                 drop(inner);
                 self.fail(failure.to_string()).await;
@@ -58,8 +64,14 @@ impl Incoming {
             return self.hand.word().await;
         }
         self.enter(Phase::Switchover);
-        match self.become_ready(&mut inner, request).await {
-            Ok(()) => self.hand.complete(request.paused).await,
+        let became = tokio::select! {
+            biased;
+            () = self.is_over(request.attempt) => Ok(false),
+            became = self.become_ready(&mut inner, request) => became.map(|()| true),
+        };
+        match became {
+            Ok(true) => self.hand.complete(request.attempt, request.paused).await,
+            Ok(false) => self.hand.word().await,
             Err(failure) => self.hand.give_up(&failure.to_string()).await,
         }
     }
@@ -79,21 +91,10 @@ impl Incoming {
         wait_received(inner, self.offer.running).await?;
         let qemu =
             inner.qemu.clone().ok_or_else(|| Failure::internal("there is no QEMU to load"))?;
-        self.connections.end();
-        let plane = self.hand.take_plane();
-        if let Some(plane) = &plane {
-            inner.arrived.ram_digests = plane.ram_digests();
-        }
-        // QEMU has its whole stream: the plane ends while it is loaded.
-        tokio::try_join!(
-            async {
-                match plane {
-                    Some(plane) => close_plane(plane).await,
-                    None => Ok(()),
-                }
-            },
-            async { if self.offer.running { wait_loaded(&qemu).await } else { Ok(()) } },
-        )?;
+        // QEMU has its whole stream: the plane lets go while it is loaded.
+        tokio::try_join!(self.rest(inner), async {
+            if self.offer.running { wait_loaded(&qemu).await } else { Ok(()) }
+        },)?;
         let doing = "closing the destination's disks to the source";
         block::stop_nbd_server(&qemu.qmp).await.or_fail(doing)?;
         if !self.offer.running {
@@ -102,7 +103,7 @@ impl Incoming {
             inner.qemu = None;
             self.hand.forget_reader().await;
         }
-        let ram_digests = inner.arrived.ram_digests.take();
+        let ram_digests = self.hand.plane().and_then(|plane| plane.ram_digests());
         Ok(inner.settled.insert(Settled { ram_digests }).clone())
     }
 }

@@ -12,7 +12,7 @@
 //! comes twice. Once ended, a link stays ended.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use limosa_plane::{ChannelIo, PlaneError, PlaneEvent, SourcePlane};
@@ -89,38 +89,35 @@ pub(super) fn take_event(
 }
 
 /// Opens all connections of a plane, one set after the other.
+#[derive(Clone)]
 pub(super) struct Connector {
     pub(super) link: Arc<PeerLink>,
     pub(super) migration: MigrationId,
     pub(super) token: String,
     pub(super) channel_count: u8,
-    /// Number of the set that was tried last
-    pub(super) set: u32,
+    /// Number of the set that was tried last, whoever tried
+    pub(super) set: Arc<AtomicU32>,
 }
 
 impl Connector {
     /// Opens the channels, by number, and the return path; `None` when the
     /// destination has everything already.
-    pub(super) async fn open(&mut self) -> Result<Option<(Vec<ChannelIo>, ChannelIo)>, PeerError> {
-        self.set += 1;
+    pub(super) async fn open(&self) -> Result<Option<(Vec<ChannelIo>, ChannelIo)>, PeerError> {
+        let set = self.set.fetch_add(1, Ordering::Relaxed) + 1;
         let mut channels = Vec::new();
         for index in 0..self.channel_count {
-            let Some(channel) = self.open_one(ChannelRole::Channel(index)).await? else {
+            let Some(channel) = self.open_one(set, ChannelRole::Channel(index)).await? else {
                 return Ok(None);
             };
             channels.push(channel);
         }
-        let return_path = self.open_one(ChannelRole::ReturnPath).await?;
+        let return_path = self.open_one(set, ChannelRole::ReturnPath).await?;
         Ok(return_path.map(|return_path| (channels, return_path)))
     }
 
-    async fn open_one(&self, role: ChannelRole) -> Result<Option<ChannelIo>, PeerError> {
-        let hello = ChannelHello {
-            migration: self.migration,
-            token: self.token.clone(),
-            set: self.set,
-            role,
-        };
+    async fn open_one(&self, set: u32, role: ChannelRole) -> Result<Option<ChannelIo>, PeerError> {
+        let token = self.token.clone();
+        let hello = ChannelHello { migration: self.migration, token, set, role };
         let Some(stream) = self.link.open_channel(&hello).await? else { return Ok(None) };
         let (socket, tls) = stream.into_inner();
         into_blocking(socket, tls.into())
@@ -148,7 +145,6 @@ pub(super) fn keep(
 ) -> LinkKeeper {
     let plane = Arc::clone(plane);
     LinkKeeper(tokio::spawn(async move {
-        let mut connector = connector;
         let mut changes = state.subscribe();
         loop {
             // The sender is ours: it is never gone.
@@ -157,7 +153,7 @@ pub(super) fn keep(
             if through.load(Ordering::Acquire) {
                 tokio::time::sleep(THROUGH_GRACE).await;
             }
-            let again = have_again(&mut connector, &plane, &mut changes);
+            let again = have_again(&connector, &plane, &mut changes);
             let ended = match tokio::time::timeout(wait, again).await {
                 Ok(Ok(true)) => continue,
                 Ok(Ok(false)) => return,
@@ -177,7 +173,7 @@ pub(super) fn keep(
 /// Tries until the link is there again, or cannot come back; `false` when it is
 /// not needed any more.
 async fn have_again(
-    connector: &mut Connector,
+    connector: &Connector,
     plane: &SourcePlane,
     changes: &mut watch::Receiver<LinkState>,
 ) -> Outcome<bool> {
@@ -233,12 +229,17 @@ pub(super) struct Patience<'a> {
 }
 
 impl Patience<'_> {
+    /// Whether it has waited enough.
+    pub(super) fn is_over(&self) -> bool {
+        self.lost.is_some_and(|lost| lost.elapsed() >= self.wait)
+    }
+
     /// Waits a moment before the next try; fails when it has waited enough, or
     /// when another try would change nothing.
     pub(super) async fn again(&mut self, error: PeerError) -> Outcome<()> {
         let PeerError::Unreachable(why) = error else { return Err(error.into()) };
-        let lost = *self.lost.get_or_insert_with(Instant::now);
-        if lost.elapsed() >= self.wait {
+        self.lost.get_or_insert_with(Instant::now);
+        if self.is_over() {
             return Err(Failure::peer(format!("{why}, for {} s", self.wait.as_secs())));
         }
         self.job.tell_link_lost(why, self.wait);

@@ -15,7 +15,7 @@ use limosa_qemu::qmp::QmpEvent;
 use tokio::sync::broadcast;
 
 use super::mirror::{Rate, transfer};
-use super::switchover::{STOPPED_MAX, Stopped, Switched};
+use super::switchover::{Finished, STOPPED_MAX, Stopped, Switched};
 use super::{Source, socket};
 use crate::failure::{Failure, OrFail, Outcome, chain};
 
@@ -32,13 +32,19 @@ impl Source {
     /// Copies RAM and ends with the guest stopped and everything at the
     /// destination. A guest that would stand too long runs on, and all of it
     /// begins again: what the destination has by then is not sent another time.
-    pub(super) async fn pre_copy(&mut self) -> Outcome<Switched> {
-        for _ in 0..SWITCHOVER_COUNT_MAX {
+    ///
+    /// `None` when the destination has everything, or may, and the guest would stand too
+    /// long until it says so.
+    pub(super) async fn pre_copy(&mut self) -> Outcome<Option<Switched>> {
+        while self.stop_count < SWITCHOVER_COUNT_MAX {
             self.job.enter(Phase::PreCopy);
             let stopped = self.copy_rounds().await?;
+            self.stop_count += 1;
             self.job.enter(Phase::Switchover);
-            if let Some(switched) = self.finish_memory(stopped).await? {
-                return Ok(switched);
+            match self.finish_memory(stopped).await? {
+                Finished::Whole(switched) => return Ok(Some(switched)),
+                Finished::MayBeLoaded => return Ok(None),
+                Finished::RunsOn => {}
             }
             self.wait_for_link().await;
             // A mirror that was ending when its link went had to begin anew.
@@ -47,7 +53,7 @@ impl Source {
         }
         Err(Failure::peer(format!(
             "{SWITCHOVER_COUNT_MAX} times the guest was stopped and not everything arrived within \
-             its downtime limit and {} s: give it a faster link or a higher downtime limit",
+             its downtime limit and {} s: give it a better link or a higher downtime limit",
             STOPPED_MAX.as_secs()
         )))
     }

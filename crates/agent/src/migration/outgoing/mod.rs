@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! prepare ─► mirror ─► pre-copy ─► switchover ═ handed-over ═► retire
-//!    └─────────┴──────────┴───────────┴─► abort: the VM stays
+//!    │         │          │  ◄─ again ─┤
+//!    └─────────┴──────────┴────────────┴─► abort: the VM stays
 //! ```
 //!
 //! **Invariant.** What ends before the commit point leaves the guest as it was
 //! found ([`abort`]). From *ready?* on only [`super::handover`] decides.
 
 mod abort;
+mod again;
 mod link;
 mod memory;
 mod mirror;
@@ -43,7 +45,8 @@ use crate::failure::{Failure, OrFail, Outcome};
 use crate::peer_link::PeerLink;
 use crate::store::MigrationRecord;
 use crate::vm::{Qemu, Vm, run};
-use link::{LinkKeeper, LinkState};
+use link::{Connector, LinkKeeper, LinkState};
+use switchover::Switched;
 
 /// Most plane events that wait to be looked at; the plane makes a handful.
 const EVENT_COUNT_MAX: usize = 64;
@@ -66,7 +69,11 @@ pub(crate) struct Source {
     through: Arc<AtomicBool>,
     /// What the two hosts hold is not the same; the destination looks for the place.
     differs: bool,
+    /// Opens connections, once the destination waits for them
+    connector: Option<Connector>,
     link_keeper: Option<LinkKeeper>,
+    /// How often the guest was stopped for its switchover
+    stop_count: u32,
     /// Mirrors were told to end.
     mirrors_end: bool,
     /// Disks whose mirror has ended well, with both sides equal.
@@ -146,7 +153,9 @@ pub(crate) async fn begin(
         link_state: watch::Sender::new(LinkState::Up),
         through: Arc::default(),
         differs: false,
+        connector: None,
         link_keeper: None,
+        stop_count: 0,
         mirrors_end: false,
         mirrored: BTreeSet::new(),
         events: None,
@@ -196,29 +205,42 @@ async fn runs(inner: &crate::vm::Inner) -> Outcome<bool> {
 
 impl Source {
     async fn run(mut self) {
-        match self.drive().await {
-            Ok(switched) => self.hand_over(switched).await,
-            Err(failure) => abort::abort(self, &failure).await,
+        let mut is_again = false;
+        loop {
+            match self.drive(is_again).await {
+                Ok(Some(switched)) => match self.hand_over(switched).await {
+                    Some(source) => self = source,
+                    None => return,
+                },
+                Ok(None) => {}
+                Err(failure) => return abort::abort(self, &failure).await,
+            }
+            is_again = true;
         }
     }
 
-    /// Goes through the phases until everything is at the destination.
-    async fn drive(&mut self) -> Outcome<switchover::Switched> {
+    /// Goes through the phases until everything is at the destination; `None` when that
+    /// has it, or may, but the guest stood for too long.
+    async fn drive(&mut self, is_again: bool) -> Outcome<Option<Switched>> {
         let job = Arc::clone(&self.job);
         let link_ended = Self::link_ended(self.link_state.subscribe());
         let work = async {
-            self.prepare().await?;
-            self.job.enter(Phase::Mirror);
-            self.mirror().await?;
+            if is_again {
+                self.run_on_again().await?;
+            } else {
+                self.prepare().await?;
+                self.job.enter(Phase::Mirror);
+                self.mirror().await?;
+            }
             let switched = if self.offer.running {
                 self.pre_copy().await?
             } else {
                 self.job.enter(Phase::Switchover);
-                self.stop_without_memory().await?
+                Some(self.stop_without_memory().await?)
             };
+            let Some(switched) = switched else { return Ok(None) };
             self.through.store(true, Ordering::Release);
-            self.verify_fully().await?;
-            Ok(switched)
+            Ok(self.verify_fully().await?.then_some(switched))
         };
         // An operator's cancel drops the work where it is; `abort` undoes it.
         tokio::select! {

@@ -30,12 +30,12 @@ impl Source {
         }
         let channel_count = self.agent.config.migration.channels;
         let token = self.receive(channel_count).await?;
-        let mut connector = Connector {
+        let connector = Connector {
             link: Arc::new(PeerLink::new(&self.agent, self.link.name())?),
             migration: self.job.id(),
             token,
             channel_count,
-            set: 0,
+            set: Arc::default(),
         };
         let mut patience = self.patience();
         let (channels, return_path) = loop {
@@ -141,16 +141,19 @@ impl Source {
                 }
             }),
         };
-        let plane = Arc::new(SourcePlane::start(spec).or_fail("starting the data plane")?);
-        self.link_keeper = Some(link::keep(
-            connector,
-            &plane,
-            self.link_state.clone(),
-            wait,
-            Arc::clone(&self.through),
-        ));
-        self.plane = Some(plane);
+        let plane = SourcePlane::start(spec).or_fail("starting the data plane")?;
+        self.plane = Some(Arc::new(plane));
+        self.connector = Some(connector);
+        self.keep_link();
         Ok(())
+    }
+
+    /// Has a lost link brought again, from now on.
+    pub(super) fn keep_link(&mut self) {
+        let (Some(connector), Some(plane)) = (self.connector.clone(), &self.plane) else { return };
+        let (state, wait) = (self.link_state.clone(), link_wait(&self.agent));
+        self.link_keeper =
+            Some(link::keep(connector, plane, state, wait, Arc::clone(&self.through)));
     }
 
     fn ram(&self) -> Vec<RamBlockSpec> {

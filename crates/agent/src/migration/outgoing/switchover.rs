@@ -40,10 +40,6 @@ const READY_MIN: Duration = Duration::from_secs(2);
 /// Longest wait for QEMU to end mirrors that have nothing left. One that it has not
 /// ended by then begins anew, for nobody knows whether its disks are equal.
 const MIRRORS_END_MAX: Duration = Duration::from_secs(1);
-/// Longest wait for QEMU to end a stream that nobody wants any more.
-const QEMU_ENDS_MAX: Duration = Duration::from_secs(10);
-/// How often QEMU is asked whether it has.
-const ENDED_LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Pause before *ready?* is asked again over a lost link.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Longest time for reading everything again on both hosts, in milliseconds; the
@@ -58,6 +54,17 @@ pub(super) struct Stopped {
     pub(super) events: broadcast::Receiver<QmpEvent>,
 }
 
+/// What became of sending the last pages and the device state.
+pub(super) enum Finished {
+    /// The destination has everything.
+    Whole(Switched),
+    /// It took too long; the guest runs on.
+    RunsOn,
+    /// It took too long, and the destination's QEMU may have loaded everything; the guest
+    /// stands.
+    MayBeLoaded,
+}
+
 /// Where the time of a switchover went so far.
 pub(super) struct Switched {
     /// vCPUs stopped; `None` for a VM that was off or paused.
@@ -67,9 +74,8 @@ pub(super) struct Switched {
 }
 
 impl Source {
-    /// Ends the mirrors and sends the last pages and the device state; `None`
-    /// when that took too long, and the guest runs on.
-    pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Outcome<Option<Switched>> {
+    /// Ends the mirrors and sends the last pages and the device state.
+    pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Outcome<Finished> {
         let Stopped { at, mut events } = stopped;
         let too_long = self.hold(at);
         // What a mirror has left needs the link; ending one that has nothing left does not.
@@ -103,7 +109,7 @@ impl Source {
         };
         let Some(pages_sent) = pages_sent else { return self.run_on(true).await };
         let stopped = self.was_running.then_some(at);
-        Ok(Some(Switched { stopped, mirrors_ended, pages_sent }))
+        Ok(Finished::Whole(Switched { stopped, mirrors_ended, pages_sent }))
     }
 
     pub(super) fn downtime_limit(&self) -> Duration {
@@ -123,31 +129,6 @@ impl Source {
             let lost = link.wait_for(|state| !state.is_up());
             tokio::time::timeout_at((limit + STOPPED_MAX).into(), lost).await.ok();
         }
-    }
-
-    /// Gives a switchover up and lets the guest run on, its disks mirrored.
-    ///
-    /// - `continued`: QEMU was told to go on, so it ends its stream.
-    async fn run_on<T>(&mut self, continued: bool) -> Outcome<Option<T>> {
-        if !self.plane()?.give_up_switchover() {
-            return Err(Failure::peer(
-                "the link was lost just when everything had arrived; move the VM again",
-            ));
-        }
-        tracing::warn!(migration = %self.job.id(), "the switchover is given up; the guest runs on");
-        self.job.progress(|progress| progress.given_up_switchover_count += 1);
-        // What they say is of the switchover that was given up.
-        self.check_exports()?;
-        if continued {
-            // Cancelled now, QEMU would let the guest run with its disks not mirrored.
-            wait_ended(&self.qemu.qmp).await?;
-        }
-        if self.mirrors_end {
-            self.mirror_again().await?;
-        }
-        abort::end_migration(&self.qemu).await?;
-        abort::let_run_again(&self.qemu).await?;
-        Ok(None)
     }
 
     /// For a VM that is off: there is nothing but its disks.
@@ -199,10 +180,11 @@ impl Source {
     }
 
     /// With full verification: what really stands in RAM and images is read
-    /// again on both hosts at the same time, and compared.
-    pub(super) async fn verify_fully(&self) -> Outcome<()> {
+    /// again on both hosts at the same time, and compared. `false` when the link was
+    /// away for too long meanwhile.
+    pub(super) async fn verify_fully(&self) -> Outcome<bool> {
         if !self.verifies_fully() {
-            return Ok(());
+            return Ok(true);
         }
         let contents = verify::Contents {
             agent: &self.agent,
@@ -211,11 +193,15 @@ impl Source {
             disks_bytes: self.offer.disks.iter().map(|disk| disk.virtual_bytes).collect(),
         };
         let (ours, theirs) = tokio::try_join!(contents.all(), self.read_there(None))?;
-        let Some(mut part) = contents.first_difference(None, &ours, &theirs) else { return Ok(()) };
+        let Some(theirs) = theirs else { return Ok(false) };
+        let difference = contents.first_difference(None, &ours, &theirs);
+        let Some(mut part) = difference else { return Ok(true) };
         // Each time it becomes smaller: a byte would be found in the fifth.
         while !part.is_smallest() {
             let (ours, theirs) =
                 tokio::try_join!(contents.part(part), self.read_there(Some(part)))?;
+            // What was found so far is worth more than another attempt.
+            let Some(theirs) = theirs else { break };
             match contents.first_difference(Some(part), &ours, &theirs) {
                 Some(within) => part = within,
                 None => break,
@@ -228,8 +214,10 @@ impl Source {
         )))
     }
 
-    async fn read_there(&self, part: Option<Part>) -> Outcome<Digests> {
-        let (path, request) = (self.path("verify"), VerifyRequest { part });
+    /// `None` when the link is away for longer than the guest may stand for that.
+    async fn read_there(&self, part: Option<Part>) -> Outcome<Option<Digests>> {
+        let attempt = self.hand.attempt().await;
+        let (path, request) = (self.path("verify"), VerifyRequest { attempt, part });
         // It stands for its operator's wish, and not for a link.
         let mut patience = match self.was_running {
             true => self.patience_of(self.downtime_limit() + STOPPED_MAX),
@@ -237,31 +225,41 @@ impl Source {
         };
         loop {
             match self.link.post_within(&path, &request, VERIFY_MS_MAX).await {
-                Ok(digests) => return Ok(digests),
+                Ok(digests) => return Ok(Some(digests)),
+                Err(PeerError::Unreachable(_)) if self.was_running && patience.is_over() => {
+                    return Ok(None);
+                }
                 Err(error) => patience.again(error).await?,
             }
         }
     }
 
-    /// *ready?*, the commit, and what follows. From here on the machine decides.
-    pub(super) async fn hand_over(mut self, switched: Switched) {
-        let hand = Arc::clone(&self.hand);
-        let asks = hand.feed(On::Delivered).await;
-        if !asks.contains(&SourceAction::AskReady) {
+    /// *ready?*, the commit, and what follows. From here on the machine decides. Gives
+    /// the source back when *ready* was not heard for as long as the guest may stand.
+    pub(super) async fn hand_over(self, switched: Switched) -> Option<Self> {
+        let asks = self.hand.feed(On::Delivered).await;
+        let asked = match asks.first() {
+            Some(SourceAction::AskReady { attempt }) => self.ask_ready(*attempt, &switched).await,
             // It was given up meanwhile, so the destination must not become ready.
-            return abort::abort(self, &Failure::conflict("the move was given up")).await;
-        }
-        let ready = match self.ask_ready(&switched).await {
-            Ok(ready) => ready,
-            Err(failure) => return abort::abort(self, &failure).await,
+            _ => Err(Failure::conflict("the move was given up")),
         };
+        let asked = asked.and_then(|ready| match ready {
+            Some(DestinationWord::Ready { .. }) => self.job.pass_commit_point().map(|()| ready),
+            _ => Ok(ready),
+        });
+        match asked {
+            Ok(Some(ready)) => self.take_word(switched, ready).await,
+            Ok(None) => return Some(self),
+            Err(failure) => abort::abort(self, &failure).await,
+        }
+        None
+    }
+
+    /// The destination's answer to *ready?*: mostly that it is.
+    async fn take_word(mut self, switched: Switched, ready: DestinationWord) {
+        let hand = Arc::clone(&self.hand);
         let device_state_done = Instant::now();
         self.link_keeper = None;
-        if matches!(ready, DestinationWord::Ready { .. })
-            && let Err(failure) = self.job.pass_commit_point()
-        {
-            return abort::abort(self, &failure).await;
-        }
         let mut words = hand.hear(ready).await;
         let committed = Instant::now();
         let answer = match words.pop() {
@@ -300,8 +298,13 @@ impl Source {
         hand.finish(words).await;
     }
 
-    /// Asks *ready?*, again while the link is lost and the guest may stand.
-    async fn ask_ready(&self, switched: &Switched) -> Outcome<DestinationWord> {
+    /// Asks *ready?*, again while the link is lost and the guest may stand; `None` when it
+    /// may not any more.
+    async fn ask_ready(
+        &self,
+        attempt: u32,
+        switched: &Switched,
+    ) -> Outcome<Option<DestinationWord>> {
         let limit = self.downtime_limit();
         let wait = match switched.stopped {
             Some(stopped) if !self.verifies_fully() => {
@@ -312,8 +315,8 @@ impl Source {
         };
         let asking = async {
             let (path, limit_ms) = (self.path("ready"), millis(wait));
-            let request =
-                ReadyRequest { paused: !self.was_running, addresses: self.vm.addresses.seen() };
+            let (paused, addresses) = (!self.was_running, self.vm.addresses.seen());
+            let request = ReadyRequest { attempt, paused, addresses };
             loop {
                 match self.link.post_within(&path, &request, limit_ms).await {
                     Err(PeerError::Unreachable(_)) => tokio::time::sleep(ASK_EVERY).await,
@@ -325,13 +328,16 @@ impl Source {
             word = tokio::time::timeout(wait, asking) => word,
             () = self.job.cancelled() => return Err(Failure::conflict("cancelled by an operator")),
         };
-        let word = word.map_err(|_elapsed| {
-            Failure::peer(format!(
+        let Ok(word) = word else {
+            if switched.stopped.is_some() {
+                return Ok(None);
+            }
+            return Err(Failure::peer(format!(
                 "{} had everything and did not say so within {} ms; move the VM again",
                 self.link.name(),
                 millis(wait)
-            ))
-        })?;
+            )));
+        };
         match word? {
             DestinationWord::Undecided => Err(Failure::peer(format!(
                 "{0} holds everything and could not record it; the log of limosad on {0} says \
@@ -342,7 +348,7 @@ impl Source {
                 "{} does not know this migration any more",
                 self.link.name()
             ))),
-            word => Ok(word),
+            word => Ok(Some(word)),
         }
     }
 
@@ -359,24 +365,6 @@ impl Source {
         }
         proofs
     }
-}
-
-/// Waits until QEMU has ended a stream that is given up, with the guest stopped.
-async fn wait_ended(qmp: &limosa_qemu::qmp::Qmp) -> Outcome<()> {
-    let ended = async {
-        loop {
-            let status = migrate::status(qmp).await.or_fail("asking QEMU")?;
-            match status.status {
-                MigrationStatus::Completed => return Ok(()),
-                MigrationStatus::Failed | MigrationStatus::Cancelled | MigrationStatus::None => {
-                    return Err(memory_failure(status.error_desc.as_deref()));
-                }
-                _ => tokio::time::sleep(ENDED_LOOK_EVERY).await,
-            }
-        }
-    };
-    let waited = tokio::time::timeout(QEMU_ENDS_MAX, ended).await;
-    waited.unwrap_or_else(|_| Err(Failure::internal("QEMU does not end its migration")))
 }
 
 async fn wait_completed(

@@ -49,7 +49,7 @@ pub(crate) struct DestinationHand {
     /// QEMU of the VM has ended.
     pub(super) gone: CancellationToken,
     /// Ended when the copy is given up, whoever waits for it.
-    plane: BlockingMutex<Option<DestinationPlane>>,
+    plane: BlockingMutex<Option<Arc<DestinationPlane>>>,
     /// The connection that is kept for the next question.
     link: BlockingMutex<Option<PeerLink>>,
 }
@@ -225,7 +225,19 @@ impl DestinationHand {
     }
 
     pub(crate) fn hold_plane(&self, plane: DestinationPlane) {
-        *self.lock_plane() = Some(plane);
+        *self.lock_plane() = Some(Arc::new(plane));
+    }
+
+    /// The plane, unless nothing is received yet, or any more.
+    pub(crate) fn plane(&self) -> Option<Arc<DestinationPlane>> {
+        self.lock_plane().clone()
+    }
+
+    fn end_plane(&self) {
+        let plane = self.lock_plane().take();
+        if let Some(plane) = plane {
+            incoming::end_plane(plane);
+        }
     }
 
     /// Has the plane go on over other connections; gives them back when there is
@@ -242,11 +254,7 @@ impl DestinationHand {
         None
     }
 
-    pub(crate) fn take_plane(&self) -> Option<DestinationPlane> {
-        self.lock_plane().take()
-    }
-
-    fn lock_plane(&self) -> std::sync::MutexGuard<'_, Option<DestinationPlane>> {
+    fn lock_plane(&self) -> std::sync::MutexGuard<'_, Option<Arc<DestinationPlane>>> {
         self.plane.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -406,9 +414,7 @@ impl DestinationHand {
     }
 
     async fn free(&self, inner: &mut Inner) {
-        if let Some(plane) = self.take_plane() {
-            incoming::end_plane(plane);
-        }
+        self.end_plane();
         let qemu = inner.qemu.take();
         // From here on the watch on QEMU finds another one's VM.
         self.vm.lock().await.qemu = None;
@@ -451,6 +457,8 @@ impl DestinationHand {
     /// The VM is this host's: operators may work with it from here on.
     async fn open(&self, inner: &mut Inner) {
         inner.is_open = true;
+        // It was kept for another attempt.
+        self.end_plane();
         let mut of_vm = self.vm.lock().await;
         of_vm.migration = None;
         if let Some(qemu) = &of_vm.qemu {

@@ -28,7 +28,9 @@ impl DestinationHand {
     /// The answer to a request that led to some words.
     async fn word_of(&self, words: &[Do]) -> DestinationWord {
         match words.last() {
-            Some(Do::SendReady { epoch }) => DestinationWord::Ready { epoch: *epoch },
+            Some(Do::SendReady { epoch, attempt }) => {
+                DestinationWord::Ready { epoch: *epoch, attempt: *attempt }
+            }
             Some(Do::SendRunning { epoch }) => DestinationWord::Running { epoch: *epoch },
             Some(Do::SendDeclined { epoch }) => {
                 let reason = self.inner.lock().await.record.view.reason.clone();
@@ -56,13 +58,18 @@ impl DestinationHand {
     }
 
     /// All is here and equal, and is flushed.
-    pub(crate) async fn complete(&self, paused: bool) -> DestinationWord {
+    pub(crate) async fn complete(&self, attempt: u32, paused: bool) -> DestinationWord {
         let mut inner = self.inner.lock().await;
         inner.record.paused = paused;
         // A restarted agent announces them, too.
         inner.record.addresses = self.vm.addresses.seen();
         drop(inner);
-        self.hear(On::Complete).await
+        self.hear(On::Complete { attempt }).await
+    }
+
+    /// The source tries again; whether another QEMU is to take the place of the one here.
+    pub(crate) async fn begins_again(&self, attempt: u32) -> bool {
+        self.feed(On::Again { attempt }).await.contains(&Do::BeginAgain)
     }
 
     /// Something failed here, or somebody cancelled here.

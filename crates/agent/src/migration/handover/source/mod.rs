@@ -170,6 +170,10 @@ impl SourceHand {
     }
 
     /// What the machine believes of this host's QEMU.
+    pub(crate) async fn attempt(&self) -> u32 {
+        self.inner.lock().await.machine.attempt()
+    }
+
     pub(super) async fn guest(&self) -> Guest {
         self.inner.lock().await.machine.guest()
     }

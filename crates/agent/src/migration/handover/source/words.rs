@@ -53,7 +53,9 @@ impl SourceHand {
         let (event, stand) = match word {
             DestinationWord::Unheard => (Some(On::Unheard), PeerStand::HasForgotten),
             DestinationWord::Undecided => (None, PeerStand::CannotTell),
-            DestinationWord::Ready { epoch } => (Some(On::Ready { epoch }), PeerStand::Settles),
+            DestinationWord::Ready { epoch, attempt } => {
+                (Some(On::Ready { epoch, attempt }), PeerStand::Settles)
+            }
             DestinationWord::Running { epoch } => (Some(On::Running { epoch }), PeerStand::Settles),
             DestinationWord::Declined { epoch, reason } => {
                 self.note_their_reason(&reason).await;
