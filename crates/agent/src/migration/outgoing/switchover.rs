@@ -54,6 +54,13 @@ pub(super) struct Stopped {
     pub(super) events: broadcast::Receiver<QmpEvent>,
 }
 
+/// Why the other host's contents were not read again.
+enum Unread {
+    /// The link is away for longer than the guest may stand for that.
+    LinkAway,
+    Failed(Failure),
+}
+
 /// What became of sending the last pages and the device state.
 pub(super) enum Finished {
     /// The destination has everything.
@@ -186,36 +193,46 @@ impl Source {
         if !self.verifies_fully() {
             return Ok(true);
         }
+        match self.find_difference().await {
+            Ok(None) => Ok(true),
+            Ok(Some(place)) => Err(Failure::internal(format!(
+                "source and destination differ in {place}: nothing was handed over; this is a \
+                 fault in Limosa or in a host's memory or disk"
+            ))),
+            Err(Unread::LinkAway) => Ok(false),
+            Err(Unread::Failed(failure)) => Err(failure),
+        }
+    }
+
+    /// The first place in which the two hosts differ.
+    async fn find_difference(&self) -> Result<Option<String>, Unread> {
         let contents = verify::Contents {
             agent: &self.agent,
             definition: &self.offer.definition,
             qemu: self.offer.running.then_some(&self.qemu),
             disks_bytes: self.offer.disks.iter().map(|disk| disk.virtual_bytes).collect(),
         };
-        let (ours, theirs) = tokio::try_join!(contents.all(), self.read_there(None))?;
-        let Some(theirs) = theirs else { return Ok(false) };
+        let ours = async { contents.all().await.map_err(Unread::Failed) };
+        let (ours, theirs) = tokio::try_join!(ours, self.read_there(None))?;
         let difference = contents.first_difference(None, &ours, &theirs);
-        let Some(mut part) = difference else { return Ok(true) };
+        let Some(mut part) = difference else { return Ok(None) };
         // Each time it becomes smaller: a byte would be found in the fifth.
         while !part.is_smallest() {
-            let (ours, theirs) =
-                tokio::try_join!(contents.part(part), self.read_there(Some(part)))?;
-            // What was found so far is worth more than another attempt.
-            let Some(theirs) = theirs else { break };
+            let ours = async { contents.part(part).await.map_err(Unread::Failed) };
+            let (ours, theirs) = match tokio::try_join!(ours, self.read_there(Some(part))) {
+                // What was found so far is worth more than another attempt.
+                Err(Unread::LinkAway) => break,
+                read => read?,
+            };
             match contents.first_difference(Some(part), &ours, &theirs) {
                 Some(within) => part = within,
                 None => break,
             }
         }
-        Err(Failure::internal(format!(
-            "source and destination differ in {}: nothing was handed over; this is a fault in \
-             Limosa or in a host's memory or disk",
-            contents.name(&part)
-        )))
+        Ok(Some(contents.name(&part)))
     }
 
-    /// `None` when the link is away for longer than the guest may stand for that.
-    async fn read_there(&self, part: Option<Part>) -> Outcome<Option<Digests>> {
+    async fn read_there(&self, part: Option<Part>) -> Result<Digests, Unread> {
         let attempt = self.hand.attempt().await;
         let (path, request) = (self.path("verify"), VerifyRequest { attempt, part });
         // It stands for its operator's wish, and not for a link.
@@ -225,11 +242,11 @@ impl Source {
         };
         loop {
             match self.link.post_within(&path, &request, VERIFY_MS_MAX).await {
-                Ok(digests) => return Ok(Some(digests)),
+                Ok(digests) => return Ok(digests),
                 Err(PeerError::Unreachable(_)) if self.was_running && patience.is_over() => {
-                    return Ok(None);
+                    return Err(Unread::LinkAway);
                 }
-                Err(error) => patience.again(error).await?,
+                Err(error) => patience.again(error).await.map_err(Unread::Failed)?,
             }
         }
     }
