@@ -43,8 +43,11 @@ impl DestinationPlane {
     /// A disk that cannot be flushed.
     pub fn rest(&self) -> Result<(), PlaneError> {
         self.link.close();
+        let failed = |error| PlaneError::local("flushing a disk here", error);
+        // Before QEMU's stream, without whose end it exits.
+        self.shared.disks.let_go().map_err(failed)?;
         self.shared.lock_tail().let_go();
-        self.shared.disks.let_go().map_err(|error| PlaneError::local("flushing a disk here", error))
+        Ok(())
     }
 
     /// Goes on with another QEMU, when the old one has ended after [`Self::rest`], over connections that are still to

@@ -143,8 +143,14 @@ impl Disks {
     /// Makes all disks durable and lets go of them: operations are lost until others
     /// are taken up.
     pub(super) fn let_go(&self) -> io::Result<()> {
-        self.targets.iter().try_for_each(|target| lock(target).flush())?;
-        self.close();
+        for (target, early) in self.targets.iter().zip(&self.early) {
+            // Under one lock: what is written after the flush would be lost, and counted.
+            let mut target = lock(target);
+            target.flush()?;
+            target.target = None;
+            drop(target);
+            *lock(early) = None;
+        }
         Ok(())
     }
 
@@ -309,10 +315,8 @@ impl Target {
 
     /// Returns when it is durable as it stands.
     fn flush(&mut self) -> io::Result<()> {
-        if self.is_dirty
-            && let Some(way) = &mut self.target
-        {
-            way.flush()?;
+        if self.is_dirty {
+            self.target.as_mut().ok_or(io::ErrorKind::NotConnected)?.flush()?;
             self.is_dirty = false;
         }
         Ok(())

@@ -243,17 +243,7 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
         }
         Step::GiveUp(Here) => world.tell_source(SourceEvent::GiveUp, true, mutation),
         Step::GiveUp(There) => destination_gives_up(world, mutation),
-        Step::Done(Here) => {
-            if let Some(event) = world.source.work.take().and_then(|work| world.do_source(work)) {
-                world.tell_source(event, true, mutation);
-            }
-        }
-        Step::Done(There) => {
-            let work = world.destination.work.take();
-            if let Some(event) = work.and_then(|work| world.do_destination(work)) {
-                world.tell_destination(event, true, mutation);
-            }
-        }
+        Step::Done(side) => work_is_done(world, side, mutation),
         Step::WriteFails { side, is_there } => write_fails(world, side, is_there, mutation),
         Step::StartRefused(Here) => {
             spend(&mut world.budget.refused_starts);
@@ -293,6 +283,22 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             match side {
                 Here => world.source.destroy(),
                 There => world.destination.destroy(),
+            }
+        }
+    }
+}
+
+fn work_is_done(world: &mut World, side: Side, mutation: Option<Mutation>) {
+    match side {
+        Here => {
+            if let Some(event) = world.source.work.take().and_then(|work| world.do_source(work)) {
+                world.tell_source(event, true, mutation);
+            }
+        }
+        There => {
+            let work = world.destination.work.take();
+            if let Some(event) = work.and_then(|work| world.do_destination(work)) {
+                world.tell_destination(event, true, mutation);
             }
         }
     }

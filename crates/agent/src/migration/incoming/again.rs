@@ -37,14 +37,13 @@ impl Incoming {
         if let Some((of, begun)) = &inner.begun
             && *of == attempt
         {
-            self.hand.expect_preparing()?;
-            return Ok(begun.clone());
+            return match self.hand.expect_preparing() {
+                Ok(()) => Ok(begun.clone()),
+                Err(_) => Err(self.why_not().await),
+            };
         }
         if !self.hand.begins_again(attempt).await {
-            return Err(Failure::conflict(match self.hand.word().await {
-                DestinationWord::Declined { reason, .. } => reason,
-                _ => "this migration takes nothing more".to_owned(),
-            }));
+            return Err(self.why_not().await);
         }
         match self.fill_another(&mut inner).await {
             Ok(begun) => {
@@ -60,6 +59,14 @@ impl Incoming {
                 Err(failure)
             }
         }
+    }
+
+    /// Why it does not begin again.
+    async fn why_not(&self) -> Failure {
+        Failure::conflict(match self.hand.word().await {
+            DestinationWord::Declined { reason, .. } => reason,
+            _ => "this migration takes nothing more".to_owned(),
+        })
     }
 
     /// Ends when an attempt is not the last one.

@@ -58,6 +58,13 @@ struct Gathered {
     return_path: Option<ChannelIo>,
 }
 
+impl Gathered {
+    fn clear(&mut self) {
+        self.channels.iter_mut().for_each(|channel| *channel = None);
+        self.return_path = None;
+    }
+}
+
 /// All connections of a plane.
 pub(crate) struct Set {
     pub(crate) channels: Vec<ChannelIo>,
@@ -97,7 +104,9 @@ impl Connections {
 
     /// Everything is here: no connection is needed any more.
     pub(super) fn end(&self) {
-        self.lock().have_ended = true;
+        let mut inner = self.lock();
+        inner.have_ended = true;
+        inner.gathered.clear();
     }
 
     fn have_ended(&self) -> bool {
@@ -112,13 +121,15 @@ impl Connections {
     /// Adds a connection that was checked; gives the set once it is whole.
     fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Outcome<Option<Set>> {
         let mut inner = self.lock();
-        // Others may have come since.
+        // Others may have come since, or everything.
         inner.check(hello)?;
+        if inner.have_ended {
+            return Err(Failure::conflict("no connection is needed any more"));
+        }
         let Inner { set, gathered, have_come, .. } = &mut *inner;
         if gathered.set < hello.set {
             gathered.set = hello.set;
-            gathered.channels.iter_mut().for_each(|channel| *channel = None);
-            gathered.return_path = None;
+            gathered.clear();
         }
         let place = match hello.role {
             ChannelRole::Channel(index) => gathered
@@ -211,34 +222,38 @@ impl Incoming {
         }
     }
 
-    /// Declines if no channels come in time.
+    /// Declines if no channels come in time in this attempt.
     pub(super) fn spawn_channel_watch(self: &Arc<Self>) {
         let incoming = Arc::clone(self);
+        let attempt = *self.attempt.borrow();
         tokio::spawn(async move {
             tokio::time::sleep(link_wait(&incoming.agent) + WAIT_LONGER).await;
-            if !incoming.connections.have_come() {
+            let is_last = *incoming.attempt.borrow() == attempt;
+            if is_last && !incoming.connections.have_come() {
                 incoming.fail("the source opened no channels".to_owned()).await;
             }
         });
     }
 
-    /// Declines if a lost link does not come back in time. Ends with the plane.
+    /// Declines if a lost link does not come back in time. Ends with whoever tells of it,
+    /// the plane and this half, which it does not keep.
     pub(super) fn spawn_link_watch(
         self: &Arc<Self>,
         mut lost: watch::Receiver<Option<PlaneError>>,
     ) {
-        let incoming = Arc::clone(self);
+        let (incoming, job) = (Arc::downgrade(self), Arc::clone(&self.job));
+        let wait = link_wait(&self.agent) + WAIT_LONGER;
         tokio::spawn(async move {
-            let wait = link_wait(&incoming.agent) + WAIT_LONGER;
             loop {
                 let why = lost.wait_for(Option::is_some).await.map(|why| why.clone());
                 let Ok(Some(why)) = why else { return };
-                incoming.job.tell_link_lost(chain(&why), wait);
+                job.tell_link_lost(chain(&why), wait);
                 let back = tokio::time::timeout(wait, lost.wait_for(Option::is_none)).await;
                 match back.map(|back| back.is_ok()) {
-                    Ok(true) => incoming.job.tell_link_back(),
+                    Ok(true) => job.tell_link_back(),
                     Ok(false) => return,
                     Err(_elapsed) => {
+                        let Some(incoming) = incoming.upgrade() else { return };
                         let source = incoming.source();
                         incoming.fail(format!(
                             "the link from {source} was lost and did not come back within {} s ({})",
@@ -290,7 +305,9 @@ mod tests {
         assert!(add(3, ChannelRole::Channel(0)).unwrap().is_none());
         assert!(add(3, ChannelRole::ReturnPath).unwrap().is_some());
         assert!(connections.have_come());
+        assert!(add(4, ChannelRole::Channel(0)).unwrap().is_none());
         connections.end();
+        assert!(add(4, ChannelRole::ReturnPath).is_err(), "everything is there");
         connections.begin_again();
         assert!(!connections.have_come() && !connections.have_ended());
         assert!(add(3, ChannelRole::Channel(0)).is_err(), "set 3 was in use");

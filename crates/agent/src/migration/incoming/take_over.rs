@@ -63,7 +63,6 @@ impl Incoming {
         if self.hand.expect_preparing().is_err() {
             return self.hand.word().await;
         }
-        self.enter(Phase::Switchover);
         let became = tokio::select! {
             biased;
             () = self.is_over(request.attempt) => Ok(false),
@@ -77,13 +76,14 @@ impl Incoming {
     }
 
     async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Outcome<()> {
+        self.enter(Phase::Switchover);
         self.settle(inner).await?;
         self.vm.addresses.take(&request.addresses, &self.definition.nics);
         Ok(())
     }
 
     /// Waits until all has arrived, is loaded, and the disks are flushed and
-    /// closed to the source. Once.
+    /// closed to the source. Once an attempt.
     async fn settle(&self, inner: &mut Inner) -> Outcome<Settled> {
         if let Some(settled) = &inner.settled {
             return Ok(settled.clone());

@@ -81,7 +81,7 @@ impl Source {
 
     async fn say_again(&self, attempt: u32) -> Outcome<BegunAgain> {
         let (path, request) = (self.path("again"), AgainRequest { attempt });
-        let mut patience = self.patience();
+        let mut patience = self.patience_since_loss();
         loop {
             match self.link.post_within(&path, &request, FILL_MS_MAX).await {
                 Ok(begun) => return Ok(begun),

@@ -40,7 +40,10 @@ const WORD_MS_MAX: u64 = 5_000;
 #[derive(Debug, Clone)]
 pub(super) enum LinkState {
     Up,
-    Lost(PlaneError),
+    Lost {
+        why: PlaneError,
+        since: Instant,
+    },
     /// Nobody waits for it any more
     Ended(Failure),
 }
@@ -63,15 +66,15 @@ pub(super) fn take_event(
     event: PlaneEvent,
 ) -> Option<PlaneEvent> {
     let next = match event {
-        PlaneEvent::LinkLost(error) => LinkState::Lost(error),
+        PlaneEvent::LinkLost(why) => LinkState::Lost { why, since: Instant::now() },
         PlaneEvent::LinkBack => LinkState::Up,
         other => return Some(other),
     };
     match &next {
         _ if through => {}
-        LinkState::Lost(error) => {
-            tracing::warn!(migration = %job.id(), error = chain(error), "the link is lost");
-            job.tell_link_lost(chain(error), wait);
+        LinkState::Lost { why, .. } => {
+            tracing::warn!(migration = %job.id(), error = chain(why), "the link is lost");
+            job.tell_link_lost(chain(why), wait);
         }
         _ => {
             tracing::info!(migration = %job.id(), "the link is back");
@@ -149,7 +152,7 @@ pub(super) fn keep(
         loop {
             // The sender is ours: it is never gone.
             let lost = changes.wait_for(|state| !state.is_up()).await.map(|state| state.clone());
-            let Ok(LinkState::Lost(why)) = lost else { return };
+            let Ok(LinkState::Lost { why, .. }) = lost else { return };
             if through.load(Ordering::Acquire) {
                 tokio::time::sleep(THROUGH_GRACE).await;
             }
@@ -263,6 +266,16 @@ impl Source {
 
     pub(super) fn patience_of(&self, wait: Duration) -> Patience<'_> {
         Patience { job: &self.job, wait, lost: None }
+    }
+
+    /// With a link that is lost already, from that moment on: the destination counts from
+    /// there, too.
+    pub(super) fn patience_since_loss(&self) -> Patience<'_> {
+        let lost = match &*self.link_state.borrow() {
+            LinkState::Lost { since, .. } => Some(*since),
+            _ => None,
+        };
+        Patience { job: &self.job, wait: link_wait(&self.agent), lost }
     }
 
     /// Ends with the reason when the link is given up.

@@ -322,40 +322,35 @@ impl Source {
         attempt: u32,
         switched: &Switched,
     ) -> Outcome<Option<DestinationWord>> {
-        let limit = self.downtime_limit();
-        let wait = match switched.stopped {
-            Some(stopped) if !self.verifies_fully() => {
-                (limit + STOPPED_MAX).saturating_sub(stopped.elapsed()).max(READY_MIN)
-            }
-            Some(_) => limit + STOPPED_MAX,
-            None => link_wait(&self.agent).max(STOPPED_MAX),
-        };
-        let asking = async {
-            let (path, limit_ms) = (self.path("ready"), millis(wait));
-            let (paused, addresses) = (!self.was_running, self.vm.addresses.seen());
-            let request = ReadyRequest { attempt, paused, addresses };
-            loop {
-                match self.link.post_within(&path, &request, limit_ms).await {
-                    Err(PeerError::Unreachable(_)) => tokio::time::sleep(ASK_EVERY).await,
-                    answer => return answer,
-                }
+        let (began, limit) = (Instant::now(), self.downtime_limit());
+        // Until when the guest stands, whatever comes of it, and when the link is lost.
+        let (until, until_if_lost) = match switched.stopped {
+            Some(at) if !self.verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
+            Some(_) => (began + limit + STOPPED_MAX, began + limit),
+            None => {
+                let patience = link_wait(&self.agent).max(STOPPED_MAX);
+                (began + patience, began + patience)
             }
         };
-        let word = tokio::select! {
-            word = tokio::time::timeout(wait, asking) => word,
-            () = self.job.cancelled() => return Err(Failure::conflict("cancelled by an operator")),
-        };
-        let Ok(word) = word else {
-            if switched.stopped.is_some() {
+        let at_least = began + READY_MIN;
+        let asked = self.ask_ready_until(attempt, until.max(at_least), until_if_lost.max(at_least));
+        let mut word = asked.await?;
+        if word.is_none() && switched.stopped.is_some() {
+            if !self.hand.guest().await.is_absent() {
                 return Ok(None);
             }
+            // Its QEMU is gone: nobody stands any more, and the destination has all of it.
+            let until = Instant::now() + link_wait(&self.agent);
+            word = self.ask_ready_until(attempt, until, until).await?;
+        }
+        let Some(word) = word else {
             return Err(Failure::peer(format!(
                 "{} had everything and did not say so within {} ms; move the VM again",
                 self.link.name(),
-                millis(wait)
+                millis(began.elapsed())
             )));
         };
-        match word? {
+        match word {
             DestinationWord::Undecided => Err(Failure::peer(format!(
                 "{0} holds everything and could not record it; the log of limosad on {0} says \
                  why (a state store that failed, mostly)",
@@ -367,6 +362,34 @@ impl Source {
             ))),
             word => Ok(Some(word)),
         }
+    }
+
+    /// `None` when no answer came until then.
+    async fn ask_ready_until(
+        &self,
+        attempt: u32,
+        until: Instant,
+        until_if_lost: Instant,
+    ) -> Outcome<Option<DestinationWord>> {
+        let (path, paused) = (self.path("ready"), !self.was_running);
+        let request = ReadyRequest { attempt, paused, addresses: self.vm.addresses.seen() };
+        let limit_ms = millis(until.saturating_duration_since(Instant::now()));
+        let asking = async {
+            loop {
+                match self.link.post_within(&path, &request, limit_ms).await {
+                    Err(PeerError::Unreachable(_)) if Instant::now() >= until_if_lost => {
+                        return Ok(None);
+                    }
+                    Err(PeerError::Unreachable(_)) => tokio::time::sleep(ASK_EVERY).await,
+                    answer => return answer.map(Some),
+                }
+            }
+        };
+        let asked = tokio::select! {
+            asked = tokio::time::timeout_at(until.into(), asking) => asked.unwrap_or(Ok(None)),
+            () = self.job.cancelled() => return Err(Failure::conflict("cancelled by an operator")),
+        };
+        Ok(asked?)
     }
 
     fn proofs(&self) -> Vec<String> {

@@ -169,12 +169,13 @@ impl SourceHand {
         self.standing.subscribe()
     }
 
-    /// What the machine believes of this host's QEMU.
+    /// Which attempt to hand over this is.
     pub(crate) async fn attempt(&self) -> u32 {
         self.inner.lock().await.machine.attempt()
     }
 
-    pub(super) async fn guest(&self) -> Guest {
+    /// What the machine believes of this host's QEMU.
+    pub(crate) async fn guest(&self) -> Guest {
         self.inner.lock().await.machine.guest()
     }
 
