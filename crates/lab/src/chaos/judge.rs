@@ -130,7 +130,8 @@ fn processes(stage: &Stage<'_>, power: Power) -> Result<()> {
     }
 }
 
-/// A fault may have turned the VM off where its QEMU was killed, and nothing else.
+/// A fault may have turned the VM off where its QEMU was killed, and nothing else; one
+/// that was killed while the move was looked at moved as a VM that is off.
 fn expect_power(stage: &Stage<'_>, draw: &Draw, seen: &Seen, power: Power) -> Result<()> {
     let was_killed = seen.qemu_killed[stage.at];
     let was_full = draw
@@ -138,11 +139,15 @@ fn expect_power(stage: &Stage<'_>, draw: &Draw, seen: &Seen, power: Power) -> Re
         .iter()
         .zip(&seen.struck)
         .any(|(fault, struck)| *struck && fault.deed == Deed::FillDisk);
+    let was_off_when_it_began = draw.faults.iter().zip(&seen.struck).any(|(fault, struck)| {
+        let kills = matches!(fault.deed, Deed::KillSourceQemu | Deed::KillQemus);
+        *struck && kills && fault.step.name == "compare"
+    });
     let is_right = match (draw.begins, power) {
         (Begins::Running, Power::Running)
         | (Begins::Paused, Power::Paused)
         | (Begins::Off, Power::Off) => true,
-        (Begins::Running | Begins::Paused, Power::Off) => was_killed,
+        (Begins::Running | Begins::Paused, Power::Off) => was_killed || was_off_when_it_began,
         (_, Power::Running) => seen.was_started,
         // Its guest could not write; it waits for somebody to resume it.
         (Begins::Running, Power::Fault) => was_full,
