@@ -112,6 +112,8 @@ pub(crate) fn check(bytes: &[u8]) {
         told.push(event);
     }
     let ended = plane.join();
+    // With it goes whoever tells events.
+    drop(plane);
     assert!(qemu.join().is_ok_and(|copied| copied.is_ok()));
     let reason = format!("{ended:?}");
     assert!(!reason.contains("panicked"), "{reason}");
