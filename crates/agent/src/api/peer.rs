@@ -97,7 +97,7 @@ async fn take_file(
     Named((id, name, offset)): Named<(MigrationId, String, u64)>,
     part: axum::body::Bytes,
 ) -> Outcome<Json<FileReceived>> {
-    incoming(&agent, id, caller)?.take_file(&name, offset, &part).await.map(Json)
+    incoming(&agent, id, caller)?.take_file(&name, offset, part).await.map(Json)
 }
 
 async fn receive(

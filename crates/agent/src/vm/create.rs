@@ -41,6 +41,7 @@ pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> 
     let result = result.and_then(|()| {
         made.push(configuration.join(DEFINITION_FILE));
         write_definition(&definition, &configuration)?;
+        files::sync_parents(&made)?;
         Ok(agent.store.put(definition.name.as_str(), &record)?)
     });
     if let Err(failure) = result {
@@ -310,7 +311,12 @@ pub(crate) async fn make_image(
     // What is in it is the guest's: nobody else of this host reads it.
     std::fs::set_permissions(path, Permissions::from_mode(0o600)).or_fail(&doing)?;
     agent.give_to_qemu(path).or_fail(&doing)?;
-    image::image_create(&agent.qemu.img, path, format_of(format), size_bytes).await.or_fail(&doing)
+    image::image_create(&agent.qemu.img, path, format_of(format), size_bytes)
+        .await
+        .or_fail(&doing)?;
+    // A record will name it.
+    let file = tokio::fs::File::open(path).await.or_fail(&doing)?;
+    file.sync_all().await.or_fail(&doing)
 }
 
 /// Deletes a VM that is off, with the files that lie in its own places. Its name

@@ -3,6 +3,7 @@
 //! **Invariant.** Only what a VM's definition names, or what lies in the places
 //! that were made for it, is ever removed.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -121,6 +122,21 @@ pub(crate) fn make_places(places: &Places, made: &mut Vec<PathBuf>) -> Outcome<(
         if let Some(folder) = folder {
             make_place(folder, made).or_fail(&format!("making {} for {what}", folder.display()))?;
         }
+    }
+    Ok(())
+}
+
+/// Makes it durable which files are in a folder.
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
+    std::fs::File::open(folder)?.sync_all()
+}
+
+/// Makes it durable that files and folders are there which were just made. A record
+/// that names them is written after that only.
+pub(crate) fn sync_parents(made: &[PathBuf]) -> Outcome<()> {
+    let folders: BTreeSet<&Path> = made.iter().filter_map(|path| path.parent()).collect();
+    for folder in folders {
+        sync_folder(folder).or_fail(&format!("syncing the folder {}", folder.display()))?;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use hyper::body::Bytes;
 use limosa_plane::{PlaneError, PlaneEvent};
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
@@ -250,7 +251,7 @@ impl Incoming {
         &self,
         name: &str,
         offset: u64,
-        part: &[u8],
+        part: Bytes,
     ) -> Outcome<FileReceived> {
         self.hand.expect_preparing()?;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);

@@ -65,16 +65,7 @@ impl Incoming {
 fn finish(definition: &VmDefinition, made: &[PathBuf]) -> Outcome<()> {
     let configuration = files::place(&definition.places.configuration, "configuration")?;
     write_definition(definition, configuration)?;
-    let folders: BTreeSet<&Path> = made.iter().filter_map(|path| path.parent()).collect();
-    for folder in folders {
-        sync_folder(folder).or_fail(&format!("syncing the folder {}", folder.display()))?;
-    }
-    Ok(())
-}
-
-/// Makes it durable which files are in a folder.
-pub(super) fn sync_folder(folder: &Path) -> std::io::Result<()> {
-    std::fs::File::open(folder)?.sync_all()
+    files::sync_parents(made)
 }
 
 /// Everything that a place for a VM may add to this host and that is not there

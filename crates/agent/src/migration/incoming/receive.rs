@@ -1,10 +1,12 @@
 //! Receiving: QEMU waits for its stream, the plane brings RAM and disks.
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
+use hyper::body::Bytes;
 use limosa_plane::nbd::client::NbdClient;
 use limosa_plane::{
     DestinationDisk, DestinationPlane, DestinationSpec, Place, PlaneError, PlaneEvent, RamTarget,
@@ -14,7 +16,6 @@ use limosa_protocol::peer::{self, FileReceived, Receive};
 use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
 use limosa_qemu::{block, migrate, process};
-use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 
 use super::super::outgoing::plane_settings;
@@ -22,7 +23,7 @@ use super::channels::Set;
 use super::{Incoming, Inner};
 use crate::agent::random_token;
 use crate::failure::{Failure, OrFail, Outcome, chain};
-use crate::vm::run;
+use crate::vm::{files, run};
 
 /// Most plane events that wait to be looked at.
 const EVENT_COUNT_MAX: usize = 64;
@@ -218,8 +219,22 @@ pub(crate) fn end_plane(plane: Arc<DestinationPlane>) {
 }
 
 /// Writes the next part of a file of a known size, and syncs the file once it is
-/// whole. Says how much of it is here.
+/// whole. Returns the length that the file has then.
+///
+/// On a thread of its own and without a buffer: a part is answered only when the
+/// kernel has it, since the next request looks at the file's length.
 pub(super) async fn append(
+    path: &Path,
+    offset: u64,
+    part: Bytes,
+    size_bytes: u64,
+) -> Outcome<FileReceived> {
+    let path = path.to_owned();
+    let write = move || append_blocking(&path, offset, &part, size_bytes);
+    tokio::task::spawn_blocking(write).await.or_fail("receiving a file")?
+}
+
+fn append_blocking(
     path: &Path,
     offset: u64,
     part: &[u8],
@@ -229,16 +244,14 @@ pub(super) async fn append(
     if size_bytes > peer::FILE_BYTES_MAX {
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
     }
-    let mut file = tokio::fs::OpenOptions::new();
-    // Its first part makes it, in a folder that only the agent writes.
-    let mut file = file
+    // The first part makes the file, in a folder that only the agent writes.
+    let mut file = OpenOptions::new()
         .append(true)
         .create(offset == 0)
         .custom_flags(libc::O_NOFOLLOW)
         .open(path)
-        .await
         .or_fail(&doing)?;
-    let here = file.metadata().await.or_fail(&doing)?.len();
+    let here = file.metadata().or_fail(&doing)?.len();
     if offset < here {
         return Ok(FileReceived { received_bytes: here });
     }
@@ -250,13 +263,11 @@ pub(super) async fn append(
         )));
     }
     // QEMU's user reads it, whatever the agent's umask is.
-    file.set_permissions(Permissions::from_mode(0o644)).await.or_fail(&doing)?;
-    file.write_all(part).await.or_fail(&doing)?;
+    file.set_permissions(Permissions::from_mode(0o644)).or_fail(&doing)?;
+    file.write_all(part).or_fail(&doing)?;
     if received_bytes == size_bytes {
-        file.sync_all().await.or_fail(&doing)?;
-        let folder = path.parent().unwrap_or(path).to_owned();
-        let synced = tokio::task::spawn_blocking(move || super::place::sync_folder(&folder)).await;
-        synced.or_fail(&doing)?.or_fail(&doing)?;
+        file.sync_all().or_fail(&doing)?;
+        files::sync_folder(path.parent().unwrap_or(path)).or_fail(&doing)?;
     }
     Ok(FileReceived { received_bytes })
 }
@@ -271,8 +282,9 @@ mod tests {
     async fn a_file_grows_by_its_next_part_only() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kernel");
-        let append = async |offset, part| {
-            append(&path, offset, part, 6).await.map(|received| received.received_bytes).ok()
+        let append = async |offset, part: &'static [u8]| {
+            let received = append(&path, offset, Bytes::from_static(part), 6).await;
+            received.map(|received| received.received_bytes).ok()
         };
         assert_eq!(append(0, b"abcd").await, Some(4));
         assert_eq!(append(0, b"abcd").await, Some(4));
@@ -282,6 +294,26 @@ mod tests {
         assert_eq!(append(4, b"ef").await, Some(6));
         assert_eq!(append(6, b"g").await, None);
         assert_eq!(std::fs::read(&path).unwrap(), b"abcdef");
-        assert!(super::append(&path, 0, b"", peer::FILE_BYTES_MAX + 1).await.is_err());
+        let too_large = peer::FILE_BYTES_MAX + 1;
+        assert!(super::append(&path, 0, Bytes::new(), too_large).await.is_err());
+    }
+
+    /// Goal: what is answered is written: a part that follows at once never finds the file
+    /// shorter than the answer before it.
+    #[tokio::test]
+    async fn a_part_is_answered_once_it_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let (part, last) =
+            (Bytes::from(vec![7; peer::FILE_PART_BYTES_MAX]), Bytes::from_static(b"x"));
+        let part_bytes = part.len() as u64;
+        let size_bytes = part_bytes + 1;
+        for number in 0..50 {
+            let path = folder.path().join(format!("kernel-{number}"));
+            let first = append(&path, 0, part.clone(), size_bytes).await.unwrap();
+            assert_eq!(first.received_bytes, part_bytes);
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), part_bytes);
+            let whole = append(&path, part_bytes, last.clone(), size_bytes).await.unwrap();
+            assert_eq!(whole.received_bytes, size_bytes);
+        }
     }
 }
