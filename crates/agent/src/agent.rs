@@ -8,11 +8,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use limosa_auth::pairing::Invitation;
-use limosa_auth::trust::{Role, TrustStore, TrustedPeer};
+use limosa_auth::trust::{PeerRole, TrustStore, TrustedPeer};
 use limosa_auth::{Identity, tls};
 use limosa_protocol::api::Switch;
 use limosa_protocol::id::{HostName, VmName};
-use limosa_protocol::migration::{Outcome as End, Role as Half};
+use limosa_protocol::migration::{Outcome, Role};
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::image::ImageTool;
 use limosa_qemu::probe::QemuFacts;
@@ -20,7 +20,7 @@ pub(crate) use limosa_qemu::process::User as QemuUser;
 use limosa_qemu::quirk::VERSION_MIN;
 
 use crate::config::{self, Config};
-use crate::failure::{Failure, Outcome, chain};
+use crate::failure::{Failure, Result, chain};
 use crate::migration::Migrations;
 use crate::net::Net;
 use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError, lock};
@@ -95,11 +95,11 @@ impl Agent {
             Ok(self.trust.insert(TrustedPeer::new(name.to_owned(), role, der))?)
         };
         for (name, peer) in self.store.all::<PeerRecord>()? {
-            trust(&name, &peer.certificate_hex, Role::Host)?;
+            trust(&name, &peer.certificate_hex, PeerRole::Host)?;
         }
         for (name, operator) in self.store.all::<OperatorRecord>()? {
             // A certificate that is also a paired host's stays that.
-            if let Err(error) = trust(&name, &operator.certificate_hex, Role::Operator) {
+            if let Err(error) = trust(&name, &operator.certificate_hex, PeerRole::Operator) {
                 tracing::error!(operator = name, error = format!("{error:#}"), "not let in");
             }
         }
@@ -124,7 +124,7 @@ impl Agent {
     }
 
     /// The VM of a name, or a failure that says how to find those there are.
-    pub(crate) fn vm(&self, name: &VmName) -> Outcome<Arc<Vm>> {
+    pub(crate) fn vm(&self, name: &VmName) -> Result<Arc<Vm>> {
         self.lock_vms().get(name).cloned().ok_or_else(|| {
             Failure::not_found(match self.moved_to(name) {
                 Some(owner) => format!(
@@ -145,12 +145,12 @@ impl Agent {
         // Without records the answer is only less helpful.
         let all = self.store.all::<MigrationRecord>().ok()?;
         let mut own = all.into_iter().map(|(_, record)| record.view);
-        let last = own.rfind(|view| view.vm == *name && view.outcome == Some(End::Moved))?;
-        (last.role == Half::Source).then_some(last.destination)
+        let last = own.rfind(|view| view.vm == *name && view.outcome == Some(Outcome::Moved))?;
+        (last.role == Role::Source).then_some(last.destination)
     }
 
     /// Adds a VM unless its name is taken.
-    pub(crate) fn add_vm(&self, vm: Arc<Vm>) -> Outcome<()> {
+    pub(crate) fn add_vm(&self, vm: Arc<Vm>) -> Result<()> {
         let mut vms = self.lock_vms();
         if vms.contains_key(&vm.name) {
             return Err(Failure::conflict(format!(
@@ -315,6 +315,14 @@ pub(crate) fn now_unix_s() -> u64 {
     now_unix_ms() / 1000
 }
 
+/// An accelerator as peers and operators read it.
+pub(crate) const fn wire_accelerator(accelerator: Accelerator) -> limosa_protocol::vm::Accelerator {
+    match accelerator {
+        Accelerator::Kvm => limosa_protocol::vm::Accelerator::Kvm,
+        Accelerator::Tcg => limosa_protocol::vm::Accelerator::Tcg,
+    }
+}
+
 /// Milliseconds since 1970.
 pub(crate) fn now_unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -341,7 +349,7 @@ pub(crate) fn decode_hex(text: &str) -> anyhow::Result<Vec<u8>> {
 }
 
 /// A secret for a data channel: 128 random bits.
-pub(crate) fn random_token() -> Outcome<String> {
+pub(crate) fn random_token() -> Result<String> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes)
         .map_err(|error| Failure::internal(format!("the kernel gives no random bytes: {error}")))?;

@@ -12,8 +12,8 @@ use limosa_protocol::migration::Problem;
 #[derive(Debug, Clone)]
 pub(crate) struct Failure(pub(crate) api::Failure);
 
-/// What most functions of the agent answer.
-pub(crate) type Outcome<T> = Result<T, Failure>;
+/// A result whose error is a [`Failure`], if no other is given.
+pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
     fn new(code: FailureCode, message: impl Into<String>) -> Self {
@@ -46,7 +46,7 @@ impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0.message)?;
         for problem in &self.0.problems {
-            write!(f, "; {} ({})", problem.message, problem.mend)?;
+            write!(f, "; {} ({})", problem.message, problem.remedy)?;
         }
         Ok(())
     }
@@ -85,11 +85,11 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 /// Turns an error of a library into a [`Failure`], with what was being done.
 pub(crate) trait OrFail<T> {
     /// Something that should work did not.
-    fn or_fail(self, doing: &str) -> Outcome<T>;
+    fn or_fail(self, doing: &str) -> Result<T>;
 }
 
 impl<T, E: std::error::Error> OrFail<T> for Result<T, E> {
-    fn or_fail(self, doing: &str) -> Outcome<T> {
+    fn or_fail(self, doing: &str) -> Result<T> {
         self.map_err(|error| Failure::internal(format!("{doing}: {}", chain(&error))))
     }
 }

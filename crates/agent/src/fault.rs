@@ -195,7 +195,7 @@ mod tests {
             (Method::POST, "/peer/v1/migrations", "offer"),
             (Method::PUT, "/peer/v1/migrations/0190-x/files/kernel", "file"),
             (Method::POST, "/peer/v1/migrations/0190-x/commit", "commit"),
-            (Method::POST, "/peer/v1/migrations/0190-x/again", "again"),
+            (Method::POST, "/peer/v1/migrations/0190-x/retry", "retry"),
             (Method::GET, "/peer/v1/migrations/0190-x", "look"),
             (Method::GET, "/peer/v1/offers/0190-x", "ask"),
             (Method::POST, "/peer/v1/compare", "compare"),

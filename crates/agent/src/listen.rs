@@ -24,7 +24,7 @@ use axum::Router;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use limosa_auth::tls;
-use limosa_auth::trust::Role;
+use limosa_auth::trust::PeerRole;
 use limosa_protocol::id::HostName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -198,22 +198,24 @@ async fn one_remote(
     let fingerprint = tls::peer_fingerprint(connection).context("no certificate")?;
     let peer = agent.trust.lookup(&fingerprint).context("trusted no more")?;
     let of_role = match peer.role {
-        Role::Host => &places.hosts,
-        Role::Operator => &places.operators,
+        PeerRole::Host => &places.hosts,
+        PeerRole::Operator => &places.operators,
     };
     let _place = places::take(of_role)?;
     drop(held);
     let is_channel = connection.alpn_protocol() == Some(tls::ALPN_CHANNEL);
     match (peer.role, is_channel) {
-        (Role::Host, true) => {
+        (PeerRole::Host, true) => {
             let name: HostName = peer.name.parse()?;
             crate::migration::incoming::accept_channel(&agent, &name, stream).await?;
         }
-        (Role::Host, false) => {
+        (PeerRole::Host, false) => {
             serve(stream, api, Caller::Host { name: peer.name.parse()? }).await;
         }
-        (Role::Operator, false) => serve(stream, api, Caller::Operator { name: peer.name }).await,
-        (Role::Operator, true) => anyhow::bail!("an operator opened a data channel"),
+        (PeerRole::Operator, false) => {
+            serve(stream, api, Caller::Operator { name: peer.name }).await
+        }
+        (PeerRole::Operator, true) => anyhow::bail!("an operator opened a data channel"),
     }
     Ok(())
 }

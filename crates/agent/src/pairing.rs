@@ -22,7 +22,7 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use limosa_auth::pairing::{Answer, Confirmation, Initiator, Invitation, Offer, Responder};
-use limosa_auth::{Fingerprint, Role, TrustedPeer, tls};
+use limosa_auth::{Fingerprint, PeerRole, TrustedPeer, tls};
 use limosa_protocol::api::{self, BODY_BYTES_MAX, PairRequest, PairedHost};
 use limosa_protocol::id::HostName;
 use serde::de::DeserializeOwned;
@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::agent::{Agent, encode_hex, now_unix_s, pairing_connector};
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 use crate::listen::Caller;
 use crate::peer_link::{connect, with_port};
 use crate::store::PeerRecord;
@@ -64,7 +64,7 @@ async fn start(
     State((agent, conversation)): Shared,
     Extension(caller): Extension<Caller>,
     Json(start): Json<Start>,
-) -> Outcome<Json<Answer>> {
+) -> Result<Json<Answer>> {
     let (certificate_der, _) = stranger(&caller)?;
     let code = agent
         .with_invitation(|invitation| {
@@ -85,7 +85,7 @@ async fn finish(
     State((agent, conversation)): Shared,
     Extension(caller): Extension<Caller>,
     Json(confirmation): Json<Confirmation>,
-) -> Outcome<Json<()>> {
+) -> Result<Json<()>> {
     let (certificate_der, address) = stranger(&caller)?;
     let (responder, port) = conversation
         .0
@@ -115,7 +115,7 @@ fn not_invited() -> Failure {
     Failure::forbidden("no invitation is open there: run `limosa host invite` on that host first")
 }
 
-fn stranger(caller: &Caller) -> Outcome<(Vec<u8>, std::net::SocketAddr)> {
+fn stranger(caller: &Caller) -> Result<(Vec<u8>, std::net::SocketAddr)> {
     match caller {
         Caller::Stranger { certificate_der, address } => Ok((certificate_der.clone(), *address)),
         _ => Err(Failure::forbidden("only for hosts that are not paired yet")),
@@ -123,7 +123,7 @@ fn stranger(caller: &Caller) -> Outcome<(Vec<u8>, std::net::SocketAddr)> {
 }
 
 /// Opens an invitation, in place of one that was open.
-pub(crate) fn invite(agent: &Agent) -> Outcome<api::Invitation> {
+pub(crate) fn invite(agent: &Agent) -> Result<api::Invitation> {
     let invitation = Invitation::new(now_unix_s()).or_fail("making a pairing code")?;
     let answer = api::Invitation {
         code: invitation.code().to_string(),
@@ -134,7 +134,7 @@ pub(crate) fn invite(agent: &Agent) -> Outcome<api::Invitation> {
 }
 
 /// Pairs with the host that shows the code.
-pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Outcome<PairedHost> {
+pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Result<PairedHost> {
     let code = request.code.parse().map_err(|error| {
         Failure::bad_request(format!("{error}: type it as `limosa host invite` shows it"))
     })?;
@@ -183,7 +183,7 @@ async fn ask<B: Serialize, R: DeserializeOwned>(
     sender: &mut SendRequest<Full<Bytes>>,
     path: &str,
     body: &B,
-) -> Outcome<R> {
+) -> Result<R> {
     let bytes = serde_json::to_vec(body).or_fail("writing a pairing message")?;
     let request = hyper::Request::post(path)
         .header("host", "limosa")
@@ -207,7 +207,7 @@ async fn ask<B: Serialize, R: DeserializeOwned>(
     }
 }
 
-fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> Outcome<PairedHost> {
+fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> Result<PairedHost> {
     let name: HostName = name.parse().map_err(|error| Failure::bad_request(format!("{error}")))?;
     if name == agent.name {
         return Err(Failure::conflict(format!(
@@ -231,7 +231,7 @@ fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> O
     // would keep the agent from starting.
     agent
         .trust
-        .insert(TrustedPeer::new(name.to_string(), Role::Host, certificate))
+        .insert(TrustedPeer::new(name.to_string(), PeerRole::Host, certificate))
         .map_err(|error| Failure::conflict(error.to_string()))?;
     if let Err(error) = agent.store.put(name.as_str(), &peer) {
         agent.trust.remove(name.as_str());
@@ -242,7 +242,7 @@ fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> O
 }
 
 /// Trusts a host no more.
-pub(crate) fn unpair(agent: &Agent, name: &HostName) -> Outcome<()> {
+pub(crate) fn unpair(agent: &Agent, name: &HostName) -> Result<()> {
     if agent.store.get::<PeerRecord>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!(
             "no host {name} is paired with this one: `limosa host list` shows those that are"
@@ -255,7 +255,7 @@ pub(crate) fn unpair(agent: &Agent, name: &HostName) -> Outcome<()> {
 }
 
 /// All paired hosts.
-pub(crate) fn list(agent: &Agent) -> Outcome<Vec<PairedHost>> {
+pub(crate) fn list(agent: &Agent) -> Result<Vec<PairedHost>> {
     let peers = agent.store.all::<PeerRecord>()?;
     peers
         .into_iter()

@@ -80,7 +80,7 @@ pub(crate) enum NoLink {
 }
 
 /// How a host is paired, for people.
-pub(crate) fn pairing_mend(name: &HostName) -> String {
+pub(crate) fn pairing_remedy(name: &HostName) -> String {
     format!("run `limosa host invite` on {name}, then `limosa host pair ADDRESS` here")
 }
 
@@ -101,7 +101,7 @@ impl PeerLink {
         Self::open(agent, name).map_err(|error| match error {
             NoLink::NotPaired => Failure::not_found(format!(
                 "no host {name} is paired with this one: {}",
-                pairing_mend(name)
+                pairing_remedy(name)
             )),
             NoLink::Damaged => Failure::internal(format!(
                 "what is recorded of host {name} is damaged: `limosa host unpair {name}`, then \

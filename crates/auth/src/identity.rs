@@ -12,7 +12,7 @@
 //! host. Removing the pin ends the trust, at once.
 //!
 //! **Invariants.** What stands on disk is never replaced: a damaged identity is
-//! an error that names the file and the mend. A crash while creating leaves
+//! an error that names the file and the remedy. A crash while creating leaves
 //! nothing that counts, or a pair that the next call completes.
 
 use std::fs::{DirBuilder, File, OpenOptions};

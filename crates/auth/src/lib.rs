@@ -25,4 +25,4 @@ pub mod trust;
 
 pub use fingerprint::{BadFingerprint, Fingerprint};
 pub use identity::{Identity, IdentityError};
-pub use trust::{Role, TrustError, TrustStore, TrustedPeer};
+pub use trust::{PeerRole, TrustError, TrustStore, TrustedPeer};

@@ -27,7 +27,7 @@ pub const DER_BYTES_MAX: usize = 64 << 10;
 /// What a peer may do. See `docs/security.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Role {
+pub enum PeerRole {
     /// Another host: may offer and receive migrations.
     Host,
     /// A person or program: may use the API as the local administrator does.
@@ -42,7 +42,7 @@ pub struct TrustedPeer {
     /// What it is recognised by.
     pub fingerprint: Fingerprint,
     /// What it may do.
-    pub role: Role,
+    pub role: PeerRole,
     /// Its certificate, for display and export; trust comes from the fingerprint.
     #[serde(with = "crate::hex::der")]
     pub certificate_der: Vec<u8>,
@@ -51,7 +51,7 @@ pub struct TrustedPeer {
 impl TrustedPeer {
     /// A peer with the fingerprint of this certificate.
     #[must_use]
-    pub fn new(name: String, role: Role, certificate_der: Vec<u8>) -> Self {
+    pub fn new(name: String, role: PeerRole, certificate_der: Vec<u8>) -> Self {
         let fingerprint = Fingerprint::of_certificate(&certificate_der);
         Self { name, fingerprint, role, certificate_der }
     }
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     fn peer(name: &str, certificate: &[u8]) -> TrustedPeer {
-        TrustedPeer::new(name.to_owned(), Role::Host, certificate.to_vec())
+        TrustedPeer::new(name.to_owned(), PeerRole::Host, certificate.to_vec())
     }
 
     /// Goal: a newcomer cannot take the name of a peer; the peer itself may be renamed.
@@ -229,7 +229,7 @@ mod tests {
     fn a_role_stays_with_its_certificate() {
         let store = TrustStore::new();
         store.insert(peer("one", b"first")).unwrap();
-        let operator = TrustedPeer { role: Role::Operator, ..peer("alice", b"first") };
+        let operator = TrustedPeer { role: PeerRole::Operator, ..peer("alice", b"first") };
         assert_eq!(store.insert(operator), Err(TrustError::RoleTaken { name: "one".to_owned() }));
         assert_eq!(store.peers(), [peer("one", b"first")]);
     }

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 
 use limosa_auth::pairing::{Confirmation, Initiator, Offer, PairingCode, PairingError, Responder};
-use limosa_auth::{Fingerprint, Identity, Role, TrustStore, TrustedPeer, tls};
+use limosa_auth::{Fingerprint, Identity, PeerRole, TrustStore, TrustedPeer, tls};
 use rustls::client::{ClientConfig, ClientConnection};
 use rustls::server::{Acceptor, ServerConnection};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -36,7 +36,7 @@ impl Party {
         self.identity.fingerprint()
     }
 
-    fn as_peer(&self, role: Role) -> TrustedPeer {
+    fn as_peer(&self, role: PeerRole) -> TrustedPeer {
         TrustedPeer::new(self.name.to_owned(), role, self.identity.certificate_der().to_vec())
     }
 
@@ -173,11 +173,12 @@ fn stolen(certificate: &Identity, key: &Identity) -> SingleCertAndKey {
 #[test]
 fn paired_peers_meet() {
     let (host, operator) = (Party::new("one"), Party::new("alice"));
-    let peers = [host.as_peer(Role::Host), operator.as_peer(Role::Operator)];
+    let peers = [host.as_peer(PeerRole::Host), operator.as_peer(PeerRole::Operator)];
     let (server, trust) = host_trusting(&peers);
-    for (party, alpn, role) in
-        [(&host, tls::ALPN_CHANNEL, Role::Host), (&operator, tls::ALPN_HTTP, Role::Operator)]
-    {
+    for (party, alpn, role) in [
+        (&host, tls::ALPN_CHANNEL, PeerRole::Host),
+        (&operator, tls::ALPN_HTTP, PeerRole::Operator),
+    ] {
         let config = tls::client_config(&party.identity, server.fingerprint(), alpn);
         let meeting = meet(config, &server.identity, &trust);
         meeting.assert_met(party, &server, alpn);
@@ -190,7 +191,7 @@ fn paired_peers_meet() {
 #[test]
 fn an_unpaired_client_gets_nothing() {
     let (stranger, friend) = (Party::new("stranger"), Party::new("one"));
-    let (server, trust) = host_trusting(&[friend.as_peer(Role::Host)]);
+    let (server, trust) = host_trusting(&[friend.as_peer(PeerRole::Host)]);
     let denied = |party: &Party| {
         let meeting = meet(party.client(&server), &server.identity, &trust);
         meeting.assert_refused();
@@ -210,9 +211,9 @@ fn an_unpaired_client_gets_nothing() {
 #[test]
 fn a_paired_name_with_another_certificate_gets_nothing() {
     let (real, impostor) = (Party::new("one"), Party::new("one"));
-    let (server, trust) = host_trusting(&[real.as_peer(Role::Host)]);
+    let (server, trust) = host_trusting(&[real.as_peer(PeerRole::Host)]);
     meet(impostor.client(&server), &server.identity, &trust).assert_refused();
-    assert!(trust.insert(impostor.as_peer(Role::Host)).is_err());
+    assert!(trust.insert(impostor.as_peer(PeerRole::Host)).is_err());
     meet(impostor.client(&server), &server.identity, &trust).assert_refused();
 }
 
@@ -249,7 +250,7 @@ impl rustls::client::ResolvesClientCert for Nothing {
 #[test]
 fn a_certificate_without_its_key_is_worth_nothing() {
     let (friend, thief) = (Party::new("one"), Party::new("thief"));
-    let (server, trust) = host_trusting(&[friend.as_peer(Role::Host)]);
+    let (server, trust) = host_trusting(&[friend.as_peer(PeerRole::Host)]);
     for config in [friend.client(&server), tls::pairing_client_config(&friend.identity)] {
         let mut config = ClientConfig::clone(&config);
         config.client_auth_cert_resolver = Arc::new(stolen(&friend.identity, &thief.identity));
@@ -280,7 +281,7 @@ fn a_certificate_without_its_key_is_worth_nothing() {
 #[test]
 fn tls12_is_refused() {
     let friend = Party::new("one");
-    let (server, trust) = host_trusting(&[friend.as_peer(Role::Host)]);
+    let (server, trust) = host_trusting(&[friend.as_peer(PeerRole::Host)]);
     for alpn in [tls::ALPN_CHANNEL, tls::ALPN_PAIR] {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = ClientConfig::builder_with_provider(provider)
@@ -305,7 +306,7 @@ fn tls12_is_refused() {
 #[test]
 fn another_server_than_the_pinned_one_is_left() {
     let (friend, expected) = (Party::new("one"), Party::new("server"));
-    let (server, trust) = host_trusting(&[friend.as_peer(Role::Host)]);
+    let (server, trust) = host_trusting(&[friend.as_peer(PeerRole::Host)]);
     let meeting = meet(friend.client(&expected), &server.identity, &trust);
     meeting.assert_refused();
     let message = meeting.client_error.unwrap().to_string();
@@ -356,7 +357,7 @@ fn pairing_opens_both_ways() {
 
     for (client, server) in [(&one, &two), (&two, &one)] {
         let trust = TrustStore::new();
-        trust.insert(client.as_peer(Role::Host)).unwrap();
+        trust.insert(client.as_peer(PeerRole::Host)).unwrap();
         meet(client.client(server), &server.identity, &trust).assert_met(
             client,
             server,

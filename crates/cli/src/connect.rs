@@ -78,7 +78,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Why there is no connection, with the mend.
+/// Why there is no connection, with the remedy.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     /// Nobody listens on the local socket.

@@ -71,12 +71,12 @@ pub(crate) fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
     Exit::Failed.into()
 }
 
-/// A failure as one line of JSON: what went wrong, the mends when there are
+/// A failure as one line of JSON: what went wrong, the remedies when there are
 /// problems that have some, and these problems.
 fn object(error: &anyhow::Error, refused: Option<&Refused>) -> Value {
     let problems = refused.map_or(&[][..], |Refused(failure)| &failure.problems);
-    let mends: Vec<&str> = problems.iter().map(|problem| problem.mend.as_str()).collect();
-    let next = (!mends.is_empty()).then(|| mends.join("; "));
+    let remedies: Vec<&str> = problems.iter().map(|problem| problem.remedy.as_str()).collect();
+    let next = (!remedies.is_empty()).then(|| remedies.join("; "));
     json!({ "error": format!("{error:#}"), "next": next, "problems": problems })
 }
 
@@ -87,9 +87,9 @@ fn tell(failure: &api::Failure) {
     }
 }
 
-/// A problem and its mend, in two lines.
+/// A problem and its remedy, in two lines.
 pub(crate) fn problem_text(problem: &Problem) -> String {
-    format!("  - {}\n    mend: {}", problem.message, problem.mend)
+    format!("  - {}\n    remedy: {}", problem.message, problem.remedy)
 }
 
 #[cfg(test)]
@@ -103,8 +103,8 @@ mod tests {
             "code": "problems",
             "message": "web1 cannot move",
             "problems": [
-                { "code": "not-paired", "message": "not paired", "mend": "pair" },
-                { "code": "no-space", "message": "no space", "mend": "free some" },
+                { "code": "not-paired", "message": "not paired", "remedy": "pair" },
+                { "code": "no-space", "message": "no space", "remedy": "free some" },
             ],
         }));
         let error = anyhow::Error::from(Refused(failure.unwrap()));

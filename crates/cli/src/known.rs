@@ -89,7 +89,7 @@ pub(crate) fn remember(address: &str, fingerprint: Fingerprint) -> Result<()> {
 fn load(path: &Path) -> Result<Known> {
     match read_limited(path, FILE_BYTES_MAX) {
         Ok(text) => toml::from_str(&text).with_context(|| {
-            format!("{} is damaged: mend it, or remove it to confirm anew", path.display())
+            format!("{} is damaged: repair it, or remove it to confirm anew", path.display())
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Known::default()),
         Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),

@@ -58,7 +58,7 @@ fn next_step(view: &Migration) -> Option<String> {
     match view.outcome? {
         Outcome::Moved => None,
         Outcome::Stayed => Some(format!(
-            "mend the cause and move it again; on {source}, `limosa vm compare {vm} --to \
+            "remove the cause and move it again; on {source}, `limosa vm compare {vm} --to \
              {destination}` finds what stands against it"
         )),
         Outcome::InDoubt => Some(format!(

@@ -83,7 +83,9 @@ fn tell(lab: &mut Lab, wanted: &steps::Wanted) -> Result<Report> {
         title: format!("{} moves from north to south and back", wanted.name),
         machine: format!(
             "{cpus} processors shared by both hosts, {}; link {LINK_MBIT} Mbit/s",
-            accelerator.map_or("unknown accelerator".to_owned(), |name| name.to_uppercase()),
+            accelerator.map_or("unknown accelerator".to_owned(), |accelerator| accelerator
+                .as_str()
+                .to_uppercase()),
         ),
         moves,
     })

@@ -164,7 +164,7 @@ impl Net {
         self.switch.tc(&[&order[..], &["bfifo", "limit", "1"]].concat()).map(drop)
     }
 
-    /// Mends one host's end of a migration link, however it was broken.
+    /// Repairs one host's end of a migration link, however it was broken.
     pub(crate) fn restore(&self, link: usize, host: &str) -> Result<()> {
         let port = self.port(link, host)?;
         // The state of a port can be set only while it is up.

@@ -36,7 +36,7 @@ use utoipa::ToSchema;
 
 use crate::id::{Epoch, HostName, MigrationId, OperatorName, SwitchName, VmName};
 use crate::migration::{Problem, Role};
-use crate::vm::VmDefinition;
+use crate::vm::{Accelerator, VmDefinition};
 
 /// The agent's socket for commands on its own host.
 pub const SOCKET_PATH: &str = "/run/limosa/limosad.sock";
@@ -108,8 +108,8 @@ pub struct Qemu {
     pub binary: PathBuf,
     /// Its version
     pub version: String,
-    /// "kvm" or "tcg"
-    pub accelerator: String,
+    /// Accelerator of new VMs
+    pub accelerator: Accelerator,
     /// Why that accelerator was chosen
     pub accelerator_reason: String,
 }
@@ -148,9 +148,9 @@ pub struct Vm {
     /// Process of its QEMU
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
-    /// "kvm" or "tcg", when it runs
+    /// Accelerator of its QEMU, when it runs
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub accelerator: Option<String>,
+    pub accelerator: Option<Accelerator>,
     /// Its migration under way
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationId>,

@@ -147,7 +147,7 @@ const SOURCE_SENDS: &[Step] = &steps(
     Side::Source,
     Kind::Send,
     [
-        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "again",
+        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "retry",
         "commit", "retired", "stays",
     ],
 );
@@ -156,7 +156,7 @@ const DESTINATION_ANSWERS: &[Step] = &steps(
     Side::Destination,
     Kind::Answer,
     [
-        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "again",
+        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "retry",
         "commit", "retired", "stays",
     ],
 );

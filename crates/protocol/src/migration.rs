@@ -129,7 +129,7 @@ pub enum Verify {
     Full,
 }
 
-/// Something that stands against a move, and its mend.
+/// Something that stands against a move, and its remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// Which kind of problem
@@ -137,7 +137,7 @@ pub struct Problem {
     /// What is wrong, with names and numbers
     pub message: String,
     /// What to do about it
-    pub mend: String,
+    pub remedy: String,
 }
 
 /// Kinds of problem that a comparison finds.

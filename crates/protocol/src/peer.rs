@@ -9,16 +9,16 @@
 //! | 3 | `PUT /peer/v1/migrations/{id}/files/{name}/{offset}` | a part of kernel, initial RAM disk or UEFI's variables | [`FileReceived`]; may be repeated |
 //! | 4 | `POST /peer/v1/migrations/{id}/receive` | [`Receive`] | [`Receiving`]; channels may connect |
 //! | 5 | `POST /peer/v1/migrations/{id}/verify` | [`VerifyRequest`] | [`Digests`], only with full verification |
-//! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationWord`] |
-//! | 7 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`DestinationWord`]; may be repeated |
-//! | 8 | `POST /peer/v1/migrations/{id}/retired` | [`Retired`] | [`DestinationWord`]; may be repeated |
-//! | – | `POST /peer/v1/migrations/{id}/again` | [`AgainRequest`] | [`BegunAgain`]: 5 and 6 are tried again; may be repeated |
-//! | – | `POST /peer/v1/migrations/{id}/stays` | [`Stays`] | [`DestinationWord`]; instead of 5 to 8, may be repeated |
-//! | – | `GET /peer/v1/migrations/{id}` | | [`DestinationWord`] |
-//! | – | `GET /peer/v1/offers/{id}` | | [`SourceWord`]: the destination asks back |
+//! | 6 | `POST /peer/v1/migrations/{id}/ready` | [`ReadyRequest`] | [`DestinationVote`] |
+//! | 7 | `POST /peer/v1/migrations/{id}/commit` | [`Commit`] | [`DestinationVote`]; may be repeated |
+//! | 8 | `POST /peer/v1/migrations/{id}/retired` | [`Retired`] | [`DestinationVote`]; may be repeated |
+//! | – | `POST /peer/v1/migrations/{id}/retry` | [`RetryRequest`] | [`RetryStarted`]: 5 and 6 are tried again; may be repeated |
+//! | – | `POST /peer/v1/migrations/{id}/stays` | [`Stays`] | [`DestinationVote`]; instead of 5 to 8, may be repeated |
+//! | – | `GET /peer/v1/migrations/{id}` | | [`DestinationVote`] |
+//! | – | `GET /peer/v1/offers/{id}` | | [`SourceDecision`]: the destination asks back |
 //!
-//! **Invariant.** Only [`DestinationWord::Ready`] allows the source to commit,
-//! only [`Commit`] or [`SourceWord::Commit`] the destination to run.
+//! **Invariant.** Only [`DestinationVote::Ready`] allows the source to commit,
+//! only [`Commit`] or [`SourceDecision::Commit`] the destination to run.
 
 use std::net::IpAddr;
 
@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::handover::Committed;
 use crate::id::{Epoch, HostName, MigrationId};
 use crate::migration::{MoveRequest, Problem};
-use crate::vm::{Mac, NIC_COUNT_MAX, VmDefinition};
+use crate::vm::{Accelerator, Mac, NIC_COUNT_MAX, VmDefinition};
 
 /// Name of the ALPN protocol of data channels and return paths.
 pub const CHANNEL_ALPN: &[u8] = b"limosa-channel/1";
@@ -43,9 +43,9 @@ pub const FILE_BYTES_MAX: u64 = 512 << 20;
 pub const FILE_PART_BYTES_MAX: usize = 4 << 20;
 
 /// Most addresses that are remembered of one card of a guest.
-pub const CARD_ADDRESS_COUNT_MAX: usize = 32;
+pub const NIC_ADDRESS_COUNT_MAX: usize = 32;
 /// Most addresses of one guest.
-pub const GUEST_ADDRESS_COUNT_MAX: usize = NIC_COUNT_MAX * CARD_ADDRESS_COUNT_MAX;
+pub const GUEST_ADDRESS_COUNT_MAX: usize = NIC_COUNT_MAX * NIC_ADDRESS_COUNT_MAX;
 
 /// A VM is offered to the destination.
 ///
@@ -69,8 +69,8 @@ pub struct Offer {
     pub running: bool,
     /// Version of the source's QEMU: major, minor, micro
     pub qemu_version: (u32, u32, u32),
-    /// "kvm" or "tcg"
-    pub accelerator: String,
+    /// Accelerator of the VM's QEMU, or of the source when the VM is off
+    pub accelerator: Accelerator,
     /// CPU features that the guest sees, for models that follow the host
     pub cpu_features: Vec<String>,
     /// CPU features of the model that the source lacks, so the guest does too
@@ -218,14 +218,14 @@ pub struct ReadyRequest {
 /// The link was away for too long, and the guest runs on at the source: what the
 /// destination's QEMU has loaded, or may have, is of no use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AgainRequest {
+pub struct RetryRequest {
     /// The attempt that begins
     pub attempt: u32,
 }
 
 /// The destination receives again, over new channels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BegunAgain {
+pub struct RetryStarted {
     /// Pages that it does not have any more, block and number of each: they are zero there
     pub changed: Vec<(u8, u32)>,
 }
@@ -285,10 +285,10 @@ pub struct Retired {
 
 /// What the destination has to say of the hand-over; see `docs/handover.md`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "word")]
-pub enum DestinationWord {
-    /// Never heard of this migration, or lost its records
-    Unheard,
+#[serde(rename_all = "kebab-case", tag = "vote")]
+pub enum DestinationVote {
+    /// No record of this migration: it never came here, or the records are lost
+    Unknown,
     /// It receives, or is just about to decide: ask again
     Undecided,
     /// It holds everything, durably, and waits for the commit
@@ -314,10 +314,10 @@ pub enum DestinationWord {
 
 /// What the source has to say of the hand-over; see `docs/handover.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "word")]
-pub enum SourceWord {
-    /// Never heard of this migration, or lost its records
-    Unheard,
+#[serde(rename_all = "kebab-case", tag = "decision")]
+pub enum SourceDecision {
+    /// No record of this migration: it never came here, or the records are lost
+    Unknown,
     /// Nothing is decided yet: ask again
     Undecided,
     /// It has handed over, durably: run

@@ -37,6 +37,33 @@ pub const MEMORY_MIB_MIN: u64 = 16;
 /// See [`MEMORY_MIB_MIN`].
 pub const MEMORY_MIB_MAX: u64 = 16 << 20;
 
+/// How the vCPUs of a QEMU run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// On the processor
+    Kvm,
+    /// In software
+    Tcg,
+}
+
+impl Accelerator {
+    /// The name that QEMU uses.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+impl std::fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// Everything that makes a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

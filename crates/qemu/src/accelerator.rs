@@ -30,7 +30,7 @@ impl Accelerator {
     /// emulated processors when it takes over the dirty bitmap of a block whose
     /// size is a multiple of 64 pages: what they write next to pages they have at
     /// hand is lost to the migration (found by comparing RAM after moves with
-    /// stock 7.2; mended in QEMU by "physmem: Fix migration dirty bitmap coherency
+    /// stock 7.2; repaired in QEMU by "physmem: Fix migration dirty bitmap coherency
     /// with TCG memory access"). For any other size it takes a path without that
     /// fault. All versions get the same size, so that a guest may go between them.
     #[must_use]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use limosa_auth::trust::certificate_from_pem;
-use limosa_auth::{Fingerprint, Role, TrustedPeer};
+use limosa_auth::{Fingerprint, PeerRole, TrustedPeer};
 use limosa_protocol::api::{
     self, Failure as ApiFailure, Host, Invitation, Operator, OperatorRequest, PairRequest,
     PairedHost, Switch,
@@ -16,8 +16,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::{Body, Named, Shared};
-use crate::agent::{Agent, encode_hex};
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::agent::{Agent, encode_hex, wire_accelerator};
+use crate::failure::{Failure, OrFail, Result};
 use crate::pairing;
 use crate::store::OperatorRecord;
 
@@ -34,7 +34,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 
 /// What this host is and can do
 #[utoipa::path(get, path = "/v1/host", tag = "host", responses((status = 200, body = Host)))]
-async fn show(State(agent): Shared) -> Outcome<Json<Host>> {
+async fn show(State(agent): Shared) -> Result<Json<Host>> {
     let memory = memory().or_fail("reading /proc/meminfo")?;
     let switches = agent.store.all::<Switch>()?;
     Ok(Json(Host {
@@ -45,7 +45,7 @@ async fn show(State(agent): Shared) -> Outcome<Json<Host>> {
         qemu: api::Qemu {
             binary: agent.qemu.binary.clone(),
             version: agent.qemu.facts.version.to_string(),
-            accelerator: agent.qemu.accelerator.to_string(),
+            accelerator: wire_accelerator(agent.qemu.accelerator),
             accelerator_reason: agent.qemu.accelerator_reason.clone(),
         },
         memory_bytes: memory.0,
@@ -69,27 +69,27 @@ pub(crate) fn memory() -> std::io::Result<(u64, u64)> {
 
 /// Hosts that this one is paired with
 #[utoipa::path(get, path = "/v1/hosts", tag = "host", responses((status = 200, body = Vec<PairedHost>)))]
-async fn hosts(State(agent): Shared) -> Outcome<Json<Vec<PairedHost>>> {
+async fn hosts(State(agent): Shared) -> Result<Json<Vec<PairedHost>>> {
     pairing::list(&agent).map(Json)
 }
 
 /// Open an invitation: a one-time code with which one other host may pair
 #[utoipa::path(post, path = "/v1/hosts/invite", tag = "host", responses((status = 200, body = Invitation)))]
-async fn invite(State(agent): Shared) -> Outcome<Json<Invitation>> {
+async fn invite(State(agent): Shared) -> Result<Json<Invitation>> {
     pairing::invite(&agent).map(Json)
 }
 
 /// Pair with the host that shows the code
 #[utoipa::path(post, path = "/v1/hosts/pair", tag = "host", request_body = PairRequest,
     responses((status = 200, body = PairedHost), (status = 409, body = ApiFailure), (status = 502, body = ApiFailure)))]
-async fn pair(State(agent): Shared, Body(request): Body<PairRequest>) -> Outcome<Json<PairedHost>> {
+async fn pair(State(agent): Shared, Body(request): Body<PairRequest>) -> Result<Json<PairedHost>> {
     pairing::pair(&agent, &request).await.map(Json)
 }
 
 /// Stop trusting a host
 #[utoipa::path(delete, path = "/v1/hosts/{name}", tag = "host", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn unpair(State(agent): Shared, Named(name): Named<HostName>) -> Outcome<Json<()>> {
+async fn unpair(State(agent): Shared, Named(name): Named<HostName>) -> Result<Json<()>> {
     if let Some(migration) = agent.migrations.under_way_with(&name) {
         let (id, vm) = (migration.id, migration.vm);
         return Err(Failure::conflict(match migration.outcome {
@@ -107,13 +107,13 @@ async fn unpair(State(agent): Shared, Named(name): Named<HostName>) -> Outcome<J
 
 /// Operators who may command from afar
 #[utoipa::path(get, path = "/v1/operators", tag = "host", responses((status = 200, body = Vec<Operator>)))]
-async fn operators(State(agent): Shared) -> Outcome<Json<Vec<Operator>>> {
+async fn operators(State(agent): Shared) -> Result<Json<Vec<Operator>>> {
     let records = agent.store.all::<OperatorRecord>()?;
     let operators = records.into_iter().map(|(name, record)| {
         let name = name.parse().or_fail("reading the state store")?;
         Ok(Operator { name, fingerprint: record.fingerprint })
     });
-    operators.collect::<Outcome<Vec<_>>>().map(Json)
+    operators.collect::<Result<Vec<_>>>().map(Json)
 }
 
 /// Let an operator's certificate in
@@ -122,7 +122,7 @@ async fn operators(State(agent): Shared) -> Outcome<Json<Vec<Operator>>> {
 async fn add_operator(
     State(agent): Shared,
     Body(request): Body<OperatorRequest>,
-) -> Outcome<Json<Operator>> {
+) -> Result<Json<Operator>> {
     let der = certificate_from_pem(&request.certificate_pem).map_err(|error| {
         Failure::bad_request(format!(
             "{error}: send the file that `limosa operator identity` names"
@@ -143,7 +143,7 @@ async fn add_operator(
     }
     agent
         .trust
-        .insert(TrustedPeer::new(name.to_string(), Role::Operator, der.clone()))
+        .insert(TrustedPeer::new(name.to_string(), PeerRole::Operator, der.clone()))
         .map_err(|error| Failure::conflict(error.to_string()))?;
     let record =
         OperatorRecord { fingerprint: fingerprint.to_string(), certificate_hex: encode_hex(&der) };
@@ -160,7 +160,7 @@ async fn add_operator(
 async fn remove_operator(
     State(agent): Shared,
     Named(name): Named<OperatorName>,
-) -> Outcome<Json<()>> {
+) -> Result<Json<()>> {
     if agent.store.get::<OperatorRecord>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!("no operator {name}")));
     }

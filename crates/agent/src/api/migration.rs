@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 
 use super::{Named, Shared};
 use crate::agent::Agent;
-use crate::failure::Outcome;
+use crate::failure::Result;
 
 /// Events of one migration come at most this often.
 const EVENT_MS_MIN: u64 = 100;
@@ -32,14 +32,14 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 
 /// All migrations, oldest first
 #[utoipa::path(get, path = "/v1/migrations", tag = "migration", responses((status = 200, body = Vec<Migration>)))]
-async fn list(State(agent): Shared) -> Outcome<Json<Vec<Migration>>> {
+async fn list(State(agent): Shared) -> Result<Json<Vec<Migration>>> {
     agent.migrations.list(&agent.store).map(Json)
 }
 
 /// One migration
 #[utoipa::path(get, path = "/v1/migrations/{id}", tag = "migration", params(("id" = String, Path)),
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure)))]
-async fn show(State(agent): Shared, Named(id): Named<MigrationId>) -> Outcome<Json<Migration>> {
+async fn show(State(agent): Shared, Named(id): Named<MigrationId>) -> Result<Json<Migration>> {
     agent.migrations.view(&agent.store, id).map(Json)
 }
 
@@ -49,7 +49,7 @@ async fn show(State(agent): Shared, Named(id): Named<MigrationId>) -> Outcome<Js
 async fn events(
     State(agent): Shared,
     Named(id): Named<MigrationId>,
-) -> Outcome<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
     let first = agent.migrations.view(&agent.store, id)?;
     let later = match agent.migrations.subscribe(id) {
         Some(views) => tokio_stream::wrappers::WatchStream::from_changes(views).boxed(),
@@ -76,6 +76,6 @@ async fn events(
 /// End a migration; the VM stays at the source. Not possible after the commit point
 #[utoipa::path(post, path = "/v1/migrations/{id}/cancel", tag = "migration", params(("id" = String, Path)),
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn cancel(State(agent): Shared, Named(id): Named<MigrationId>) -> Outcome<Json<Migration>> {
+async fn cancel(State(agent): Shared, Named(id): Named<MigrationId>) -> Result<Json<Migration>> {
     agent.migrations.cancel(&agent.store, id).map(Json)
 }

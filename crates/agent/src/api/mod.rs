@@ -27,7 +27,7 @@ use utoipa::{OpenApi, openapi};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::listen::Caller;
 
 #[derive(OpenApi)]
@@ -104,7 +104,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
 /// Lets a request that has begun come to its end, also when whoever asked is
 /// gone: half a change of a VM or of a hand-over would be worse than an answer
 /// that nobody reads.
-async fn to_the_end(request: Request, next: Next) -> Outcome<Response> {
+async fn to_the_end(request: Request, next: Next) -> Result<Response> {
     let work = tokio::spawn(next.run(request));
     work.await.map_err(|error| Failure::internal(format!("a request ended in the middle: {error}")))
 }
@@ -113,7 +113,7 @@ async fn operators_only(
     Extension(caller): Extension<Caller>,
     request: Request,
     next: Next,
-) -> Outcome<Response> {
+) -> Result<Response> {
     match caller {
         Caller::Local { .. } | Caller::Operator { .. } => Ok(next.run(request).await),
         Caller::Host { .. } | Caller::Stranger { .. } => Err(Failure::forbidden(
@@ -126,7 +126,7 @@ async fn hosts_only(
     Extension(caller): Extension<Caller>,
     request: Request,
     next: Next,
-) -> Outcome<Response> {
+) -> Result<Response> {
     match caller {
         Caller::Host { .. } => Ok(next.run(request).await),
         _ => Err(Failure::forbidden("only for paired hosts")),
@@ -138,7 +138,7 @@ pub(crate) struct Body<T>(pub(crate) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<Agent>> for Body<T> {
     type Rejection = Failure;
-    async fn from_request(request: Request, agent: &Arc<Agent>) -> Outcome<Self> {
+    async fn from_request(request: Request, agent: &Arc<Agent>) -> Result<Self> {
         match Json::<T>::from_request(request, agent).await {
             Ok(Json(body)) => Ok(Self(body)),
             Err(rejection) => Err(Failure::bad_request(rejection.body_text())),
@@ -151,7 +151,7 @@ pub(crate) struct Named<T>(pub(crate) T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Agent>> for Named<T> {
     type Rejection = Failure;
-    async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Outcome<Self> {
+    async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self> {
         match axum::extract::Path::<T>::from_request_parts(parts, agent).await {
             Ok(axum::extract::Path(name)) => Ok(Self(name)),
             Err(rejection) => Err(Failure::bad_request(rejection.body_text())),

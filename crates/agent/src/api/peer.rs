@@ -9,14 +9,14 @@ use limosa_protocol::handover::{DestinationEvent, Stage};
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
-    AgainRequest, BegunAgain, Commit, DestinationWord, Digests, FILE_PART_BYTES_MAX, FileReceived,
-    OfferAnswer, ReadyRequest, Receive, Receiving, Retired, SourceWord, Stays, VerifyRequest,
+    Commit, DestinationVote, Digests, FILE_PART_BYTES_MAX, FileReceived, OfferAnswer, ReadyRequest,
+    Receive, Receiving, Retired, RetryRequest, RetryStarted, SourceDecision, Stays, VerifyRequest,
 };
 use serde_json::Value;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::listen::Caller;
 use crate::migration::compare;
 use crate::migration::handover::{DestinationHand, HandOver};
@@ -35,21 +35,21 @@ pub(super) fn routes() -> Router<Arc<Agent>> {
         .route("/peer/v1/migrations/{id}/receive", post(receive))
         .route("/peer/v1/migrations/{id}/verify", post(verify))
         .route("/peer/v1/migrations/{id}/ready", post(ready))
-        .route("/peer/v1/migrations/{id}/again", post(again))
+        .route("/peer/v1/migrations/{id}/retry", post(again))
         .route("/peer/v1/migrations/{id}/commit", post(commit))
         .route("/peer/v1/migrations/{id}/retired", post(retired))
         .route("/peer/v1/migrations/{id}/stays", post(stays))
         .route("/peer/v1/offers/{id}", get(offer))
 }
 
-fn host(caller: Caller) -> Outcome<HostName> {
+fn host(caller: Caller) -> Result<HostName> {
     match caller {
         Caller::Host { name } => Ok(name),
         _ => Err(Failure::forbidden("only for paired hosts")),
     }
 }
 
-fn incoming(agent: &Agent, id: MigrationId, caller: Caller) -> Outcome<Arc<Incoming>> {
+fn incoming(agent: &Agent, id: MigrationId, caller: Caller) -> Result<Arc<Incoming>> {
     agent.migrations.incoming(id, &host(caller)?).ok_or_else(|| {
         Failure::not_found(format!("migration {id} is not under way at {}", agent.name))
     })
@@ -61,7 +61,7 @@ fn recorded(
     id: MigrationId,
     caller: Caller,
     role: Role,
-) -> Outcome<Option<MigrationRecord>> {
+) -> Result<Option<MigrationRecord>> {
     let caller = host(caller)?;
     let record: Option<MigrationRecord> = agent.store.get(&id.to_string())?;
     Ok(record.filter(|record| *record.peer() == caller && record.view.role == role))
@@ -71,7 +71,7 @@ async fn compare_offer(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Body(offer): Body<Value>,
-) -> Outcome<Json<OfferAnswer>> {
+) -> Result<Json<OfferAnswer>> {
     let problems = match compare::read_offer(&agent, &host(caller)?, offer)? {
         Ok(offer) => compare::check_offer(&agent, &offer).await?,
         Err(problem) => vec![problem],
@@ -83,7 +83,7 @@ async fn accept(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Body(offer): Body<Value>,
-) -> Outcome<Json<OfferAnswer>> {
+) -> Result<Json<OfferAnswer>> {
     let from = host(caller)?;
     match compare::read_offer(&agent, &from, offer)? {
         Ok(offer) => Incoming::accept(&agent, &from, offer).await.map(Json),
@@ -96,7 +96,7 @@ async fn take_file(
     Extension(caller): Extension<Caller>,
     Named((id, name, offset)): Named<(MigrationId, String, u64)>,
     part: axum::body::Bytes,
-) -> Outcome<Json<FileReceived>> {
+) -> Result<Json<FileReceived>> {
     incoming(&agent, id, caller)?.take_file(&name, offset, part).await.map(Json)
 }
 
@@ -105,7 +105,7 @@ async fn receive(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(request): Body<Receive>,
-) -> Outcome<Json<Receiving>> {
+) -> Result<Json<Receiving>> {
     incoming(&agent, id, caller)?.receive(&request).await.map(Json)
 }
 
@@ -114,7 +114,7 @@ async fn verify(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(request): Body<VerifyRequest>,
-) -> Outcome<Json<Digests>> {
+) -> Result<Json<Digests>> {
     incoming(&agent, id, caller)?.verify(&request).await.map(Json)
 }
 
@@ -123,7 +123,7 @@ async fn ready(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(request): Body<ReadyRequest>,
-) -> Outcome<Json<DestinationWord>> {
+) -> Result<Json<DestinationVote>> {
     match incoming(&agent, id, caller.clone()) {
         Ok(incoming) => Ok(Json(incoming.ready(&request).await)),
         Err(_) => answer(&agent, id, caller, DestinationEvent::Asked).await,
@@ -134,8 +134,8 @@ async fn again(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-    Body(request): Body<AgainRequest>,
-) -> Outcome<Json<BegunAgain>> {
+    Body(request): Body<RetryRequest>,
+) -> Result<Json<RetryStarted>> {
     if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
         return incoming.begin_again(request.attempt).await.map(Json);
     }
@@ -151,7 +151,7 @@ async fn commit(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(commit): Body<Commit>,
-) -> Outcome<Json<DestinationWord>> {
+) -> Result<Json<DestinationVote>> {
     answer(&agent, id, caller, DestinationEvent::Commit { epoch: commit.epoch() }).await
 }
 
@@ -160,7 +160,7 @@ async fn retired(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(Retired { epoch }): Body<Retired>,
-) -> Outcome<Json<DestinationWord>> {
+) -> Result<Json<DestinationVote>> {
     answer(&agent, id, caller, DestinationEvent::Retired { epoch }).await
 }
 
@@ -169,7 +169,7 @@ async fn stays(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
     Body(Stays { epoch, reason }): Body<Stays>,
-) -> Outcome<Json<DestinationWord>> {
+) -> Result<Json<DestinationVote>> {
     match hand(&agent, id, caller.clone())? {
         Some(hand) => Ok(Json(hand.hear_stays(epoch, &reason).await)),
         None => answer(&agent, id, caller, DestinationEvent::Asked).await,
@@ -180,7 +180,7 @@ async fn view(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-) -> Outcome<Json<DestinationWord>> {
+) -> Result<Json<DestinationVote>> {
     answer(&agent, id, caller, DestinationEvent::Asked).await
 }
 
@@ -191,25 +191,25 @@ async fn answer(
     id: MigrationId,
     caller: Caller,
     event: DestinationEvent,
-) -> Outcome<Json<DestinationWord>> {
+) -> Result<Json<DestinationVote>> {
     if let Some(hand) = hand(agent, id, caller.clone())? {
         return Ok(Json(hand.hear(event).await));
     }
     let record = recorded(agent, id, caller, Role::Destination)?;
-    Ok(Json(record.map_or(DestinationWord::Unheard, |record| {
+    Ok(Json(record.map_or(DestinationVote::Unknown, |record| {
         let epoch = record.handover.epoch;
         match record.handover.stage {
-            Stage::Done => DestinationWord::Running { epoch },
-            Stage::Stayed | Stage::Superseded => DestinationWord::Declined {
+            Stage::Done => DestinationVote::Running { epoch },
+            Stage::Stayed | Stage::Superseded => DestinationVote::Declined {
                 epoch,
                 reason: record.view.reason.unwrap_or_else(|| "it gave up".to_owned()),
             },
-            _ => DestinationWord::Undecided,
+            _ => DestinationVote::Undecided,
         }
     })))
 }
 
-fn hand(agent: &Agent, id: MigrationId, caller: Caller) -> Outcome<Option<Arc<DestinationHand>>> {
+fn hand(agent: &Agent, id: MigrationId, caller: Caller) -> Result<Option<Arc<DestinationHand>>> {
     Ok(match agent.migrations.hand_over(id, &host(caller)?) {
         Some(HandOver::Destination(hand)) => Some(hand),
         _ => None,
@@ -220,17 +220,17 @@ async fn offer(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
-) -> Outcome<Json<SourceWord>> {
+) -> Result<Json<SourceDecision>> {
     if let Some(HandOver::Source(hand)) = agent.migrations.hand_over(id, &host(caller.clone())?) {
         return Ok(Json(hand.answer().await));
     }
     let record = recorded(&agent, id, caller, Role::Source)?;
-    Ok(Json(record.map_or(SourceWord::Unheard, |record| {
+    Ok(Json(record.map_or(SourceDecision::Unknown, |record| {
         let epoch = record.handover.epoch;
         match record.handover.stage {
-            Stage::Done | Stage::Superseded => SourceWord::Retired { epoch },
-            Stage::Stayed => SourceWord::Stays { epoch },
-            _ => SourceWord::Undecided,
+            Stage::Done | Stage::Superseded => SourceDecision::Retired { epoch },
+            Stage::Stayed => SourceDecision::Stays { epoch },
+            _ => SourceDecision::Undecided,
         }
     })))
 }

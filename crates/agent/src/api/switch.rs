@@ -11,7 +11,7 @@ use utoipa_axum::routes;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::net::Net;
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
@@ -20,7 +20,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 
 /// All virtual switches
 #[utoipa::path(get, path = "/v1/switches", tag = "switch", responses((status = 200, body = Vec<Switch>)))]
-async fn list(State(agent): Shared) -> Outcome<Json<Vec<Switch>>> {
+async fn list(State(agent): Shared) -> Result<Json<Vec<Switch>>> {
     let switches = agent.store.all::<Switch>()?;
     Ok(Json(switches.into_iter().map(|(_, switch)| switch).collect()))
 }
@@ -28,7 +28,7 @@ async fn list(State(agent): Shared) -> Outcome<Json<Vec<Switch>>> {
 /// Make a virtual switch
 #[utoipa::path(post, path = "/v1/switches", tag = "switch", request_body = Switch,
     responses((status = 200, body = Switch), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Outcome<Json<Switch>> {
+async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Result<Json<Switch>> {
     let name = switch.name.clone();
     let _placing = agent.placing.lock().await;
     if agent.store.get::<Switch>(name.as_str())?.is_some() {
@@ -54,7 +54,7 @@ async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Outcome
 /// Remove a virtual switch that no VM uses
 #[utoipa::path(delete, path = "/v1/switches/{name}", tag = "switch", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn delete(State(agent): Shared, Named(name): Named<SwitchName>) -> Outcome<Json<()>> {
+async fn delete(State(agent): Shared, Named(name): Named<SwitchName>) -> Result<Json<()>> {
     let _placing = agent.placing.lock().await;
     if agent.store.get::<Switch>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!("no virtual switch {name}")));

@@ -23,7 +23,7 @@ use utoipa_axum::routes;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::listen::Caller;
 use crate::migration::{self, handover};
 use crate::vm::{create, power, run};
@@ -55,10 +55,7 @@ async fn list(State(agent): Shared) -> Json<Vec<Vm>> {
 /// Make a VM
 #[utoipa::path(post, path = "/v1/vms", tag = "vm", request_body = VmDefinition,
     responses((status = 200, body = Vm), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn create_vm(
-    State(agent): Shared,
-    Body(definition): Body<VmDefinition>,
-) -> Outcome<Json<Vm>> {
+async fn create_vm(State(agent): Shared, Body(definition): Body<VmDefinition>) -> Result<Json<Vm>> {
     let vm = create::create(&agent, definition).await?;
     Ok(Json(vm.view().await))
 }
@@ -66,21 +63,21 @@ async fn create_vm(
 /// One VM
 #[utoipa::path(get, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure)))]
-async fn show(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+async fn show(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
     Ok(Json(agent.vm(&name)?.view().await))
 }
 
 /// Delete a VM that is off, with the files in its own places
 #[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<()>> {
+async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<()>> {
     create::delete(&agent, &agent.vm(&name)?).await.map(Json)
 }
 
 /// Start a VM
 #[utoipa::path(post, path = "/v1/vms/{name}/start", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn start(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+async fn start(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
     let vm = agent.vm(&name)?;
     run::start(&agent, &vm).await?;
     Ok(Json(vm.view().await))
@@ -93,7 +90,7 @@ async fn stop(
     State(agent): Shared,
     Named(name): Named<VmName>,
     Body(request): Body<StopRequest>,
-) -> Outcome<Json<Vm>> {
+) -> Result<Json<Vm>> {
     let vm = agent.vm(&name)?;
     power::stop(&agent, &vm, &request).await?;
     Ok(Json(vm.view().await))
@@ -102,7 +99,7 @@ async fn stop(
 /// Stop the vCPUs
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
     let vm = agent.vm(&name)?;
     power::pause(&vm).await?;
     Ok(Json(vm.view().await))
@@ -111,7 +108,7 @@ async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json
 /// Let the vCPUs run on
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn resume(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Vm>> {
+async fn resume(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
     let vm = agent.vm(&name)?;
     power::resume(&agent, &vm).await?;
     Ok(Json(vm.view().await))
@@ -124,7 +121,7 @@ async fn console(
     State(agent): Shared,
     Named(name): Named<VmName>,
     request: Request,
-) -> Outcome<Response> {
+) -> Result<Response> {
     let wanted = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok());
     if wanted != Some(CONSOLE_PROTOCOL) {
         return Err(Failure::bad_request(format!(
@@ -170,7 +167,7 @@ async fn compare(
     State(agent): Shared,
     Named(name): Named<VmName>,
     Body(request): Body<MoveRequest>,
-) -> Outcome<Json<Comparison>> {
+) -> Result<Json<Comparison>> {
     let vm = agent.vm(&name)?;
     let problems = migration::compare::compare(&agent, &vm, &request).await?;
     Ok(Json(Comparison { vm: name, to: request.to, problems }))
@@ -179,7 +176,7 @@ async fn compare(
 /// What is known of a hand-over that is not settled, on both hosts
 #[utoipa::path(get, path = "/v1/vms/{name}/recover", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Recovery), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
-async fn recovery(State(agent): Shared, Named(name): Named<VmName>) -> Outcome<Json<Recovery>> {
+async fn recovery(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Recovery>> {
     handover::recovery(&agent, &name).await.map(Json)
 }
 
@@ -191,7 +188,7 @@ async fn recover(
     Extension(caller): Extension<Caller>,
     Named(name): Named<VmName>,
     Body(request): Body<RecoverRequest>,
-) -> Outcome<Json<Recovery>> {
+) -> Result<Json<Recovery>> {
     if request.confirm != name {
         return Err(Failure::bad_request(format!(
             "VM {name} is to be forced and {} was confirmed: nothing was done",
@@ -208,7 +205,7 @@ async fn move_vm(
     State(agent): Shared,
     Named(name): Named<VmName>,
     Body(request): Body<MoveRequest>,
-) -> Outcome<Json<Migration>> {
+) -> Result<Json<Migration>> {
     let vm = agent.vm(&name)?;
     migration::outgoing::begin(&agent, &vm, request).await.map(Json)
 }

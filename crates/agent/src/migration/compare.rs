@@ -5,7 +5,7 @@
 //! destination  names, switches, paths, space, QEMU, CPU ─────────┴─► one list
 //! ```
 //!
-//! The destination is asked whatever the source found, so that nobody mends one
+//! The destination is asked whatever the source found, so that nobody fixes one
 //! thing only to be told of the next.
 
 mod destination;
@@ -26,12 +26,12 @@ pub(crate) use destination::{check_offer, place_offer, read_offer};
 pub(crate) use source::movable;
 
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
-use crate::peer_link::{NoLink, PeerError, PeerLink, pairing_mend};
+use crate::failure::{Failure, Result};
+use crate::peer_link::{NoLink, PeerError, PeerLink, pairing_remedy};
 use crate::vm::{Inner, Vm};
 
-fn problem(code: ProblemCode, message: impl Into<String>, mend: impl Into<String>) -> Problem {
-    Problem { code, message: message.into(), mend: mend.into() }
+fn problem(code: ProblemCode, message: impl Into<String>, remedy: impl Into<String>) -> Problem {
+    Problem { code, message: message.into(), remedy: remedy.into() }
 }
 
 /// Compares a VM with a destination.
@@ -39,7 +39,7 @@ pub(crate) async fn compare(
     agent: &Arc<Agent>,
     vm: &Arc<Vm>,
     request: &MoveRequest,
-) -> Outcome<Vec<Problem>> {
+) -> Result<Vec<Problem>> {
     let inner = vm.lock().await;
     let mut problems = source::check(agent, &inner, request).await;
     let (offer, unusable) =
@@ -71,12 +71,12 @@ fn add_answer(problems: &mut Vec<Problem>, theirs: Vec<Problem>) {
 }
 
 /// There is no link to be had to a host.
-fn not_linked(to: &HostName, error: NoLink) -> Outcome<Problem> {
+fn not_linked(to: &HostName, error: NoLink) -> Result<Problem> {
     match error {
         NoLink::NotPaired => Ok(problem(
             ProblemCode::NotPaired,
             format!("no host {to} is paired with this one"),
-            pairing_mend(to),
+            pairing_remedy(to),
         )),
         NoLink::Damaged => Ok(problem(
             ProblemCode::PairingDamaged,
@@ -112,7 +112,7 @@ fn no_answer(to: &HostName, error: &PeerError) -> Problem {
         FailureCode::Forbidden => problem(
             ProblemCode::NotPaired,
             format!("{to} does not take this host for one that it is paired with: {error}"),
-            format!("run `limosa host unpair {to}` here, then {}", pairing_mend(to)),
+            format!("run `limosa host unpair {to}` here, then {}", pairing_remedy(to)),
         ),
         _ => problem(
             ProblemCode::Refused,
@@ -128,7 +128,7 @@ pub(crate) async fn make_offer(
     inner: &Inner,
     request: &MoveRequest,
     migration: MigrationId,
-) -> Outcome<Offer> {
+) -> Result<Offer> {
     let (offer, unusable) = source::describe(agent, inner, request, migration).await?;
     if unusable.is_empty() {
         return Ok(offer);
@@ -145,8 +145,8 @@ fn check_qemu(host: &HostName, version: Version, missing: &[&str]) -> Option<Pro
     }
     (!missing.is_empty()).then(|| {
         let what = format!("QEMU {version} of {host} lacks what is needed: {}", missing.join(", "));
-        let mend = format!("{wanted}; if it is newer already, upgrade Limosa");
-        problem(ProblemCode::QemuVersion, what, mend)
+        let remedy = format!("{wanted}; if it is newer already, upgrade Limosa");
+        problem(ProblemCode::QemuVersion, what, remedy)
     })
 }
 
@@ -165,7 +165,7 @@ mod tests {
         let version = |major, minor| Version { major, minor, micro: 0 };
         let told = check_qemu(&host(), version(7, 1), &[]).unwrap();
         assert_eq!(told.code, ProblemCode::QemuVersion);
-        assert!(told.message.contains("7.1.0") && told.mend.contains("7.2.0"), "{told:?}");
+        assert!(told.message.contains("7.1.0") && told.remedy.contains("7.2.0"), "{told:?}");
         let told = check_qemu(&host(), version(12, 0), &["migrate_cancel"]).unwrap();
         assert!(told.message.contains("migrate_cancel"), "{told:?}");
         assert_eq!(check_qemu(&host(), version(7, 2), &[]), None);
@@ -188,7 +188,7 @@ mod tests {
         ] {
             let told = no_answer(&host(), &error);
             assert_eq!(told.code, code, "{told:?}");
-            assert!(!told.mend.is_empty());
+            assert!(!told.remedy.is_empty());
         }
     }
 
@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(told.code, ProblemCode::NotPaired);
         let told = not_linked(&host(), NoLink::Damaged).unwrap();
         assert_eq!(told.code, ProblemCode::PairingDamaged);
-        assert!(told.mend.contains("host unpair host2"), "{told:?}");
+        assert!(told.remedy.contains("host unpair host2"), "{told:?}");
         let failed = NoLink::Store(Failure::internal("the store failed"));
         assert!(not_linked(&host(), failed).is_err());
     }

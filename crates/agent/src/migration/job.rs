@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_protocol::migration::{
-    Downtime, LinkLoss, Migration, Outcome as End, Phase, Progress, Role, Summary,
+    Downtime, LinkLoss, Migration, Outcome, Phase, Progress, Role, Summary,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::now_unix_ms;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 
 /// One migration under way.
 pub(crate) struct Job {
@@ -117,7 +117,7 @@ impl Job {
     }
 
     /// Asks the job to end before its commit point.
-    pub(crate) fn cancel(&self) -> Outcome<()> {
+    pub(crate) fn cancel(&self) -> Result<()> {
         let clock = self.clock();
         let view = self.view();
         if let (Some(outcome), Some(_)) = (view.outcome, view.ended_unix_ms) {
@@ -147,7 +147,7 @@ impl Job {
     }
 
     /// Notes that nobody can cancel any more, unless somebody just did.
-    pub(crate) fn pass_commit_point(&self) -> Outcome<()> {
+    pub(crate) fn pass_commit_point(&self) -> Result<()> {
         let mut clock = self.clock();
         if self.cancelled.is_cancelled() {
             return Err(Failure::conflict("cancelled by an operator"));
@@ -159,7 +159,7 @@ impl Job {
     /// Tells that the end is not known yet.
     pub(crate) fn tell_in_doubt(&self, reason: String) {
         self.view.send_modify(|view| {
-            view.outcome = Some(End::InDoubt);
+            view.outcome = Some(Outcome::InDoubt);
             view.reason = Some(reason);
         });
     }
@@ -167,7 +167,7 @@ impl Job {
     /// Tells that the end will be known after all.
     pub(crate) fn tell_no_doubt(&self) {
         self.view.send_if_modified(|view| {
-            let was_told = view.outcome == Some(End::InDoubt) && view.ended_unix_ms.is_none();
+            let was_told = view.outcome == Some(Outcome::InDoubt) && view.ended_unix_ms.is_none();
             if was_told {
                 view.outcome = None;
                 view.reason = None;
@@ -179,7 +179,7 @@ impl Job {
     /// The view with its end, to be recorded before it is told.
     pub(crate) fn ended_view(
         &self,
-        outcome: End,
+        outcome: Outcome,
         reason: Option<String>,
         downtime: Option<Downtime>,
         proofs: Vec<String>,
@@ -220,7 +220,7 @@ impl Job {
         // Whoever waits for a cancel need not wait any longer.
         self.cancelled.cancel();
         match (&ended.outcome, &ended.reason) {
-            (Some(End::Moved), _) => {
+            (Some(Outcome::Moved), _) => {
                 tracing::info!(migration = %ended.id, vm = %ended.vm, "moved");
             }
             (outcome, reason) => {

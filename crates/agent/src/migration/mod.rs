@@ -26,7 +26,7 @@ use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{Migration, Role};
 use tokio::sync::watch;
 
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::store::{MigrationRecord, Store, StoreError};
 use handover::HandOver;
 use incoming::Incoming;
@@ -70,7 +70,7 @@ impl Migrations {
     }
 
     /// Adds a migration that begins, unless there are too many.
-    pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>) -> Outcome<()> {
+    pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>) -> Result<()> {
         let mut under_way = self.lock();
         if moving_count(&under_way) >= UNDER_WAY_COUNT_MAX {
             return Err(Failure::conflict(format!(
@@ -124,7 +124,7 @@ impl Migrations {
     }
 
     /// All migrations, the oldest first: those recorded, as they are now.
-    pub(crate) fn list(&self, store: &Store) -> Outcome<Vec<Migration>> {
+    pub(crate) fn list(&self, store: &Store) -> Result<Vec<Migration>> {
         let recorded = match store.all::<MigrationRecord>() {
             Ok(recorded) => recorded,
             // Those under way are what an operator now needs to see.
@@ -140,7 +140,7 @@ impl Migrations {
     }
 
     /// One migration as it is now.
-    pub(crate) fn view(&self, store: &Store, id: MigrationId) -> Outcome<Migration> {
+    pub(crate) fn view(&self, store: &Store, id: MigrationId) -> Result<Migration> {
         if let Some(under_way) = self.lock().get(&id) {
             return Ok(under_way.job().view());
         }
@@ -158,7 +158,7 @@ impl Migrations {
     }
 
     /// Asks a migration to end; it does so on its own time.
-    pub(crate) fn cancel(&self, store: &Store, id: MigrationId) -> Outcome<Migration> {
+    pub(crate) fn cancel(&self, store: &Store, id: MigrationId) -> Result<Migration> {
         let under_way = self.lock().get(&id).cloned();
         match under_way {
             Some(under_way) => {

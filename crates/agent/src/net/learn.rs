@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_protocol::peer::{CARD_ADDRESS_COUNT_MAX, GUEST_ADDRESS_COUNT_MAX, GuestAddress};
+use limosa_protocol::peer::{GUEST_ADDRESS_COUNT_MAX, GuestAddress, NIC_ADDRESS_COUNT_MAX};
 use limosa_protocol::vm::{Mac, Nic};
 use socket2::{SockFilter, SockRef};
 use tokio::io::unix::AsyncFd;
@@ -20,7 +20,7 @@ use super::packet;
 const FRAME_BYTES_MAX: usize = 128;
 
 /// Addresses that a guest was seen to use, each with its card, newest first. At
-/// most [`CARD_ADDRESS_COUNT_MAX`] for each card; the one not seen for longest
+/// most [`NIC_ADDRESS_COUNT_MAX`] for each card; the one not seen for longest
 /// goes.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Addresses(Arc<Mutex<VecDeque<GuestAddress>>>);
@@ -49,7 +49,7 @@ impl Addresses {
         addresses.retain(|known| *known != seen);
         addresses.push_front(seen);
         let of_card = addresses.iter().filter(|known| known.mac == mac).count();
-        if of_card > CARD_ADDRESS_COUNT_MAX
+        if of_card > NIC_ADDRESS_COUNT_MAX
             && let Some(oldest) = addresses.iter().rposition(|known| known.mac == mac)
         {
             addresses.remove(oldest);
@@ -169,11 +169,11 @@ mod tests {
         }
         addresses.note(MAC, address(80));
         let seen = addresses.seen();
-        assert_eq!(seen.len(), CARD_ADDRESS_COUNT_MAX + 1);
+        assert_eq!(seen.len(), NIC_ADDRESS_COUNT_MAX + 1);
         assert_eq!(seen[0], GuestAddress { mac: MAC, address: address(80) });
         assert_eq!(seen[1], GuestAddress { mac: MAC, address: address(99) });
         assert_eq!(seen.last(), Some(&GuestAddress { mac: quiet, address: address(80) }));
-        assert_eq!(addresses.list().len(), CARD_ADDRESS_COUNT_MAX);
+        assert_eq!(addresses.list().len(), NIC_ADDRESS_COUNT_MAX);
     }
 
     /// Goal: another host cannot have this one announce what is not the guest's.

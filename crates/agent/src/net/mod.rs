@@ -23,7 +23,7 @@ use rtnetlink::packet_route::link::{BridgeStpState, InfoBridge};
 use rtnetlink::{Handle, LinkBridge, LinkUnspec};
 use uuid::Uuid;
 
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 
 /// Beginning of the name of every bridge that the agent makes.
 pub(crate) const BRIDGE_PREFIX: &str = "ls-";
@@ -52,7 +52,7 @@ impl Net {
     }
 
     /// The index of a link, if it exists.
-    pub(crate) async fn index(&self, name: &str) -> Outcome<Option<u32>> {
+    pub(crate) async fn index(&self, name: &str) -> Result<Option<u32>> {
         let mut links = self.netlink.link().get().match_name(name.to_owned()).execute();
         match links.try_next().await {
             Ok(link) => Ok(link.map(|link| link.header.index)),
@@ -70,7 +70,7 @@ impl Net {
         &self,
         switch: &SwitchName,
         uplink: Option<&str>,
-    ) -> Outcome<u32> {
+    ) -> Result<u32> {
         let name = Self::bridge_name(switch);
         let doing = format!("making the bridge {name}");
         if self.index(&name).await?.is_none() {
@@ -94,7 +94,7 @@ impl Net {
     }
 
     /// The index of a link that must exist.
-    pub(crate) async fn link(&self, name: &str) -> Outcome<u32> {
+    pub(crate) async fn link(&self, name: &str) -> Result<u32> {
         self.index(name).await?.ok_or_else(|| {
             Failure::bad_request(format!(
                 "the host has no network interface {name}: see `ip link` for those it has"
@@ -103,7 +103,7 @@ impl Net {
     }
 
     /// Makes a link a port of a bridge, and sets it up.
-    pub(crate) async fn plug(&self, link: &str, bridge: u32) -> Outcome<()> {
+    pub(crate) async fn plug(&self, link: &str, bridge: u32) -> Result<()> {
         let index = self.link(link).await?;
         let message = LinkUnspec::new_with_index(index).controller(bridge).up().build();
         self.netlink
@@ -115,7 +115,7 @@ impl Net {
     }
 
     /// Removes a switch's bridge. Its ports stay, unplugged.
-    pub(crate) async fn remove_bridge(&self, switch: &SwitchName) -> Outcome<()> {
+    pub(crate) async fn remove_bridge(&self, switch: &SwitchName) -> Result<()> {
         let name = Self::bridge_name(switch);
         if let Some(index) = self.index(&name).await? {
             let doing = format!("removing the bridge {name}");
@@ -127,7 +127,7 @@ impl Net {
     /// Makes a TAP for a NIC and plugs it into its switch.
     ///
     /// Returns the descriptor for QEMU; when it is closed, the TAP is gone.
-    pub(crate) async fn make_tap(&self, name: &str, switch: &SwitchName) -> Outcome<OwnedFd> {
+    pub(crate) async fn make_tap(&self, name: &str, switch: &SwitchName) -> Result<OwnedFd> {
         let bridge = self.index(&Self::bridge_name(switch)).await?.ok_or_else(|| {
             Failure::conflict(format!(
                 "the virtual switch {switch} has no bridge: make it with \

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{DEFINITION_FILE, Vm, files, write_definition};
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::net::{Net, deterministic_mac};
 use crate::store::VmRecord;
 
@@ -20,7 +20,7 @@ use crate::store::VmRecord;
 const MACHINE_ALIAS: &str = "q35";
 
 /// Makes a VM from a definition: checks all of it, then makes its files.
-pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> Outcome<Arc<Vm>> {
+pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> Result<Arc<Vm>> {
     definition.check().map_err(|error| Failure::bad_request(error.to_string()))?;
     complete(agent, &mut definition)?;
     let _placing = agent.placing.lock().await;
@@ -58,7 +58,7 @@ pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> 
 }
 
 /// Fills in everything that the definition leaves open.
-fn complete(agent: &Agent, definition: &mut VmDefinition) -> Outcome<()> {
+fn complete(agent: &Agent, definition: &mut VmDefinition) -> Result<()> {
     let uuid = *definition.uuid.get_or_insert_with(Uuid::new_v4);
     for (index, nic) in definition.nics.iter_mut().enumerate() {
         nic.mac.get_or_insert_with(|| deterministic_mac(uuid, index));
@@ -68,7 +68,7 @@ fn complete(agent: &Agent, definition: &mut VmDefinition) -> Outcome<()> {
     Ok(())
 }
 
-fn resolve_machine(agent: &Agent, wished: &str) -> Outcome<String> {
+fn resolve_machine(agent: &Agent, wished: &str) -> Result<String> {
     let facts = &agent.qemu.facts;
     let resolved = facts.resolve_machine(wished).ok_or_else(|| {
         Failure::bad_request(format!(
@@ -82,7 +82,7 @@ fn resolve_machine(agent: &Agent, wished: &str) -> Outcome<String> {
     Ok(resolved.to_owned())
 }
 
-async fn check_host(agent: &Agent, definition: &VmDefinition) -> Outcome<()> {
+async fn check_host(agent: &Agent, definition: &VmDefinition) -> Result<()> {
     for nic in &definition.nics {
         if agent.net.index(&Net::bridge_name(&nic.switch)).await?.is_none() {
             return Err(Failure::bad_request(format!(
@@ -152,7 +152,7 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Outcome<()> {
 
 /// Whether nothing in the configuration folder would be overwritten: it would be
 /// another VM's, or all that is left of one.
-fn check_configuration(definition: &VmDefinition) -> Outcome<()> {
+fn check_configuration(definition: &VmDefinition) -> Result<()> {
     let folder = files::place(&definition.places.configuration, "configuration")?;
     let boot = &definition.boot;
     // A kernel that lies there already stays as it is.
@@ -176,7 +176,7 @@ fn check_configuration(definition: &VmDefinition) -> Outcome<()> {
     Ok(())
 }
 
-async fn check_disk(agent: &Agent, disk: &Disk) -> Outcome<()> {
+async fn check_disk(agent: &Agent, disk: &Disk) -> Result<()> {
     let path = files::image(disk)?;
     if !path.exists() {
         return match (disk.kind, disk.size_mib) {
@@ -210,14 +210,14 @@ async fn check_disk(agent: &Agent, disk: &Disk) -> Outcome<()> {
 
 /// Whether an image is a file. A device would be given to QEMU's user for good,
 /// and could not move.
-fn check_is_file(path: &Path, disk: &Disk) -> Outcome<()> {
+fn check_is_file(path: &Path, disk: &Disk) -> Result<()> {
     use std::os::unix::fs::FileTypeExt;
     let shown = path.display();
     let found = std::fs::metadata(path).or_fail(&format!("looking at {shown}"))?.file_type();
     if found.is_file() {
         return Ok(());
     }
-    let mend = if found.is_block_device() {
+    let remedy = if found.is_block_device() {
         format!(
             "copy its content into one with `qemu-img convert -f raw -O {} {shown} NEW`",
             disk.format.as_str()
@@ -226,7 +226,7 @@ fn check_is_file(path: &Path, disk: &Disk) -> Outcome<()> {
         "give the path of an image".to_owned()
     };
     Err(Failure::bad_request(format!(
-        "{shown} of disk {} is not a file but {}, and a VM has its disks in image files: {mend}",
+        "{shown} of disk {} is not a file but {}, and a VM has its disks in image files: {remedy}",
         disk.id,
         if found.is_dir() { "a folder" } else { "a device of this host" }
     )))
@@ -256,7 +256,7 @@ async fn make_files(
     agent: &Agent,
     definition: &mut VmDefinition,
     made: &mut Vec<PathBuf>,
-) -> Outcome<()> {
+) -> Result<()> {
     check_configuration(definition)?;
     files::make_places(&definition.places, made)?;
     let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
@@ -299,7 +299,7 @@ pub(crate) async fn make_image(
     format: DiskFormat,
     size_bytes: u64,
     made: &mut Vec<PathBuf>,
-) -> Outcome<()> {
+) -> Result<()> {
     if let Some(folder) = path.parent() {
         files::make_place(folder, made)
             .or_fail(&format!("making the folder {}", folder.display()))?;
@@ -321,7 +321,7 @@ pub(crate) async fn make_image(
 
 /// Deletes a VM that is off, with the files that lie in its own places. Its name
 /// is free only when they are gone.
-pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Outcome<()> {
+pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
     vm.settle_alone().await;
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {

@@ -12,7 +12,7 @@ use limosa_protocol::id::VmName;
 use limosa_protocol::vm::{Disk, DiskKind, Firmware, Places, VmDefinition};
 
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::fault::{self, Edge, Kind};
 
 /// Name of the kernel in a configuration folder.
@@ -24,7 +24,7 @@ pub(crate) const INITRD_FILE: &str = "initrd";
 pub(crate) const UEFI_VARIABLES_FILE: &str = "uefi-variables.fd";
 
 /// Where the variables of a VM with UEFI lie.
-pub(crate) fn uefi_variables(definition: &VmDefinition) -> Outcome<Option<PathBuf>> {
+pub(crate) fn uefi_variables(definition: &VmDefinition) -> Result<Option<PathBuf>> {
     match definition.boot.firmware {
         Firmware::Bios => Ok(None),
         Firmware::Uefi => {
@@ -36,7 +36,7 @@ pub(crate) fn uefi_variables(definition: &VmDefinition) -> Outcome<Option<PathBu
 
 /// The small files that move with a VM beside its disks, each with its name in
 /// the configuration folder.
-pub(crate) fn small_files(definition: &VmDefinition) -> Outcome<Vec<(&'static str, PathBuf)>> {
+pub(crate) fn small_files(definition: &VmDefinition) -> Result<Vec<(&'static str, PathBuf)>> {
     let boot = &definition.boot;
     let all = [
         (KERNEL_FILE, boot.kernel.clone()),
@@ -86,14 +86,14 @@ pub(crate) fn usual_image(
 }
 
 /// A place of a definition that [`fill_places`] has completed.
-pub(crate) fn place<'a>(place: &'a Option<PathBuf>, what: &str) -> Outcome<&'a Path> {
+pub(crate) fn place<'a>(place: &'a Option<PathBuf>, what: &str) -> Result<&'a Path> {
     place
         .as_deref()
         .ok_or_else(|| Failure::internal(format!("the definition names no {what} folder")))
 }
 
 /// A disk's image; there in every definition that [`fill_places`] completed.
-pub(crate) fn image(disk: &Disk) -> Outcome<&Path> {
+pub(crate) fn image(disk: &Disk) -> Result<&Path> {
     disk.path
         .as_deref()
         .ok_or_else(|| Failure::internal(format!("the definition names no image of {}", disk.id)))
@@ -117,7 +117,7 @@ pub(crate) fn make_place(folder: &Path, made: &mut Vec<PathBuf>) -> io::Result<(
 }
 
 /// Makes all four places of a VM, noting in `made` what was not there before.
-pub(crate) fn make_places(places: &Places, made: &mut Vec<PathBuf>) -> Outcome<()> {
+pub(crate) fn make_places(places: &Places, made: &mut Vec<PathBuf>) -> Result<()> {
     for (what, folder) in places.each() {
         if let Some(folder) = folder {
             make_place(folder, made).or_fail(&format!("making {} for {what}", folder.display()))?;
@@ -133,7 +133,7 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
 
 /// Makes it durable that files and folders are there which were just made. A record
 /// that names them is written after that only.
-pub(crate) fn sync_parents(made: &[PathBuf]) -> Outcome<()> {
+pub(crate) fn sync_parents(made: &[PathBuf]) -> Result<()> {
     let folders: BTreeSet<&Path> = made.iter().filter_map(|path| path.parent()).collect();
     for folder in folders {
         sync_folder(folder).or_fail(&format!("syncing the folder {}", folder.display()))?;

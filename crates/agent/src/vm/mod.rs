@@ -35,8 +35,8 @@ use limosa_qemu::process::{self, ProcessId};
 use limosa_qemu::qmp::Qmp;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::agent::{Agent, wire_accelerator};
+use crate::failure::{Failure, OrFail, Result};
 use crate::migration::handover::HandOver;
 use crate::net::learn::Addresses;
 use crate::store::{MigrationRecord, VmRecord};
@@ -122,11 +122,11 @@ impl Vm {
     }
 
     /// Locks the VM for a change that an operator wants.
-    pub(crate) async fn lock_for_change(&self) -> Outcome<MutexGuard<'_, Inner>> {
+    pub(crate) async fn lock_for_change(&self) -> Result<MutexGuard<'_, Inner>> {
         let inner = self.inner.lock().await;
         match inner.hindrance() {
             None => Ok(inner),
-            Some((what, mend)) => Err(Failure::conflict(format!("{what}: {mend}"))),
+            Some((what, remedy)) => Err(Failure::conflict(format!("{what}: {remedy}"))),
         }
     }
 
@@ -175,7 +175,7 @@ impl Vm {
             power,
             epoch: inner.record.epoch,
             pid: inner.qemu.as_ref().map(|qemu| qemu.process.pid),
-            accelerator: inner.qemu.as_ref().map(|qemu| qemu.accelerator.to_string()),
+            accelerator: inner.qemu.as_ref().map(|qemu| wire_accelerator(qemu.accelerator)),
             migration: inner.migration.map(|(id, _)| id),
             addresses: self.addresses.list(),
             fault: inner.unusable.clone().or_else(|| inner.fault.clone()),
@@ -236,21 +236,21 @@ impl Inner {
     }
 
     /// Fails when QEMU lives and does not answer.
-    pub(crate) fn expect_answering(&self) -> Outcome<()> {
+    pub(crate) fn expect_answering(&self) -> Result<()> {
         match self.unanswering() {
             None => Ok(()),
-            Some((what, mend)) => Err(Failure::conflict(format!("{what}: {mend}"))),
+            Some((what, remedy)) => Err(Failure::conflict(format!("{what}: {remedy}"))),
         }
     }
 
     /// Whether the VM may be started anew from the disks of this host, or
     /// deleted with them.
-    pub(crate) fn expect_cold_start(&self) -> Outcome<()> {
+    pub(crate) fn expect_cold_start(&self) -> Result<()> {
         self.hand_over.as_ref().map_or(Ok(()), HandOver::expect_cold_start)
     }
 
     /// Only the owner may start a VM.
-    pub(crate) fn expect_owned(&self) -> Outcome<()> {
+    pub(crate) fn expect_owned(&self) -> Result<()> {
         match &self.record.given_up_to {
             None => Ok(()),
             Some(owner) => Err(Failure::conflict(format!(
@@ -272,7 +272,7 @@ impl Inner {
     }
 
     /// The running QEMU, or a failure that says that there is none.
-    pub(crate) fn running(&self) -> Outcome<&Qemu> {
+    pub(crate) fn running(&self) -> Result<&Qemu> {
         self.qemu.as_ref().ok_or_else(|| {
             let name = &self.definition.name;
             Failure::conflict(format!("VM {name} is off: start it with `limosa vm start {name}`"))
@@ -286,7 +286,7 @@ pub(crate) const DEFINITION_FILE: &str = "vm.toml";
 const FRESH_DEFINITION_FILE: &str = ".vm.toml.new";
 
 /// Writes a definition to its configuration folder, whole or not at all.
-pub(crate) fn write_definition(definition: &VmDefinition, folder: &Path) -> Outcome<()> {
+pub(crate) fn write_definition(definition: &VmDefinition, folder: &Path) -> Result<()> {
     let doing = format!("writing the definition of {}", definition.name);
     let text = toml::to_string_pretty(definition).or_fail(&doing)?;
     let path = folder.join(DEFINITION_FILE);
@@ -306,7 +306,7 @@ pub(crate) fn definition_files(folder: &Path) -> [PathBuf; 2] {
 }
 
 /// Reads a definition from its configuration folder.
-pub(crate) fn read_definition(folder: &Path) -> Outcome<VmDefinition> {
+pub(crate) fn read_definition(folder: &Path) -> Result<VmDefinition> {
     let path = folder.join(DEFINITION_FILE);
     let doing = format!("reading {}", path.display());
     let text = std::fs::read_to_string(&path).or_fail(&doing)?;
@@ -351,7 +351,7 @@ fn recorded_definition(
     name: &VmName,
     record: &VmRecord,
     migrations: &[(String, MigrationRecord)],
-) -> Outcome<VmDefinition> {
+) -> Result<VmDefinition> {
     let read = read_definition(&record.configuration).and_then(|definition| {
         if definition.name == *name {
             return Ok(definition);

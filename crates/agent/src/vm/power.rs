@@ -11,7 +11,7 @@ use limosa_qemu::qmp::Qmp;
 use super::announce::announce;
 use super::{Qemu, Vm, run};
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 
 /// Most seconds that a guest is waited for.
 const STOP_SECONDS_MAX: u32 = 3600;
@@ -34,14 +34,14 @@ pub(crate) async fn look(qmp: &Qmp) -> (api::Power, Option<&'static str>) {
 }
 
 /// Stops the vCPUs.
-pub(crate) async fn pause(vm: &Vm) -> Outcome<()> {
+pub(crate) async fn pause(vm: &Vm) -> Result<()> {
     let inner = vm.lock_for_change().await?;
     power::stop(&inner.running()?.qmp).await.or_fail(&format!("pausing VM {}", vm.name))
 }
 
 /// Lets the vCPUs run on. The guest is announced, because it may have been moved
 /// while it was paused.
-pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Outcome<()> {
+pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Result<()> {
     let inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
     let qemu = inner.running()?;
@@ -57,7 +57,7 @@ pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Outcome<()> {
 }
 
 /// Stops a VM: asks its guest, or turns it off.
-pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> Outcome<()> {
+pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> Result<()> {
     let mut inner = vm.lock_for_change().await?;
     let qemu = inner.running()?.clone();
     if request.force {
@@ -92,7 +92,7 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
 }
 
 /// A guest whose vCPUs are stopped never hears of its power button.
-async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Outcome<()> {
+async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Result<()> {
     let doing = format!("stopping VM {}", vm.name);
     let why = match power::query_status(&qemu.qmp).await.or_fail(&doing)? {
         RunState::Running | RunState::Shutdown => return Ok(()),

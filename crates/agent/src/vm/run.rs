@@ -14,7 +14,7 @@ use limosa_qemu::{power, qmp::Qmp};
 
 use super::{Inner, Qemu, Vm, cgroup, create, files};
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 use crate::fault::{self, Edge, Kind};
 use crate::net::{Net, learn, tap_name};
 use crate::store::{RunRecord, VmRecord};
@@ -33,14 +33,14 @@ pub(crate) async fn launch(
     agent: &Agent,
     definition: &VmDefinition,
     incoming: bool,
-) -> Outcome<Qemu> {
+) -> Result<Qemu> {
     fault::reach(Kind::Host, "launch", Edge::Before).await;
     let launched = spawn(agent, definition, incoming).await;
     fault::reach(Kind::Host, "launch", Edge::After).await;
     launched
 }
 
-async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outcome<Qemu> {
+async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Result<Qemu> {
     let runtime = agent.runtime_folder(&definition.name);
     make_runtime_folder(agent, &runtime)?;
     let (nics, taps) = plug_nics(agent, definition).await?;
@@ -91,7 +91,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Outc
 }
 
 /// Ends a QEMU and waits until it is gone. Its guest's memory is lost.
-pub(crate) async fn end(qemu: &Qemu) -> Outcome<()> {
+pub(crate) async fn end(qemu: &Qemu) -> Result<()> {
     // Asked to quit it closes its images well; it is killed if it will not.
     let asked = tokio::time::timeout(Duration::from_secs(3), power::quit(&qemu.qmp)).await;
     let gone = asked.is_ok_and(|asked| asked.is_ok())
@@ -104,7 +104,7 @@ pub(crate) async fn end(qemu: &Qemu) -> Outcome<()> {
     Ok(())
 }
 
-fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Outcome<()> {
+fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Result<()> {
     let doing = format!("making {}", runtime.display());
     // Sockets of a QEMU that is gone would be in the way.
     if runtime.exists() {
@@ -118,7 +118,7 @@ fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Outcome<()> 
 async fn plug_nics(
     agent: &Agent,
     definition: &VmDefinition,
-) -> Outcome<(Vec<NicSpec>, Vec<std::os::fd::OwnedFd>)> {
+) -> Result<(Vec<NicSpec>, Vec<std::os::fd::OwnedFd>)> {
     let uuid = definition.uuid.unwrap_or_default();
     let mut specs = Vec::new();
     let mut taps = Vec::new();
@@ -135,7 +135,7 @@ async fn plug_nics(
     Ok((specs, taps))
 }
 
-fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Outcome<BootSpec> {
+fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Result<BootSpec> {
     let boot = &definition.boot;
     let uefi = match files::uefi_variables(definition)? {
         Some(variables) => {
@@ -152,7 +152,7 @@ fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Outcome<BootSpec> {
     Ok(BootSpec { uefi, kernel })
 }
 
-fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>> {
+fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Result<Vec<DiskSpec>> {
     let spec = |disk: &limosa_protocol::vm::Disk| {
         let path = files::image(disk)?.to_owned();
         let is_disk = disk.kind == DiskKind::Disk;
@@ -181,7 +181,7 @@ fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Outcome<Vec<DiskSpec>
 }
 
 /// Starts a VM that is off.
-pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Outcome<()> {
+pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Result<()> {
     vm.settle_alone().await;
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
@@ -205,7 +205,7 @@ pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Outcome<()> {
 }
 
 /// Writes down which QEMU is the VM's.
-pub(crate) fn record(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) -> Outcome<()> {
+pub(crate) fn record(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) -> Result<()> {
     inner.record.run = Some(run_record(qemu));
     Ok(agent.store.put::<VmRecord>(vm.name.as_str(), &inner.record)?)
 }
@@ -220,7 +220,7 @@ pub(crate) fn run_record(qemu: &Qemu) -> RunRecord {
 }
 
 /// Notes that the VM's QEMU is gone.
-fn forget(agent: &Agent, vm: &Vm, inner: &mut Inner) -> Outcome<()> {
+fn forget(agent: &Agent, vm: &Vm, inner: &mut Inner) -> Result<()> {
     inner.qemu = None;
     if inner.record.run.take().is_some() {
         agent.store.put::<VmRecord>(vm.name.as_str(), &inner.record)?;
@@ -315,7 +315,7 @@ pub(crate) async fn connect_again(
     agent: &Agent,
     definition: &VmDefinition,
     run: &RunRecord,
-) -> Outcome<Qemu> {
+) -> Result<Qemu> {
     let socket = agent.runtime_folder(&definition.name).join(launch::QMP_SOCKET);
     let qmp = process::connect(&run.process, &socket, QEMU_ANSWER).await.or_fail(&format!(
         "the QEMU of VM {} (process {}) does not answer at {}",

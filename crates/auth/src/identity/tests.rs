@@ -47,7 +47,7 @@ fn a_crowd_gets_one_identity() {
     assert!(found.iter().all(|fingerprint| *fingerprint == found[0]), "{found:?}");
 }
 
-/// Goal: every damage is named with its file and its mend, and changes nothing.
+/// Goal: every damage is named with its file and its remedy, and changes nothing.
 #[test]
 fn damage_is_an_error_and_never_a_new_identity() {
     let folder = tempfile::tempdir().unwrap();
@@ -102,7 +102,7 @@ fn damage_is_an_error_and_never_a_new_identity() {
     assert_eq!(reload(&dir).unwrap().fingerprint(), fingerprint);
 }
 
-/// Goal: a crash at each step of the creation is mended by the next start.
+/// Goal: a crash at each step of the creation is repaired by the next start.
 #[test]
 fn an_interrupted_creation_is_completed() {
     let folder = tempfile::tempdir().unwrap();

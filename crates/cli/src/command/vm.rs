@@ -8,7 +8,7 @@ use limosa_protocol::api::{
 };
 use limosa_protocol::id::VmName;
 use limosa_protocol::migration::{self, Migration, MoveRequest, Role};
-use limosa_protocol::vm::VmDefinition;
+use limosa_protocol::vm::{Accelerator, VmDefinition};
 
 use super::migration::{CtrlC, watch};
 use super::{Session, ask};
@@ -114,7 +114,7 @@ fn row(view: &View) -> Vec<String> {
 fn about(view: &View) -> Result<()> {
     let mut lines = vec![format!("power: {}, epoch {}", power(view.power), view.epoch)];
     if let Some(pid) = view.pid {
-        let accelerator = view.accelerator.as_deref().unwrap_or("an unknown accelerator");
+        let accelerator = view.accelerator.map_or("an unknown accelerator", Accelerator::as_str);
         lines.push(format!("QEMU: process {pid}, with {accelerator}"));
     }
     if !view.addresses.is_empty() {

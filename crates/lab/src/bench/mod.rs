@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::migration::{Outcome, Phase};
+use limosa_protocol::vm::Accelerator;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -195,7 +196,7 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
         moves: picture.into_iter().collect(),
     };
     demo::write(&picture, &paths::lab_dir().join("report"), "bench")?;
-    Ok((accelerator.unwrap_or_else(|| "tcg".to_owned()), result))
+    Ok((accelerator.unwrap_or(Accelerator::Tcg).to_string(), result))
 }
 
 /// Moves a VM to the other host; one that does not converge in time is cancelled. Any

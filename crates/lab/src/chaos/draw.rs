@@ -324,7 +324,7 @@ fn when(step: &Step) -> When {
         | (Destination, Record, "declined")
         | (Destination, Qmp, "quit")
         | (Destination, Host, "remove") => When::GivenUp,
-        (_, _, "again") => When::TriedAgain,
+        (_, _, "retry") => When::TriedAgain,
         (Source, Record, "owner")
         | (Source, Qmp, "blockdev-set-active")
         | (_, Send | Answer, "ask") => When::InDoubt,
@@ -396,7 +396,7 @@ fn comes(step: &Step, begins: Begins, verifies_all: bool) -> bool {
     let takes_disks = step.side == Side::Destination && step.name == "blockdev-set-active";
     is_all
         && !is_given_way
-        && (begins == Begins::Running || step.name != "again")
+        && (begins == Begins::Running || step.name != "retry")
         && (!launches_here || begins == Begins::Off)
         && (!takes_disks || begins == Begins::Paused)
 }

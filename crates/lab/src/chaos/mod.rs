@@ -2,7 +2,7 @@
 //! something does not hold.
 //!
 //! ```text
-//! seed ─► draw ─► trial (move, strike, mend, settle) ─► judge ─► tally
+//! seed ─► draw ─► trial (move, strike, repair, settle) ─► judge ─► tally
 //!                   └────── stage: one lab, one VM ──────┘
 //! ```
 //!

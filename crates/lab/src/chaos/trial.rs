@@ -3,12 +3,12 @@
 //!
 //! ```text
 //! arm ─► move ─► reached? ─► strike, arm the next ─► let go ─┐
-//!         ▲                                                  │ later: mend the link, make
+//!         ▲                                                  │ later: repair the link, make
 //!         └──────────── look every few ms ◄──────────────────┘ place, start dead agents
-//! settled: both agents answer, nothing is left to mend, one host has the VM
+//! settled: both agents answer, nothing is left to repair, one host has the VM
 //! ```
 //!
-//! **Invariant.** Whatever a fault broke is mended at its time, whether or not
+//! **Invariant.** Whatever a fault broke is repaired at its time, whether or not
 //! anything waits for it: a run always comes to a world without faults.
 
 use std::path::PathBuf;
@@ -105,9 +105,9 @@ pub(super) fn run(stage: &mut Stage<'_>, draw: &Draw) -> Result<Seen> {
     };
     let ended = trial.go();
     // Nobody may hold at a point, nor a link be cut, after the run.
-    let mended = trial.mend_all();
+    let repaired = trial.repair_all();
     ended?;
-    mended?;
+    repaired?;
     Ok(trial.seen)
 }
 
@@ -461,8 +461,8 @@ impl Trial<'_, '_> {
         told.join("; ")
     }
 
-    /// Disarms, lets go, mends: also after a failure.
-    fn mend_all(&mut self) -> Result<()> {
+    /// Disarms, releases, repairs: also after a failure.
+    fn repair_all(&mut self) -> Result<()> {
         for index in 0..2 {
             let folder = self.stage.host(index).fault_dir();
             for entry in std::fs::read_dir(&folder)?.flatten() {

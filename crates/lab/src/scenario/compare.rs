@@ -1,5 +1,5 @@
 //! Stories of what stands against a move: told before anything is touched, all at
-//! once, each with its mend.
+//! once, each with its remedy.
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::migration::Outcome;
@@ -74,8 +74,8 @@ fn names_all(lab: &mut Lab) -> Result<()> {
         "cpu-features",
     ] {
         let problem = problems.iter().find(|problem| problem["code"] == code);
-        let mend = problem.and_then(|problem| problem["mend"].as_str());
-        ensure!(mend.is_some_and(|mend| !mend.is_empty()), "{code} is not told: {told}");
+        let remedy = problem.and_then(|problem| problem["remedy"].as_str());
+        ensure!(remedy.is_some_and(|remedy| !remedy.is_empty()), "{code} is not told: {told}");
     }
     // The VM is off on both hosts, as it was; nothing was made.
     b.run(&["test", "!", "-e", "/var/lib/limosa/full/vm.toml"])?;
@@ -100,8 +100,8 @@ fn says_why_not(lab: &mut Lab) -> Result<()> {
     ensure!(codes.contains(&"no-space"), "the lack of space is not told: {told}");
     for problem in problems {
         ensure!(
-            problem["mend"].as_str().is_some_and(|mend| !mend.is_empty()),
-            "no mend: {problem}"
+            problem["remedy"].as_str().is_some_and(|remedy| !remedy.is_empty()),
+            "no remedy: {problem}"
         );
     }
     let elsewhere = json!({"to": "b", "storage_path": "/etc/cron.d/vm"});

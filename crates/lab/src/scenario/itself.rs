@@ -27,7 +27,7 @@ const BEAT: Duration = Duration::from_millis(2);
 pub(super) const STORIES: &[Story] = &[
     Story {
         name: "lab-links",
-        proves: "links join the hosts, can be slowed, cut in two ways and mended",
+        proves: "links join the hosts, can be slowed, cut in two ways and repaired",
         plan: || Plan { links_mbit: vec![Some(1000), Some(100)], ..Plan::default() },
         run: links,
     },

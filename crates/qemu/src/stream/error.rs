@@ -1,4 +1,4 @@
-//! Why a stream cannot be followed. Each variant says what the operator mends.
+//! Why a stream cannot be followed. Each variant names its remedy.
 
 use std::io;
 

@@ -13,8 +13,8 @@ use serde_json::Value;
 
 use super::source::check_count;
 use super::{check_qemu, problem, storage};
-use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::agent::{Agent, wire_accelerator};
+use crate::failure::{Failure, OrFail, Result};
 use crate::vm::files;
 
 /// Longest wait to hear what becomes of the same VM, which somebody works on.
@@ -29,7 +29,7 @@ pub(crate) fn read_offer(
     agent: &Agent,
     from: &HostName,
     offer: Value,
-) -> Outcome<Result<Offer, Problem>> {
+) -> Result<Result<Offer, Problem>> {
     if let Some(problem) = check_version(from, &agent.name, &offer) {
         return Ok(Err(problem));
     }
@@ -96,7 +96,7 @@ pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> VmDefinition {
 }
 
 /// Everything at this host that stands against an offer. Touches nothing.
-pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Outcome<Vec<Problem>> {
+pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Problem>> {
     offer
         .definition
         .check()
@@ -196,11 +196,7 @@ fn same_vm(agent: &Agent, other: &VmDefinition, migration: Option<(MigrationId, 
     }
 }
 
-fn check_switches(
-    agent: &Agent,
-    placed: &VmDefinition,
-    problems: &mut Vec<Problem>,
-) -> Outcome<()> {
+fn check_switches(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) -> Result<()> {
     let mut switches: Vec<_> = placed.nics.iter().map(|nic| &nic.switch).collect();
     switches.sort();
     switches.dedup();
@@ -219,7 +215,7 @@ fn check_switches(
     Ok(())
 }
 
-fn check_memory(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> Outcome<()> {
+fn check_memory(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> Result<()> {
     let (_, memory_free) = crate::api::memory().or_fail("reading /proc/meminfo")?;
     // Guests that are on their way fill theirs only as they come.
     let receiving = agent.migrations.receiving_but(offer.migration);
@@ -265,7 +261,7 @@ fn check_machine(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
             "upgrade QEMU at the destination, or give the VM an older machine type while it is off",
         ));
     }
-    if offer.running && offer.accelerator != agent.qemu.accelerator.to_string() {
+    if offer.running && offer.accelerator != wire_accelerator(agent.qemu.accelerator) {
         problems.push(problem(
             ProblemCode::Accelerator,
             format!(
@@ -319,12 +315,12 @@ mod tests {
         let newer = json!({ "peer_version": PEER_VERSION + 1, "shape": { "unknown": [1, 2] } });
         let told = check_version(&source, &here, &newer).unwrap();
         assert_eq!(told.code, ProblemCode::PeerVersion);
-        assert_eq!(told.mend, "upgrade Limosa on b");
+        assert_eq!(told.remedy, "upgrade Limosa on b");
         let older = json!({ "peer_version": PEER_VERSION_MIN - 1 });
-        assert_eq!(check_version(&source, &here, &older).unwrap().mend, "upgrade Limosa on a");
+        assert_eq!(check_version(&source, &here, &older).unwrap().remedy, "upgrade Limosa on a");
         for unknown in [json!({}), json!([]), json!({ "peer_version": "2" })] {
             assert_eq!(
-                check_version(&source, &here, &unknown).unwrap().mend,
+                check_version(&source, &here, &unknown).unwrap().remedy,
                 "upgrade Limosa on b"
             );
         }

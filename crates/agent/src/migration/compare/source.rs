@@ -12,8 +12,8 @@ use limosa_qemu::image::{self, ImageFacts};
 use limosa_qemu::power::{self, RunState};
 
 use super::{check_qemu, problem};
-use crate::agent::Agent;
-use crate::failure::{Outcome, chain};
+use crate::agent::{Agent, wire_accelerator};
+use crate::failure::{Result, chain};
 use crate::migration::UNDER_WAY_COUNT_MAX;
 use crate::vm::power::stopped_by;
 use crate::vm::{Inner, create, files};
@@ -38,14 +38,14 @@ pub(super) async fn check(agent: &Agent, inner: &Inner, request: &MoveRequest) -
 
 /// Whether the VM is in a condition in which it can be moved.
 async fn check_condition(inner: &Inner) -> Option<Problem> {
-    if let Some((what, mend)) = inner.hindrance() {
-        return Some(problem(ProblemCode::Busy, what, mend));
+    if let Some((what, remedy)) = inner.hindrance() {
+        return Some(problem(ProblemCode::Busy, what, remedy));
     }
     if let Some(hand) = &inner.hand_over
         && hand.standing().lacks_word
     {
-        let (what, mend) = hand.missing_word();
-        return Some(problem(ProblemCode::Busy, what, mend));
+        let (what, remedy) = hand.missing_word();
+        return Some(problem(ProblemCode::Busy, what, remedy));
     }
     if let Err(failure) = inner.expect_owned() {
         return Some(problem(
@@ -55,7 +55,7 @@ async fn check_condition(inner: &Inner) -> Option<Problem> {
         ));
     }
     if let Some(fault) = &inner.fault {
-        return Some(problem(ProblemCode::Busy, fault.clone(), "mend that first"));
+        return Some(problem(ProblemCode::Busy, fault.clone(), "fix that first"));
     }
     let name = &inner.definition.name;
     match power::query_status(&inner.qemu.as_ref()?.qmp).await {
@@ -71,7 +71,7 @@ async fn check_condition(inner: &Inner) -> Option<Problem> {
 /// Whether a guest runs (`true`) or is paused (`false`); a problem when it is in
 /// a condition that does not move.
 pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
-    let (what, mend) = match status {
+    let (what, remedy) = match status {
         RunState::Running => return Ok(true),
         RunState::Paused | RunState::Prelaunch => return Ok(false),
         RunState::Postmigrate => (
@@ -81,7 +81,7 @@ pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
         ),
         RunState::IoError => (
             stopped_by(status).unwrap_or_default(),
-            format!("free or mend what its images lie on, then `limosa vm resume {vm}`"),
+            format!("free or repair the file system of its images, then `limosa vm resume {vm}`"),
         ),
         RunState::Suspended => ("sleeps", format!("`limosa vm resume {vm}` wakes it")),
         RunState::Inmigrate | RunState::FinishMigrate => {
@@ -95,7 +95,7 @@ pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
         | RunState::GuestPanicked
         | RunState::Unknown => (stopped_by(status).unwrap_or_default(), turn_off(vm)),
     };
-    Err(problem(ProblemCode::Busy, format!("VM {vm} {what}"), mend))
+    Err(problem(ProblemCode::Busy, format!("VM {vm} {what}"), remedy))
 }
 
 fn turn_off(vm: &VmName) -> String {
@@ -144,7 +144,7 @@ pub(super) async fn describe(
     inner: &Inner,
     request: &MoveRequest,
     migration: MigrationId,
-) -> Outcome<(Offer, Vec<Problem>)> {
+) -> Result<(Offer, Vec<Problem>)> {
     let definition = &inner.definition;
     let mut problems = Vec::new();
     let mut disks = Vec::new();
@@ -181,7 +181,7 @@ pub(super) async fn describe(
         request: request.clone(),
         running: inner.qemu.is_some(),
         qemu_version: (facts.version.major, facts.version.minor, facts.version.micro),
-        accelerator: accelerator.to_string(),
+        accelerator: wire_accelerator(accelerator),
         cpu_features: facts.cpu_features(&definition.cpu),
         cpu_lacking: facts.lacking_features(&definition.cpu).unwrap_or_default().to_vec(),
         disks,
@@ -217,7 +217,7 @@ async fn look_at_image(agent: &Agent, disk: &Disk, path: &Path) -> Result<ImageF
     })?;
     match left_by_a_mirror(&disk.id, &shown.to_string(), &facts) {
         None => Ok(facts),
-        Some((message, mend)) => Err(problem(ProblemCode::HostAttached, message, mend)),
+        Some((message, remedy)) => Err(problem(ProblemCode::HostAttached, message, remedy)),
     }
 }
 
@@ -230,7 +230,7 @@ fn left_by_a_mirror(disk: &DiskId, image: &str, facts: &ImageFacts) -> Option<(S
             "make the image whole with `qemu-img convert`".to_owned(),
         ));
     }
-    let (kept, what, mend) = match (&facts.snapshots[..], &facts.bitmaps[..]) {
+    let (kept, what, remedy) = match (&facts.snapshots[..], &facts.bitmaps[..]) {
         ([], []) => return None,
         ([], bitmaps) => (bitmaps, "dirty bitmaps", "qemu-img bitmap --remove"),
         (snapshots, _) => (snapshots, "snapshots", "qemu-img snapshot -d"),
@@ -242,7 +242,7 @@ fn left_by_a_mirror(disk: &DiskId, image: &str, facts: &ImageFacts) -> Option<(S
         ),
         format!(
             "with the VM off, save what is needed of them with `qemu-img convert`, then remove \
-             them with `{mend}` from {image}"
+             them with `{remedy}` from {image}"
         ),
     ))
 }
@@ -293,11 +293,14 @@ mod tests {
         let told = |facts| left_by_a_mirror(&"root".parse().unwrap(), "/i.qcow2", &facts);
         assert_eq!(told(whole.clone()), None);
         let snapshots = vec!["monday".to_owned(), "tuesday".to_owned()];
-        let (what, mend) = told(ImageFacts { snapshots, ..whole.clone() }).unwrap();
-        assert!(what.contains("monday, tuesday") && mend.contains("snapshot -d"), "{what} {mend}");
+        let (what, remedy) = told(ImageFacts { snapshots, ..whole.clone() }).unwrap();
+        assert!(
+            what.contains("monday, tuesday") && remedy.contains("snapshot -d"),
+            "{what} {remedy}"
+        );
         let bitmaps = vec!["backup".to_owned()];
-        let (what, mend) = told(ImageFacts { bitmaps, ..whole.clone() }).unwrap();
-        assert!(what.contains("backup") && mend.contains("bitmap --remove"), "{what} {mend}");
+        let (what, remedy) = told(ImageFacts { bitmaps, ..whole.clone() }).unwrap();
+        assert!(what.contains("backup") && remedy.contains("bitmap --remove"), "{what} {remedy}");
         let backing = Some("/base.qcow2".to_owned());
         assert!(told(ImageFacts { backing, ..whole }).unwrap().0.contains("/base.qcow2"));
     }
@@ -323,7 +326,7 @@ mod tests {
         ] {
             let told = movable(&vm(), bad).unwrap_err();
             assert_eq!(told.code, ProblemCode::Busy);
-            assert!(told.message.contains("web1") && !told.mend.is_empty(), "{told:?}");
+            assert!(told.message.contains("web1") && !told.remedy.is_empty(), "{told:?}");
         }
     }
 

@@ -23,7 +23,7 @@ use rustix::fs::Access;
 
 use super::problem;
 use crate::agent::{Agent, QemuUser};
-use crate::failure::Outcome;
+use crate::failure::Result;
 use crate::vm::files;
 
 /// Room that must stay free on a file system, in bytes.
@@ -44,7 +44,7 @@ pub(super) async fn check(
     placed: &VmDefinition,
     offer: &Offer,
     problems: &mut Vec<Problem>,
-) -> Outcome<()> {
+) -> Result<()> {
     check_form(placed, &offer.request, problems);
     check_roots(agent, &offer.request, problems);
     check_free(placed, problems)?;
@@ -68,7 +68,7 @@ pub(super) async fn check(
                     ProblemCode::BadPath,
                     format!("{} at {}: {why}", wanted.folder.display(), agent.name),
                     format!(
-                        "mend that on {}, or name another place with {}",
+                        "fix that on {}, or name another place with {}",
                         agent.name, wanted.option
                     ),
                 ));
@@ -150,7 +150,7 @@ fn check_form(placed: &VmDefinition, request: &MoveRequest, problems: &mut Vec<P
 }
 
 /// Whether nothing lies there yet.
-fn check_free(placed: &VmDefinition, problems: &mut Vec<Problem>) -> Outcome<()> {
+fn check_free(placed: &VmDefinition, problems: &mut Vec<Problem>) -> Result<()> {
     let folder = files::place(&placed.places.configuration, "configuration")?;
     // A folder that cannot be read is told with its ground.
     if is_whole(folder) && matches!(files::is_free(folder), Ok(false)) {
@@ -175,7 +175,7 @@ fn check_free(placed: &VmDefinition, problems: &mut Vec<Problem>) -> Outcome<()>
 }
 
 /// The folders of a VM and what each will hold.
-fn wanted(placed: &VmDefinition, offer: &Offer) -> Outcome<Vec<Wanted>> {
+fn wanted(placed: &VmDefinition, offer: &Offer) -> Result<Vec<Wanted>> {
     let folder = files::place(&placed.places.configuration, "configuration")?;
     let beside = offer.files.iter().fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
     let mut all =

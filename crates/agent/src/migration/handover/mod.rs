@@ -33,7 +33,7 @@ pub(crate) use source::{Handed, SourceHand};
 
 use super::job::Job;
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::store::{MigrationRecord, RunRecord, StoreError};
 use crate::vm::{Qemu, Vm};
 
@@ -154,7 +154,7 @@ impl HandOver {
     /// Lets the VM go on to its next migration: waits a moment for the word that
     /// the other host of this one owes. Without it that host may be made the owner
     /// by its operator, and nobody here would hear of it.
-    pub(crate) async fn move_on(&self) -> Outcome<()> {
+    pub(crate) async fn move_on(&self) -> Result<()> {
         let mut standing = match self {
             Self::Source(hand) => {
                 hand.move_on().await;
@@ -166,8 +166,8 @@ impl HandOver {
         if matches!(tokio::time::timeout(SETTLE_MAX, settled).await, Ok(Ok(_))) {
             return Ok(());
         }
-        let (what, mend) = self.missing_word();
-        Err(Failure::conflict(format!("{what}: {mend}")))
+        let (what, remedy) = self.missing_word();
+        Err(Failure::conflict(format!("{what}: {remedy}")))
     }
 
     /// That the VM cannot move on yet, and what to do about it.
@@ -212,15 +212,15 @@ impl HandOver {
     }
 
     /// The same, as a failure.
-    pub(crate) fn expect_ours(&self) -> Outcome<()> {
+    pub(crate) fn expect_ours(&self) -> Result<()> {
         match self.hindrance() {
             None => Ok(()),
-            Some((what, mend)) => Err(Failure::conflict(format!("{what}: {mend}"))),
+            Some((what, remedy)) => Err(Failure::conflict(format!("{what}: {remedy}"))),
         }
     }
 
     /// Why the VM may not be started anew from this host's disks, if it may not.
-    pub(crate) fn expect_cold_start(&self) -> Outcome<()> {
+    pub(crate) fn expect_cold_start(&self) -> Result<()> {
         let (peer, vm) = (self.peer(), self.job().view().vm);
         match self.standing().cold_start {
             ColdStart::Allowed => Ok(()),
@@ -311,7 +311,7 @@ async fn stop_guest(vm: &Vm) {
 }
 
 /// Ends a QEMU that was started and does not answer, known only by its record.
-async fn end_unanswering(qemu: Option<&Qemu>, run: Option<&RunRecord>) -> Outcome<()> {
+async fn end_unanswering(qemu: Option<&Qemu>, run: Option<&RunRecord>) -> Result<()> {
     match (qemu, run) {
         (None, Some(run)) => {
             process::kill(&run.process).await.or_fail("ending a QEMU that does not answer")

@@ -6,24 +6,24 @@ use std::sync::Arc;
 use limosa_protocol::api::{Recovery, RecoveryPeer};
 use limosa_protocol::handover::{Doubt, Guest};
 use limosa_protocol::id::VmName;
-use limosa_protocol::peer::{DestinationWord, SourceWord};
+use limosa_protocol::peer::{DestinationVote, SourceDecision};
 
 use super::{HandOver, Standing};
 use crate::agent::{Agent, now_unix_ms};
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 
 /// What is known of a VM's hand-over on both hosts, and what forcing it here
 /// would risk.
-pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Outcome<Recovery> {
+pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Result<Recovery> {
     let hand = unsettled(agent, vm).await?;
     let standing = hand.standing();
     let peer = match &hand {
         HandOver::Source(hand) => match hand.look_at_peer().await {
-            Ok(word) => answered(destination_text(&word), word == DestinationWord::Unheard),
+            Ok(word) => answered(destination_text(&word), word == DestinationVote::Unknown),
             Err(error) => unanswered(error.to_string()),
         },
         HandOver::Destination(hand) => match hand.look_at_peer().await {
-            Ok(word) => answered(source_text(&word), word == SourceWord::Unheard),
+            Ok(word) => answered(source_text(&word), word == SourceDecision::Unknown),
             Err(error) => unanswered(error.to_string()),
         },
     };
@@ -56,7 +56,7 @@ fn unanswered(text: String) -> RecoveryPeer {
 
 /// Gives the VM to this host. The operator has made sure that the other host
 /// does not run it; nothing here can.
-pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Outcome<Recovery> {
+pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Result<Recovery> {
     let before = recovery(agent, vm).await?;
     if before.peer.answers && !before.peer.has_lost_records {
         return Err(Failure::conflict(format!(
@@ -87,7 +87,7 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Ou
     })
 }
 
-async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Outcome<HandOver> {
+async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Result<HandOver> {
     let found = agent.vm(vm)?;
     let hand = found.lock().await.hand_over.clone();
     hand.ok_or_else(|| {
@@ -99,7 +99,7 @@ async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Outcome<HandOver> {
 
 /// Fails when the disks are not here any more: a source may have begun to free
 /// them when its agent ended.
-async fn expect_files(agent: &Arc<Agent>, vm: &VmName) -> Outcome<()> {
+async fn expect_files(agent: &Arc<Agent>, vm: &VmName) -> Result<()> {
     let found = agent.vm(vm)?;
     let of_vm = found.lock().await;
     for disk in &of_vm.definition.disks {
@@ -116,7 +116,7 @@ async fn expect_files(agent: &Arc<Agent>, vm: &VmName) -> Outcome<()> {
 }
 
 /// Fails when an operator's decision cannot be taken.
-pub(super) fn expect_forcible(standing: Standing) -> Outcome<()> {
+pub(super) fn expect_forcible(standing: Standing) -> Result<()> {
     if standing.may_force_owner {
         return Ok(());
     }
@@ -127,7 +127,7 @@ pub(super) fn expect_forcible(standing: Standing) -> Outcome<()> {
 }
 
 /// Fails when a decision may or may not be recorded.
-pub(super) fn expect_recorded(standing: Standing) -> Outcome<()> {
+pub(super) fn expect_recorded(standing: Standing) -> Result<()> {
     match standing.doubt {
         Some(Doubt::UnknownDurability) => Err(Failure::internal(
             "the decision may or may not be recorded, because the state store failed: look at its \
@@ -179,22 +179,22 @@ fn risk(hand: &HandOver, guest: Guest) -> String {
     )
 }
 
-fn destination_text(word: &DestinationWord) -> &'static str {
+fn destination_text(word: &DestinationVote) -> &'static str {
     match word {
-        DestinationWord::Unheard => "it has never heard of this migration: it has lost its records",
-        DestinationWord::Undecided => "it is receiving, or just about to decide",
-        DestinationWord::Ready { .. } => "it holds the whole VM and waits for the hand-over",
-        DestinationWord::Running { .. } => "it owns the VM",
-        DestinationWord::Declined { .. } => "it gave the VM up and never ran it",
+        DestinationVote::Unknown => "it has never heard of this migration: it has lost its records",
+        DestinationVote::Undecided => "it is receiving, or just about to decide",
+        DestinationVote::Ready { .. } => "it holds the whole VM and waits for the hand-over",
+        DestinationVote::Running { .. } => "it owns the VM",
+        DestinationVote::Declined { .. } => "it gave the VM up and never ran it",
     }
 }
 
-fn source_text(word: &SourceWord) -> &'static str {
+fn source_text(word: &SourceDecision) -> &'static str {
     match word {
-        SourceWord::Unheard => "it has never heard of this migration: it has lost its records",
-        SourceWord::Undecided => "it has not decided yet",
-        SourceWord::Commit { .. } => "it has handed the VM over",
-        SourceWord::Stays { .. } => "it has the VM",
-        SourceWord::Retired { .. } => "it is out of the VM for good",
+        SourceDecision::Unknown => "it has never heard of this migration: it has lost its records",
+        SourceDecision::Undecided => "it has not decided yet",
+        SourceDecision::Commit { .. } => "it has handed the VM over",
+        SourceDecision::Stays { .. } => "it has the VM",
+        SourceDecision::Retired { .. } => "it is out of the VM for good",
     }
 }

@@ -19,7 +19,7 @@ use limosa_qemu::process::{self, ProcessId};
 
 use super::{DestinationHand, Durable, HandOver, SourceHand, VmChange};
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, cgroup, run};
 
@@ -53,7 +53,7 @@ pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<Vec<Restored>>
     Ok(all)
 }
 
-async fn restore_one(agent: &Arc<Agent>, mut record: MigrationRecord) -> Outcome<Restored> {
+async fn restore_one(agent: &Arc<Agent>, mut record: MigrationRecord) -> Result<Restored> {
     // What was read may so far be only in the kernel's memory, when a sync
     // failed before the restart.
     let read = record.handover;
@@ -74,7 +74,7 @@ async fn restore_source(
     agent: &Arc<Agent>,
     record: MigrationRecord,
     receipt: Receipt,
-) -> Outcome<Restored> {
+) -> Result<Restored> {
     let vm = agent.vm(&record.view.vm)?;
     let (id, is_told) = (record.view.id, record.view.ended_unix_ms.is_some());
     let mut of_vm = vm.lock().await;
@@ -106,7 +106,7 @@ async fn restore_source(
 }
 
 /// Ends a QEMU that only read the disks of a VM that is off.
-async fn end_reader(record: &MigrationRecord, definition: &VmDefinition) -> Outcome<()> {
+async fn end_reader(record: &MigrationRecord, definition: &VmDefinition) -> Result<()> {
     let ended = match record.run.as_ref().filter(|run| process::is_alive(&run.process)) {
         Some(run) => {
             process::kill(&run.process).await.or_fail("ending a QEMU that only read disks")
@@ -121,7 +121,7 @@ async fn restore_destination(
     agent: &Arc<Agent>,
     mut record: MigrationRecord,
     receipt: Receipt,
-) -> Outcome<Restored> {
+) -> Result<Restored> {
     if record.handover.stage == Stage::Preparing {
         let why = "the destination's agent was restarted before everything had arrived";
         record.view.reason.get_or_insert_with(|| why.to_owned());

@@ -11,22 +11,22 @@
 use std::sync::Arc;
 
 use limosa_protocol::migration::Phase;
-use limosa_protocol::peer::{BegunAgain, DestinationWord};
+use limosa_protocol::peer::{DestinationVote, RetryStarted};
 
 use super::{Arrived, Incoming, Inner};
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::vm::run;
 
 impl Incoming {
     /// Begins an attempt, once; whoever asks again is told the same.
-    pub(crate) async fn begin_again(self: &Arc<Self>, attempt: u32) -> Outcome<BegunAgain> {
+    pub(crate) async fn begin_again(self: &Arc<Self>, attempt: u32) -> Result<RetryStarted> {
         let incoming = Arc::clone(self);
         // Whoever asks may be cut off: it is done to its end.
         let work = tokio::spawn(async move { incoming.begin_attempt(attempt).await });
         work.await.or_fail("beginning the switchover again")?
     }
 
-    async fn begin_attempt(self: &Arc<Self>, attempt: u32) -> Outcome<BegunAgain> {
+    async fn begin_attempt(self: &Arc<Self>, attempt: u32) -> Result<RetryStarted> {
         // Whoever waits for what will not come any more makes way.
         self.attempt.send_if_modified(|last| {
             let is_later = attempt > *last;
@@ -64,7 +64,7 @@ impl Incoming {
     /// Why it does not begin again.
     async fn why_not(&self) -> Failure {
         Failure::conflict(match self.hand.word().await {
-            DestinationWord::Declined { reason, .. } => reason,
+            DestinationVote::Declined { reason, .. } => reason,
             _ => "this migration takes nothing more".to_owned(),
         })
     }
@@ -76,7 +76,7 @@ impl Incoming {
     }
 
     /// Has the plane let go of QEMU and its disks; it is kept, for it may be needed again.
-    pub(super) async fn rest(&self, inner: &mut Inner) -> Outcome<()> {
+    pub(super) async fn rest(&self, inner: &mut Inner) -> Result<()> {
         let doing = "closing the data plane";
         self.connections.end();
         if let Some(plane) = self.hand.plane() {
@@ -92,7 +92,7 @@ impl Incoming {
         Ok(())
     }
 
-    async fn fill_another(&self, inner: &mut Inner) -> Outcome<BegunAgain> {
+    async fn fill_another(&self, inner: &mut Inner) -> Result<RetryStarted> {
         let doing = "beginning the switchover again";
         self.rest(inner).await?;
         if let Some(qemu) = inner.qemu.take() {
@@ -112,6 +112,6 @@ impl Incoming {
         }
         self.connections.begin_again();
         let changed = changed.into_iter().map(|at| (at.block, at.page)).collect();
-        Ok(BegunAgain { changed })
+        Ok(RetryStarted { changed })
     }
 }

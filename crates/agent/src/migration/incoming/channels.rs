@@ -23,7 +23,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::Incoming;
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 use crate::fault::{self, Edge, Kind};
 use crate::migration::outgoing::link_wait;
 use crate::peer_link::into_blocking;
@@ -114,12 +114,12 @@ impl Connections {
     }
 
     /// Whether a connection may be one of this migration.
-    fn check(&self, hello: &ChannelHello) -> Outcome<()> {
+    fn check(&self, hello: &ChannelHello) -> Result<()> {
         self.lock().check(hello)
     }
 
     /// Adds a connection that was checked; gives the set once it is whole.
-    fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Outcome<Option<Set>> {
+    fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Result<Option<Set>> {
         let mut inner = self.lock();
         // Others may have come since, or everything.
         inner.check(hello)?;
@@ -154,7 +154,7 @@ impl Connections {
 }
 
 impl Inner {
-    fn check(&self, hello: &ChannelHello) -> Outcome<()> {
+    fn check(&self, hello: &ChannelHello) -> Result<()> {
         let token =
             self.token.as_ref().ok_or_else(|| Failure::conflict("no channels are waited for"))?;
         // Both are hexadecimal digests of a secret: equality of hashes leaks nothing.
@@ -197,7 +197,7 @@ impl Incoming {
         self: &Arc<Self>,
         hello: &ChannelHello,
         mut stream: TlsStream<TcpStream>,
-    ) -> Outcome<()> {
+    ) -> Result<()> {
         self.hand.expect_preparing()?;
         self.connections.check(hello)?;
         let doing = "accepting a channel";

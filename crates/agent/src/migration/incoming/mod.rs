@@ -24,7 +24,7 @@ use hyper::body::Bytes;
 use limosa_plane::{PlaneError, PlaneEvent};
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
-use limosa_protocol::peer::{BegunAgain, FileReceived, Offer, OfferAnswer};
+use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer, RetryStarted};
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::process;
 use tokio::sync::{Mutex, mpsc, watch};
@@ -40,7 +40,7 @@ use super::compare;
 use super::handover::{self, DestinationHand, HandOver};
 use super::job::Job;
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, files};
 
@@ -75,7 +75,7 @@ struct Inner {
     /// Why the link is lost, while it is
     lost: Option<watch::Sender<Option<PlaneError>>>,
     /// What the source was told of the attempt that began last
-    begun: Option<(u32, BegunAgain)>,
+    begun: Option<(u32, RetryStarted)>,
     arrived: Arrived,
     /// Everything is here; with RAM that was read again, its digests.
     settled: Option<Settled>,
@@ -134,7 +134,7 @@ impl Incoming {
         agent: &Arc<Agent>,
         from: &HostName,
         offer: Offer,
-    ) -> Outcome<OfferAnswer> {
+    ) -> Result<OfferAnswer> {
         if offer.source != *from {
             return Err(Failure::forbidden(format!(
                 "host {from} offers a VM in the name of {}",
@@ -168,7 +168,7 @@ impl Incoming {
     }
 
     /// Takes the VM's name, records the offer and begins.
-    async fn take(agent: &Arc<Agent>, offer: Offer) -> Outcome<Arc<Self>> {
+    async fn take(agent: &Arc<Agent>, offer: Offer) -> Result<Arc<Self>> {
         let id = offer.migration;
         let definition = compare::place_offer(agent, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
@@ -252,7 +252,7 @@ impl Incoming {
         name: &str,
         offset: u64,
         part: Bytes,
-    ) -> Outcome<FileReceived> {
+    ) -> Result<FileReceived> {
         self.hand.expect_preparing()?;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);
         let known = files::small_files(&self.definition)?;

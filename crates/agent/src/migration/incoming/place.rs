@@ -11,13 +11,13 @@ use limosa_protocol::vm::VmDefinition;
 
 use super::Incoming;
 use crate::agent::Agent;
-use crate::failure::{OrFail, Outcome};
+use crate::failure::{OrFail, Result};
 use crate::vm::{Qemu, cgroup, create, definition_files, files, run, write_definition};
 
 impl Incoming {
     /// Makes folders, images and the definition. What could be made is recorded by
     /// now: a crash in between finds what to remove.
-    pub(super) async fn make_place(&self) -> Outcome<()> {
+    pub(super) async fn make_place(&self) -> Result<()> {
         let mut made = Vec::new();
         let placed = self.make(&mut made).await;
         self.inner.lock().await.made.clone_from(&made);
@@ -38,7 +38,7 @@ impl Incoming {
         noted
     }
 
-    async fn make(&self, made: &mut Vec<PathBuf>) -> Outcome<()> {
+    async fn make(&self, made: &mut Vec<PathBuf>) -> Result<()> {
         let places = self.definition.places.clone();
         let folders = move || {
             let mut made = Vec::new();
@@ -62,7 +62,7 @@ impl Incoming {
 }
 
 /// Writes the definition, and makes it durable that all is there.
-fn finish(definition: &VmDefinition, made: &[PathBuf]) -> Outcome<()> {
+fn finish(definition: &VmDefinition, made: &[PathBuf]) -> Result<()> {
     let configuration = files::place(&definition.places.configuration, "configuration")?;
     write_definition(definition, configuration)?;
     files::sync_parents(made)
@@ -70,7 +70,7 @@ fn finish(definition: &VmDefinition, made: &[PathBuf]) -> Outcome<()> {
 
 /// Everything that a place for a VM may add to this host and that is not there
 /// yet, parents first.
-pub(super) async fn what_could_be_made(definition: &VmDefinition) -> Outcome<Vec<PathBuf>> {
+pub(super) async fn what_could_be_made(definition: &VmDefinition) -> Result<Vec<PathBuf>> {
     let mut expected = Vec::new();
     for (_, place) in definition.places.each() {
         expected.extend(place.map(Path::to_owned));

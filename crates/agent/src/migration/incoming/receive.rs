@@ -22,7 +22,7 @@ use super::super::outgoing::plane_settings;
 use super::channels::Set;
 use super::{Incoming, Inner};
 use crate::agent::random_token;
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 use crate::vm::{files, run};
 
 /// Most plane events that wait to be looked at.
@@ -62,7 +62,7 @@ impl Incoming {
     }
 
     /// Starts QEMU and gets ready for channels; answers their token.
-    pub(crate) async fn receive(self: &Arc<Self>, request: &Receive) -> Outcome<peer::Receiving> {
+    pub(crate) async fn receive(self: &Arc<Self>, request: &Receive) -> Result<peer::Receiving> {
         if !(1..=peer::CHANNEL_COUNT_MAX).contains(&request.channel_count) {
             return Err(Failure::bad_request(format!(
                 "{} channels: 1 to {} are possible",
@@ -100,7 +100,7 @@ impl Incoming {
     }
 
     /// Starts a QEMU that waits for what comes.
-    pub(super) async fn start_qemu(&self, inner: &mut Inner) -> Outcome<Parts> {
+    pub(super) async fn start_qemu(&self, inner: &mut Inner) -> Result<Parts> {
         let agent = &self.agent;
         let launched = run::launch(agent, &self.definition, true).await;
         let noted = match launched {
@@ -160,7 +160,7 @@ impl Incoming {
     }
 
     /// All channels are there: bytes may come.
-    pub(super) async fn start_plane(self: &Arc<Self>, set: Set) -> Outcome<()> {
+    pub(super) async fn start_plane(self: &Arc<Self>, set: Set) -> Result<()> {
         let mut inner = self.inner.lock().await;
         let Some(parts) = inner.parts.take() else {
             // Two sets came at the same time, or all has arrived.
@@ -228,18 +228,13 @@ pub(super) async fn append(
     offset: u64,
     part: Bytes,
     size_bytes: u64,
-) -> Outcome<FileReceived> {
+) -> Result<FileReceived> {
     let path = path.to_owned();
     let write = move || append_blocking(&path, offset, &part, size_bytes);
     tokio::task::spawn_blocking(write).await.or_fail("receiving a file")?
 }
 
-fn append_blocking(
-    path: &Path,
-    offset: u64,
-    part: &[u8],
-    size_bytes: u64,
-) -> Outcome<FileReceived> {
+fn append_blocking(path: &Path, offset: u64, part: &[u8], size_bytes: u64) -> Result<FileReceived> {
     let doing = format!("receiving {}", path.display());
     if size_bytes > peer::FILE_BYTES_MAX {
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use limosa_plane::PlaneEvent;
 use limosa_protocol::migration::Phase;
-use limosa_protocol::peer::{DestinationWord, Digests, Part, ReadyRequest, VerifyRequest};
+use limosa_protocol::peer::{DestinationVote, Digests, Part, ReadyRequest, VerifyRequest};
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::{block, power, process};
 
 use super::receive::NBD_SOCKET;
 use super::{Incoming, Inner, Settled, verify};
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 use crate::vm::{Qemu, run};
 
 /// How often QEMU is asked whether it has loaded everything; an event would
@@ -21,7 +21,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 impl Incoming {
     /// Reads everything again that is here, or a part of it; only once all of it
     /// is.
-    pub(crate) async fn verify(&self, request: &VerifyRequest) -> Outcome<Digests> {
+    pub(crate) async fn verify(&self, request: &VerifyRequest) -> Result<Digests> {
         let mut inner = self.inner.lock().await;
         self.hand.expect_preparing()?;
         let read = tokio::select! {
@@ -40,7 +40,7 @@ impl Incoming {
         }
     }
 
-    async fn read_again(&self, inner: &mut Inner, part: Option<Part>) -> Outcome<Digests> {
+    async fn read_again(&self, inner: &mut Inner, part: Option<Part>) -> Result<Digests> {
         let settled = self.settle(inner).await?;
         let contents = verify::Contents {
             agent: &self.agent,
@@ -58,7 +58,7 @@ impl Incoming {
     }
 
     /// Answers once the whole VM is here, equal, and durably so.
-    pub(crate) async fn ready(&self, request: &ReadyRequest) -> DestinationWord {
+    pub(crate) async fn ready(&self, request: &ReadyRequest) -> DestinationVote {
         let mut inner = self.inner.lock().await;
         if self.hand.expect_preparing().is_err() {
             return self.hand.word().await;
@@ -75,7 +75,7 @@ impl Incoming {
         }
     }
 
-    async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Outcome<()> {
+    async fn become_ready(&self, inner: &mut Inner, request: &ReadyRequest) -> Result<()> {
         self.enter(Phase::Switchover);
         self.settle(inner).await?;
         self.vm.addresses.take(&request.addresses, &self.definition.nics);
@@ -84,7 +84,7 @@ impl Incoming {
 
     /// Waits until all has arrived, is loaded, and the disks are flushed and
     /// closed to the source. Once an attempt.
-    async fn settle(&self, inner: &mut Inner) -> Outcome<Settled> {
+    async fn settle(&self, inner: &mut Inner) -> Result<Settled> {
         if let Some(settled) = &inner.settled {
             return Ok(settled.clone());
         }
@@ -111,14 +111,14 @@ impl Incoming {
 /// Makes a guest that is to stay paused one like any other: it may move on as it is.
 ///
 /// - `runtime`: the VM's folder for sockets.
-pub(crate) async fn stands(qemu: &Qemu, runtime: &Path) -> Outcome<()> {
+pub(crate) async fn stands(qemu: &Qemu, runtime: &Path) -> Result<()> {
     block::activate_loaded(&qemu.qmp, &runtime.join(NBD_SOCKET))
         .await
         .or_fail("taking the paused guest's disks")
 }
 
 /// Lets the guest run, unless it does. An error means that it surely did not.
-pub(crate) async fn let_run(qemu: &Qemu) -> Outcome<()> {
+pub(crate) async fn let_run(qemu: &Qemu) -> Result<()> {
     let doing = "running the guest at the destination";
     if !process::is_alive(&qemu.process) {
         return Err(Failure::internal(format!("{doing}: its QEMU ended; see qemu.log")));
@@ -132,7 +132,7 @@ pub(crate) async fn let_run(qemu: &Qemu) -> Outcome<()> {
     }
 }
 
-async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
+async fn wait_received(inner: &mut Inner, with_ram: bool) -> Result<()> {
     let Inner { arrived, events, .. } = inner;
     let events = events
         .as_mut()
@@ -152,7 +152,7 @@ async fn wait_received(inner: &mut Inner, with_ram: bool) -> Outcome<()> {
     Ok(())
 }
 
-async fn wait_loaded(qemu: &Qemu) -> Outcome<()> {
+async fn wait_loaded(qemu: &Qemu) -> Result<()> {
     loop {
         let status = migrate::status(&qemu.qmp)
             .await

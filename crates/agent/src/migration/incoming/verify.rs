@@ -7,7 +7,7 @@ use limosa_qemu::{image, process};
 use tokio::io::AsyncReadExt;
 
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::vm::{Qemu, create, files};
 
 /// What both hosts tell of something: digests of its parts; none if theirs lacks
@@ -26,7 +26,7 @@ pub(crate) struct Contents<'a> {
 
 impl Contents<'_> {
     /// Digests of everything.
-    pub(crate) async fn all(&self) -> Outcome<Digests> {
+    pub(crate) async fn all(&self) -> Result<Digests> {
         let ram = match self.whole_ram() {
             Some(ram) => self.ram(ram).await?,
             None => Vec::new(),
@@ -35,7 +35,7 @@ impl Contents<'_> {
     }
 
     /// Digests of the parts of a part that the other host wants to know.
-    pub(crate) async fn part(&self, part: Part) -> Outcome<Digests> {
+    pub(crate) async fn part(&self, part: Part) -> Result<Digests> {
         let whole = match part.disk {
             None => self.whole_ram(),
             Some(disk) => self.whole_disks().nth(disk.into()),
@@ -55,7 +55,7 @@ impl Contents<'_> {
     }
 
     /// Digests of what the guest sees on its disks, which nobody writes to.
-    pub(crate) async fn disks(&self) -> Outcome<Vec<Vec<String>>> {
+    pub(crate) async fn disks(&self) -> Result<Vec<Vec<String>>> {
         let mut digests = Vec::new();
         for disk in self.whole_disks() {
             digests.push(self.disk(disk).await?);
@@ -125,7 +125,7 @@ impl Contents<'_> {
         })
     }
 
-    async fn ram(&self, part: Part) -> Outcome<Vec<String>> {
+    async fn ram(&self, part: Part) -> Result<Vec<String>> {
         let doing = "reading RAM again";
         let qemu = self.qemu.ok_or_else(|| Failure::internal("there is no RAM to be read"))?;
         let size_bytes = qemu.accelerator.ram_bytes(self.definition.memory_bytes());
@@ -135,7 +135,7 @@ impl Contents<'_> {
         Ok(digests.into_iter().map(ram_text).collect())
     }
 
-    async fn disk(&self, part: Part) -> Outcome<Vec<String>> {
+    async fn disk(&self, part: Part) -> Result<Vec<String>> {
         let number = usize::from(part.disk.unwrap_or_default());
         let disk = self.own_disks().nth(number);
         let disk = disk.ok_or_else(|| Failure::internal("there is no such disk"))?;

@@ -11,7 +11,7 @@ use limosa_qemu::power::{self, RunState};
 
 use super::mirror::MIRROR_PREFIX;
 use super::{Source, plane_failure};
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::vm::Qemu;
 
 /// Longest wait for QEMU to give a cancelled migration up, in looks of
@@ -55,7 +55,7 @@ async fn find_difference(source: &Source) -> Option<Failure> {
 }
 
 /// Ends migration and mirrors of a source QEMU.
-pub(crate) async fn undo_in_qemu(qemu: &Qemu) -> Outcome<()> {
+pub(crate) async fn undo_in_qemu(qemu: &Qemu) -> Result<()> {
     if qemu.qmp.is_closed() {
         return Ok(());
     }
@@ -64,7 +64,7 @@ pub(crate) async fn undo_in_qemu(qemu: &Qemu) -> Outcome<()> {
 }
 
 /// Lets a guest run that a migration stopped.
-pub(crate) async fn let_run_again(qemu: &Qemu) -> Outcome<()> {
+pub(crate) async fn let_run_again(qemu: &Qemu) -> Result<()> {
     let qmp = &qemu.qmp;
     if qmp.is_closed() {
         return Err(Failure::internal("QEMU of the VM ended"));
@@ -79,7 +79,7 @@ pub(crate) async fn let_run_again(qemu: &Qemu) -> Outcome<()> {
 }
 
 /// Cancels a migration that is under way, and waits until it is.
-pub(super) async fn end_migration(qemu: &Qemu) -> Outcome<()> {
+pub(super) async fn end_migration(qemu: &Qemu) -> Result<()> {
     let qmp = &qemu.qmp;
     for look in 0..LOOK_COUNT_MAX {
         let status = migrate::status(qmp).await.or_fail("asking QEMU")?.status;
@@ -97,7 +97,7 @@ pub(super) async fn end_migration(qemu: &Qemu) -> Outcome<()> {
 }
 
 /// Ends mirrors at once, whatever they were doing, and removes their targets.
-pub(super) async fn end_mirrors(qemu: &Qemu) -> Outcome<()> {
+pub(super) async fn end_mirrors(qemu: &Qemu) -> Result<()> {
     let qmp = &qemu.qmp;
     for _ in 0..LOOK_COUNT_MAX {
         let jobs = block::jobs(qmp).await.or_fail("asking QEMU for its mirrors")?;

@@ -15,13 +15,13 @@ use std::time::Duration;
 use limosa_plane::PagePlace;
 use limosa_protocol::handover::{SourceAction, SourceEvent as On};
 use limosa_protocol::migration::Phase;
-use limosa_protocol::peer::{AgainRequest, BegunAgain};
+use limosa_protocol::peer::{RetryRequest, RetryStarted};
 use limosa_qemu::migrate::{self, MigrationStatus};
 
 use super::memory::memory_failure;
 use super::switchover::Finished;
 use super::{Source, abort};
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 
 /// Longest wait for QEMU to end a stream that nobody wants any more.
 const QEMU_ENDS_MAX: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ impl Source {
     /// Gives a switchover up and lets the guest run on, its disks mirrored.
     ///
     /// - `continued`: QEMU was told to go on, so it ends its stream.
-    pub(super) async fn run_on(&mut self, continued: bool) -> Outcome<Finished> {
+    pub(super) async fn run_on(&mut self, continued: bool) -> Result<Finished> {
         if !self.plane()?.give_up_switchover() {
             return Ok(Finished::MayBeLoaded);
         }
@@ -53,7 +53,7 @@ impl Source {
 
     /// The destination has everything, or may, and did not say so while the guest could
     /// stand: it runs on, and the destination begins again.
-    pub(super) async fn run_on_again(&mut self) -> Outcome<()> {
+    pub(super) async fn run_on_again(&mut self) -> Result<()> {
         self.link_keeper = None;
         let orders = self.hand.feed(On::Again).await;
         let Some(SourceAction::RunOn { attempt }) = orders.first() else {
@@ -79,8 +79,8 @@ impl Source {
         self.catch_up().await
     }
 
-    async fn say_again(&self, attempt: u32) -> Outcome<BegunAgain> {
-        let (path, request) = (self.path("again"), AgainRequest { attempt });
+    async fn say_again(&self, attempt: u32) -> Result<RetryStarted> {
+        let (path, request) = (self.path("retry"), RetryRequest { attempt });
         let mut patience = self.patience_since_loss();
         loop {
             match self.link.post_within(&path, &request, FILL_MS_MAX).await {
@@ -91,7 +91,7 @@ impl Source {
     }
 
     /// Lets the guest run on after QEMU has ended its stream, its disks mirrored.
-    async fn let_run_on(&mut self) -> Outcome<()> {
+    async fn let_run_on(&mut self) -> Result<()> {
         if self.mirrors_end {
             self.mirror_again().await?;
         }
@@ -101,7 +101,7 @@ impl Source {
 }
 
 /// Waits until QEMU has ended a stream that is given up, with the guest stopped.
-async fn wait_ended(qmp: &limosa_qemu::qmp::Qmp) -> Outcome<()> {
+async fn wait_ended(qmp: &limosa_qemu::qmp::Qmp) -> Result<()> {
     let ended = async {
         loop {
             let status = migrate::status(qmp).await.or_fail("asking QEMU")?;

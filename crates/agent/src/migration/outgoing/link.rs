@@ -17,13 +17,13 @@ use std::time::Duration;
 
 use limosa_plane::{ChannelIo, PlaneError, PlaneEvent, SourcePlane};
 use limosa_protocol::id::MigrationId;
-use limosa_protocol::peer::{ChannelHello, ChannelRole, DestinationWord};
+use limosa_protocol::peer::{ChannelHello, ChannelRole, DestinationVote};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Source;
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome, chain};
+use crate::failure::{Failure, Result, chain};
 use crate::migration::job::Job;
 use crate::peer_link::{PeerError, PeerLink, into_blocking};
 
@@ -179,7 +179,7 @@ async fn have_again(
     connector: &Connector,
     plane: &SourcePlane,
     changes: &mut watch::Receiver<LinkState>,
-) -> Outcome<bool> {
+) -> Result<bool> {
     loop {
         expect_receiving(connector).await?;
         match connector.open().await {
@@ -205,14 +205,14 @@ async fn have_again(
 
 /// Fails when the destination does not receive any more; one that does not
 /// answer may.
-async fn expect_receiving(connector: &Connector) -> Outcome<()> {
+async fn expect_receiving(connector: &Connector) -> Result<()> {
     let path = format!("/peer/v1/migrations/{}", connector.migration);
     let host = connector.link.name();
     match connector.link.get_within(&path, WORD_MS_MAX).await {
-        Ok(DestinationWord::Declined { reason, .. }) => {
+        Ok(DestinationVote::Declined { reason, .. }) => {
             Err(Failure::peer(format!("{host} gave up: {reason}")))
         }
-        Ok(DestinationWord::Unheard) => {
+        Ok(DestinationVote::Unknown) => {
             Err(Failure::peer(format!("{host} does not know this migration any more")))
         }
         Ok(_) => Ok(()),
@@ -239,7 +239,7 @@ impl Patience<'_> {
 
     /// Waits a moment before the next try; fails when it has waited enough, or
     /// when another try would change nothing.
-    pub(super) async fn again(&mut self, error: PeerError) -> Outcome<()> {
+    pub(super) async fn again(&mut self, error: PeerError) -> Result<()> {
         let PeerError::Unreachable(why) = error else { return Err(error.into()) };
         self.lost.get_or_insert_with(Instant::now);
         if self.is_over() {

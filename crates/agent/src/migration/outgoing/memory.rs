@@ -17,7 +17,7 @@ use tokio::sync::broadcast;
 use super::mirror::{Rate, transfer};
 use super::switchover::{Finished, STOPPED_MAX, Stopped, Switched};
 use super::{Source, socket};
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 
 /// How often progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -35,7 +35,7 @@ impl Source {
     ///
     /// `None` when the destination has everything, or may, and the guest would stand too
     /// long until it says so.
-    pub(super) async fn pre_copy(&mut self) -> Outcome<Option<Switched>> {
+    pub(super) async fn pre_copy(&mut self) -> Result<Option<Switched>> {
         while self.stop_count < SWITCHOVER_COUNT_MAX {
             self.job.enter(Phase::PreCopy);
             let stopped = self.copy_rounds().await?;
@@ -59,7 +59,7 @@ impl Source {
     }
 
     /// Copies RAM in rounds until QEMU stops the guest.
-    async fn copy_rounds(&mut self) -> Outcome<Stopped> {
+    async fn copy_rounds(&mut self) -> Result<Stopped> {
         let mut events = self.qemu.qmp.events();
         let began = Instant::now();
         self.start_memory().await?;
@@ -112,7 +112,7 @@ impl Source {
         }
     }
 
-    async fn start_memory(&mut self) -> Outcome<()> {
+    async fn start_memory(&mut self) -> Result<()> {
         let doing = "starting the move of RAM";
         let socket = self.agent.runtime_folder(&self.vm.name).join("migrate.sock");
         let listener = socket::listen(&socket).or_fail(doing)?;
@@ -136,7 +136,7 @@ impl Source {
         &mut self,
         events: &mut broadcast::Receiver<QmpEvent>,
         stopped_us: &mut Option<u64>,
-    ) -> Outcome<bool> {
+    ) -> Result<bool> {
         let until = Instant::now() + LOOK_EVERY;
         loop {
             let left = until.saturating_duration_since(Instant::now());

@@ -13,7 +13,7 @@ use limosa_qemu::block::{self, Sync};
 use limosa_qemu::launch::disk_node;
 
 use super::{Source, abort, socket};
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 
 /// How often progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -75,7 +75,7 @@ pub(super) fn transfer(done_bytes: u64, total_bytes: u64, rate: &mut Rate) -> Tr
 impl Source {
     /// Waits until little is left of what the guest wrote, for it was stopped before for
     /// more; not for ever, as it may go on writing.
-    pub(super) async fn catch_up(&mut self) -> Outcome<()> {
+    pub(super) async fn catch_up(&mut self) -> Result<()> {
         let deadline = Instant::now() + CATCH_UP_MAX;
         while Instant::now() < deadline {
             self.check_exports()?;
@@ -90,7 +90,7 @@ impl Source {
     }
 
     /// Waits until a stopped guest's disks are equal on both sides.
-    pub(super) async fn wait_mirrored(&self) -> Outcome<()> {
+    pub(super) async fn wait_mirrored(&self) -> Result<()> {
         loop {
             let jobs = block::jobs(&self.qemu.qmp).await.or_fail("asking QEMU for its mirrors")?;
             if jobs.iter().all(|job| job.ready && job.offset >= job.len) {
@@ -100,7 +100,7 @@ impl Source {
         }
     }
 
-    pub(super) async fn mirror(&mut self) -> Outcome<()> {
+    pub(super) async fn mirror(&mut self) -> Result<()> {
         let disks: Vec<DiskId> = self.disk_ids();
         for (index, id) in disks.iter().enumerate() {
             self.start_mirror(u16::try_from(index).unwrap_or(u16::MAX), id).await?;
@@ -109,7 +109,7 @@ impl Source {
     }
 
     /// Waits until all disks are equal, and stay so.
-    pub(super) async fn wait_ready(&mut self) -> Outcome<()> {
+    pub(super) async fn wait_ready(&mut self) -> Result<()> {
         let disks = self.disk_ids();
         let mut rates: Vec<Rate> = disks.iter().map(|_| Rate::new()).collect();
         let mut wire = Rate::new();
@@ -144,7 +144,7 @@ impl Source {
     /// what its mirrors have under way: before it stops the guest, and when the guest
     /// resets a disk. With the link slow or lost that may take for ever, so it is taken
     /// from QEMU without room for it, as soon as the guest stood for its downtime limit.
-    pub(super) async fn answered<T>(&self, ask: impl Future<Output = T>) -> Outcome<T> {
+    pub(super) async fn answered<T>(&self, ask: impl Future<Output = T>) -> Result<T> {
         let plane = self.plane()?;
         let mut ask = std::pin::pin!(ask);
         match tokio::time::timeout(self.downtime_limit().max(ANSWER_MIN), &mut ask).await {
@@ -163,7 +163,7 @@ impl Source {
         disks.filter(|disk| disk.kind == DiskKind::Disk).map(|disk| disk.id.clone()).collect()
     }
 
-    async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Outcome<()> {
+    async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Result<()> {
         let doing = format!("mirroring disk {id}");
         let socket = self.mirror_socket(usize::from(index));
         let listener = socket::listen(&socket).or_fail(&doing)?;
@@ -176,7 +176,7 @@ impl Source {
     }
 
     /// Starts QEMU's job, into an export that is served.
-    async fn mirror_into(&self, id: &DiskId, socket: &Path, sync: Sync) -> Outcome<()> {
+    async fn mirror_into(&self, id: &DiskId, socket: &Path, sync: Sync) -> Result<()> {
         let (doing, name) = (format!("mirroring disk {id}"), mirror_name(id));
         let qmp = &self.qemu.qmp;
         block::add_nbd_node(qmp, &name, socket, id.as_str()).await.or_fail(&doing)?;
@@ -187,7 +187,7 @@ impl Source {
 
     /// Mirrors again what is not mirrored any more, before the guest runs on. A
     /// disk that was equal gets only what is written from now on.
-    pub(super) async fn mirror_again(&mut self) -> Outcome<()> {
+    pub(super) async fn mirror_again(&mut self) -> Result<()> {
         block::activate_all(&self.qemu.qmp).await.or_fail("taking the disks back")?;
         abort::end_mirrors(&self.qemu).await?;
         self.mirrors_end = false;
@@ -203,7 +203,7 @@ impl Source {
     }
 
     /// Fails when the data plane or an export failed.
-    pub(super) fn check_exports(&mut self) -> Outcome<()> {
+    pub(super) fn check_exports(&mut self) -> Result<()> {
         if let Some(events) = &mut self.events {
             while let Ok(event) = events.try_recv() {
                 if let PlaneEvent::Failed(error) | PlaneEvent::Different(error) = &event {

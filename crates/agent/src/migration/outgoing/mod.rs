@@ -41,7 +41,7 @@ use super::compare;
 use super::handover::{HandOver, SourceHand};
 use super::job::Job;
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::peer_link::PeerLink;
 use crate::store::MigrationRecord;
 use crate::vm::{Qemu, Vm, run};
@@ -87,7 +87,7 @@ pub(crate) async fn begin(
     agent: &Arc<Agent>,
     vm: &Arc<Vm>,
     request: MoveRequest,
-) -> Outcome<Migration> {
+) -> Result<Migration> {
     expect_movable(agent, vm, &request).await?;
     let id = MigrationId(Uuid::now_v7());
     let job = Arc::new(Job::new(
@@ -179,7 +179,7 @@ fn spawn(source: Source) {
 
 /// Fails when anything stands against the move; closes what an earlier one left
 /// open.
-async fn expect_movable(agent: &Arc<Agent>, vm: &Arc<Vm>, request: &MoveRequest) -> Outcome<()> {
+async fn expect_movable(agent: &Arc<Agent>, vm: &Arc<Vm>, request: &MoveRequest) -> Result<()> {
     let problems = compare::compare(agent, vm, request).await?;
     if !problems.is_empty() {
         return Err(Failure::problems(
@@ -196,7 +196,7 @@ async fn expect_movable(agent: &Arc<Agent>, vm: &Arc<Vm>, request: &MoveRequest)
 }
 
 /// Whether the guest's vCPUs run; a failure when the VM does not move as it is.
-async fn runs(inner: &crate::vm::Inner) -> Outcome<bool> {
+async fn runs(inner: &crate::vm::Inner) -> Result<bool> {
     let Some(qemu) = &inner.qemu else { return Ok(false) };
     let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
     compare::movable(&inner.definition.name, status)
@@ -221,7 +221,7 @@ impl Source {
 
     /// Goes through the phases until everything is at the destination; `None` when that
     /// has it, or may, but the guest stood for too long.
-    async fn drive(&mut self, is_again: bool) -> Outcome<Option<Switched>> {
+    async fn drive(&mut self, is_again: bool) -> Result<Option<Switched>> {
         let job = Arc::clone(&self.job);
         let link_ended = Self::link_ended(self.link_state.subscribe());
         let work = async {
@@ -258,12 +258,12 @@ impl Source {
         self.offer.request.verify == Verify::Full
     }
 
-    fn plane(&self) -> Outcome<&SourcePlane> {
+    fn plane(&self) -> Result<&SourcePlane> {
         self.plane.as_deref().ok_or_else(|| Failure::internal("the data plane is not up"))
     }
 
     /// The next event of the plane that is not a failure.
-    async fn plane_event(&mut self) -> Outcome<PlaneEvent> {
+    async fn plane_event(&mut self) -> Result<PlaneEvent> {
         let events =
             self.events.as_mut().ok_or_else(|| Failure::internal("the data plane is not up"))?;
         match events.recv().await {

@@ -16,14 +16,14 @@ use tokio::sync::mpsc;
 use super::link::{self, Connector, link_wait};
 use super::{EVENT_COUNT_MAX, Source};
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Outcome};
+use crate::failure::{Failure, OrFail, Result};
 use crate::peer_link::PeerLink;
 
 /// Longest wait until the destination's QEMU is up, in milliseconds.
 const RECEIVE_MS_MAX: u64 = 60_000;
 
 impl Source {
-    pub(super) async fn prepare(&mut self) -> Outcome<()> {
+    pub(super) async fn prepare(&mut self) -> Result<()> {
         self.offer().await?;
         for (name, path) in crate::vm::files::small_files(&self.offer.definition)? {
             self.send_file(name, &path).await?;
@@ -50,7 +50,7 @@ impl Source {
     }
 
     /// Offers the VM. A destination that took the offer takes it again.
-    async fn offer(&self) -> Outcome<()> {
+    async fn offer(&self) -> Result<()> {
         let mut patience = self.patience();
         let answer: OfferAnswer = loop {
             match self.link.post("/peer/v1/migrations", &self.offer).await {
@@ -68,7 +68,7 @@ impl Source {
     }
 
     /// Sends a file that moves beside the disks, part by part.
-    async fn send_file(&self, name: &str, path: &Path) -> Outcome<()> {
+    async fn send_file(&self, name: &str, path: &Path) -> Result<()> {
         let doing = format!("sending {}", path.display());
         let mut file = tokio::fs::File::open(path).await.or_fail(&doing)?;
         let size_bytes = file.metadata().await.or_fail(&doing)?.len();
@@ -104,7 +104,7 @@ impl Source {
     }
 
     /// Has the destination get ready for channels; gives their token.
-    async fn receive(&self, channel_count: u8) -> Outcome<String> {
+    async fn receive(&self, channel_count: u8) -> Result<String> {
         let (path, receive) = (self.path("receive"), Receive { channel_count });
         let mut patience = self.patience();
         loop {
@@ -120,7 +120,7 @@ impl Source {
         connector: Connector,
         channels: Vec<ChannelIo>,
         return_path: ChannelIo,
-    ) -> Outcome<()> {
+    ) -> Result<()> {
         let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
         self.events = Some(events);
         let wait = link_wait(&self.agent);

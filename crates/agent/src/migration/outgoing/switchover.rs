@@ -15,7 +15,7 @@ use futures_util::stream::FuturesUnordered;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::handover::{SourceAction, SourceEvent as On};
 use limosa_protocol::migration::{Downtime, Phase};
-use limosa_protocol::peer::{DestinationWord, Digests, Part, ReadyRequest, VerifyRequest};
+use limosa_protocol::peer::{DestinationVote, Digests, Part, ReadyRequest, VerifyRequest};
 use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::qmp::QmpEvent;
@@ -27,7 +27,7 @@ use super::link::link_wait;
 use super::memory::{memory_failure, qmp_failure};
 use super::mirror::mirror_name;
 use super::{Source, abort};
-use crate::failure::{Failure, OrFail, Outcome, chain};
+use crate::failure::{Failure, OrFail, Result, chain};
 use crate::migration::job::millis;
 use crate::peer_link::PeerError;
 
@@ -82,7 +82,7 @@ pub(super) struct Switched {
 
 impl Source {
     /// Ends the mirrors and sends the last pages and the device state.
-    pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Outcome<Finished> {
+    pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Result<Finished> {
         let Stopped { at, mut events } = stopped;
         let too_long = self.hold(at);
         // What a mirror has left needs the link; ending one that has nothing left does not.
@@ -139,7 +139,7 @@ impl Source {
     }
 
     /// For a VM that is off: there is nothing but its disks.
-    pub(super) async fn stop_without_memory(&mut self) -> Outcome<Switched> {
+    pub(super) async fn stop_without_memory(&mut self) -> Result<Switched> {
         let now = Instant::now();
         self.end_mirrors().await?;
         let disk_barrier = self.start_disk_barrier()?;
@@ -148,7 +148,7 @@ impl Source {
     }
 
     /// Ends all mirrors, each with both sides equal.
-    async fn end_mirrors(&mut self) -> Outcome<()> {
+    async fn end_mirrors(&mut self) -> Result<()> {
         self.mirrors_end = true;
         let qmp = &self.qemu.qmp;
         let ids = self.disk_ids();
@@ -167,13 +167,13 @@ impl Source {
         Ok(())
     }
 
-    fn start_disk_barrier(&self) -> Outcome<u32> {
+    fn start_disk_barrier(&self) -> Result<u32> {
         self.plane()?.start_disk_barrier().or_fail("flushing the destination's disks")
     }
 
     /// Waits until the destination has everything and its digests are ours; that
     /// an earlier disk barrier, given up since, was passed says nothing.
-    async fn wait_delivered(&mut self, with_ram: bool, disk_barrier: u32) -> Outcome<()> {
+    async fn wait_delivered(&mut self, with_ram: bool, disk_barrier: u32) -> Result<()> {
         let mut ram = !with_ram;
         let mut disks = false;
         while !(ram && disks) {
@@ -189,7 +189,7 @@ impl Source {
     /// With full verification: what really stands in RAM and images is read
     /// again on both hosts at the same time, and compared. `false` when the link was
     /// away for too long meanwhile.
-    pub(super) async fn verify_fully(&self) -> Outcome<bool> {
+    pub(super) async fn verify_fully(&self) -> Result<bool> {
         if !self.verifies_fully() {
             return Ok(true);
         }
@@ -261,7 +261,7 @@ impl Source {
             _ => Err(Failure::conflict("the move was given up")),
         };
         let asked = asked.and_then(|ready| match ready {
-            Some(DestinationWord::Ready { .. }) => self.job.pass_commit_point().map(|()| ready),
+            Some(DestinationVote::Ready { .. }) => self.job.pass_commit_point().map(|()| ready),
             _ => Ok(ready),
         });
         match asked {
@@ -273,7 +273,7 @@ impl Source {
     }
 
     /// The destination's answer to *ready?*: mostly that it is.
-    async fn take_word(mut self, switched: Switched, ready: DestinationWord) {
+    async fn take_word(mut self, switched: Switched, ready: DestinationVote) {
         let hand = Arc::clone(&self.hand);
         let device_state_done = Instant::now();
         self.link_keeper = None;
@@ -321,7 +321,7 @@ impl Source {
         &self,
         attempt: u32,
         switched: &Switched,
-    ) -> Outcome<Option<DestinationWord>> {
+    ) -> Result<Option<DestinationVote>> {
         let (began, limit) = (Instant::now(), self.downtime_limit());
         // Until when the guest stands, whatever comes of it, and when the link is lost.
         let (until, until_if_lost) = match switched.stopped {
@@ -351,12 +351,12 @@ impl Source {
             )));
         };
         match word {
-            DestinationWord::Undecided => Err(Failure::peer(format!(
+            DestinationVote::Undecided => Err(Failure::peer(format!(
                 "{0} holds everything and could not record it; the log of limosad on {0} says \
                  why (a state store that failed, mostly)",
                 self.link.name()
             ))),
-            DestinationWord::Unheard => Err(Failure::peer(format!(
+            DestinationVote::Unknown => Err(Failure::peer(format!(
                 "{} does not know this migration any more",
                 self.link.name()
             ))),
@@ -370,7 +370,7 @@ impl Source {
         attempt: u32,
         until: Instant,
         until_if_lost: Instant,
-    ) -> Outcome<Option<DestinationWord>> {
+    ) -> Result<Option<DestinationVote>> {
         let (path, paused) = (self.path("ready"), !self.was_running);
         let request = ReadyRequest { attempt, paused, addresses: self.vm.addresses.seen() };
         let limit_ms = millis(until.saturating_duration_since(Instant::now()));
@@ -410,7 +410,7 @@ impl Source {
 async fn wait_completed(
     qmp: &limosa_qemu::qmp::Qmp,
     events: &mut broadcast::Receiver<QmpEvent>,
-) -> Outcome<()> {
+) -> Result<()> {
     loop {
         let told = match events.recv().await {
             Ok(event) => migrate::migration_event(&event),

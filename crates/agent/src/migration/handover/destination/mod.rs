@@ -19,7 +19,7 @@ use limosa_protocol::handover::{
     Stage, persist,
 };
 use limosa_protocol::id::{HostName, MigrationId};
-use limosa_protocol::migration::Outcome as End;
+use limosa_protocol::migration::Outcome;
 use limosa_protocol::peer::Offer;
 use limosa_protocol::vm::VmDefinition;
 use tokio::sync::{Mutex, watch};
@@ -30,7 +30,7 @@ use super::{
     tell_unknown,
 };
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::migration::incoming::{self, Set, let_run, stands};
 use crate::migration::job::Job;
 use crate::peer_link::PeerLink;
@@ -97,7 +97,7 @@ impl DestinationHand {
         job: &Arc<Job>,
         mut record: MigrationRecord,
         definition: VmDefinition,
-    ) -> Outcome<Arc<Self>> {
+    ) -> Result<Arc<Self>> {
         let first = record.handover;
         let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
@@ -117,7 +117,7 @@ impl DestinationHand {
         guest: Guest,
         qemu: Option<Qemu>,
         definition: VmDefinition,
-    ) -> Outcome<(Arc<Self>, Vec<Do>)> {
+    ) -> Result<(Arc<Self>, Vec<Do>)> {
         let (machine, actions) = Destination::restore(receipt, guest)
             .map_err(|wrong| Failure::internal(wrong.to_string()))?;
         let job = Arc::new(Job::of_view(record.view.clone()));
@@ -186,7 +186,7 @@ impl DestinationHand {
     }
 
     /// Whether something may still be received.
-    pub(crate) fn expect_preparing(&self) -> Outcome<()> {
+    pub(crate) fn expect_preparing(&self) -> Result<()> {
         if self.standing().is_receiving {
             return Ok(());
         }
@@ -200,7 +200,7 @@ impl DestinationHand {
     }
 
     /// Changes the record while receiving, durably.
-    pub(crate) async fn note(&self, change: impl FnOnce(&mut MigrationRecord)) -> Outcome<()> {
+    pub(crate) async fn note(&self, change: impl FnOnce(&mut MigrationRecord)) -> Result<()> {
         let mut inner = self.inner.lock().await;
         self.expect_preparing()?;
         change(&mut inner.record);
@@ -208,7 +208,7 @@ impl DestinationHand {
     }
 
     /// Notes the QEMU that receives, durably.
-    pub(crate) async fn note_qemu(&self, qemu: &Qemu) -> Outcome<()> {
+    pub(crate) async fn note_qemu(&self, qemu: &Qemu) -> Result<()> {
         let mut inner = self.inner.lock().await;
         // Also when the migration was given up meanwhile: whoever made it ends it.
         self.expect_preparing()?;
@@ -332,11 +332,11 @@ impl DestinationHand {
                 } else {
                     self.vm_record(inner, record)
                 };
-                self.note_end(inner, End::Moved);
+                self.note_end(inner, Outcome::Moved);
                 VmChange::Put(of_vm)
             }
             Stage::Stayed => {
-                self.note_end(inner, End::Stayed);
+                self.note_end(inner, Outcome::Stayed);
                 VmChange::Keep
             }
             Stage::Superseded => {
@@ -345,7 +345,7 @@ impl DestinationHand {
                     self.source
                 );
                 inner.record.view.reason = Some(why);
-                self.note_end(inner, End::Stayed);
+                self.note_end(inner, Outcome::Stayed);
                 let mut of_vm = self.vm.lock().await;
                 of_vm.record.given_up_to = Some(self.source.clone());
                 VmChange::Put(of_vm.record.clone())
@@ -372,7 +372,7 @@ impl DestinationHand {
     }
 
     /// Puts the end into the record that is about to be written.
-    fn note_end(&self, inner: &mut Inner, end: End) {
+    fn note_end(&self, inner: &mut Inner, end: Outcome) {
         inner.record.run = None;
         let reason = inner.record.view.reason.clone();
         inner.record.view = self.job.ended_view(end, reason, None, Vec::new());

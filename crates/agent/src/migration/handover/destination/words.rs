@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use limosa_protocol::handover::{DestinationAction as Do, DestinationEvent as On};
 use limosa_protocol::id::Epoch;
-use limosa_protocol::peer::{DestinationWord, SourceWord};
+use limosa_protocol::peer::{DestinationVote, SourceDecision};
 
 use super::DestinationHand;
-use crate::failure::Outcome;
+use crate::failure::Result;
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
 use crate::migration::handover::{ASK_EVERY, PeerStand};
 use crate::peer_link::{PeerError, PeerLink};
@@ -20,45 +20,45 @@ const UNDECIDED_COUNT_MAX: u32 = 5;
 
 impl DestinationHand {
     /// What this half answers now.
-    pub(crate) async fn word(&self) -> DestinationWord {
+    pub(crate) async fn word(&self) -> DestinationVote {
         let words = self.feed(On::Asked).await;
         self.word_of(&words).await
     }
 
     /// The answer to a request that led to some words.
-    async fn word_of(&self, words: &[Do]) -> DestinationWord {
+    async fn word_of(&self, words: &[Do]) -> DestinationVote {
         match words.last() {
             Some(Do::SendReady { epoch, attempt }) => {
-                DestinationWord::Ready { epoch: *epoch, attempt: *attempt }
+                DestinationVote::Ready { epoch: *epoch, attempt: *attempt }
             }
-            Some(Do::SendRunning { epoch }) => DestinationWord::Running { epoch: *epoch },
+            Some(Do::SendRunning { epoch }) => DestinationVote::Running { epoch: *epoch },
             Some(Do::SendDeclined { epoch }) => {
                 let reason = self.inner.lock().await.record.view.reason.clone();
                 let reason = reason.unwrap_or_else(|| "it gave up".to_owned());
-                DestinationWord::Declined { epoch: *epoch, reason }
+                DestinationVote::Declined { epoch: *epoch, reason }
             }
-            _ => DestinationWord::Undecided,
+            _ => DestinationVote::Undecided,
         }
     }
 
     /// Takes the source's word, and answers it.
-    pub(crate) async fn hear(&self, word: On) -> DestinationWord {
+    pub(crate) async fn hear(&self, word: On) -> DestinationVote {
         let words = self.feed(word).await;
         let answer = self.word_of(&words).await;
         match answer {
-            DestinationWord::Undecided => self.word().await,
+            DestinationVote::Undecided => self.word().await,
             answer => answer,
         }
     }
 
     /// Takes the source's word that the VM stays there, and why.
-    pub(crate) async fn hear_stays(&self, epoch: Epoch, reason: &str) -> DestinationWord {
+    pub(crate) async fn hear_stays(&self, epoch: Epoch, reason: &str) -> DestinationVote {
         self.note_reason(&format!("the source gave up: {reason}")).await;
         self.hear(On::Stays { epoch }).await
     }
 
     /// All is here and equal, and is flushed.
-    pub(crate) async fn complete(&self, attempt: u32, paused: bool) -> DestinationWord {
+    pub(crate) async fn complete(&self, attempt: u32, paused: bool) -> DestinationVote {
         let mut inner = self.inner.lock().await;
         inner.record.paused = paused;
         // A restarted agent announces them, too.
@@ -73,7 +73,7 @@ impl DestinationHand {
     }
 
     /// Something failed here, or somebody cancelled here.
-    pub(crate) async fn give_up(&self, reason: &str) -> DestinationWord {
+    pub(crate) async fn give_up(&self, reason: &str) -> DestinationVote {
         let mut inner = self.inner.lock().await;
         if inner.machine.may_give_up() {
             inner.record.view.reason.get_or_insert_with(|| reason.to_owned());
@@ -89,7 +89,7 @@ impl DestinationHand {
     }
 
     /// Asks the source what it has to say.
-    pub(crate) async fn look_at_peer(&self) -> Result<SourceWord, PeerError> {
+    pub(crate) async fn look_at_peer(&self) -> Result<SourceDecision, PeerError> {
         let kept = self.lock_link().take();
         let link = match kept {
             Some(link) => link,
@@ -112,14 +112,14 @@ impl DestinationHand {
         let answer = self.look_at_peer().await;
         let stand = self.stand_of(&answer).await;
         let event = match answer {
-            Ok(SourceWord::Unheard) => On::Unheard,
-            Ok(SourceWord::Undecided) => On::Undecided,
-            Ok(SourceWord::Commit(commit)) => On::Commit { epoch: commit.epoch() },
-            Ok(SourceWord::Stays { epoch }) => {
+            Ok(SourceDecision::Unknown) => On::Unheard,
+            Ok(SourceDecision::Undecided) => On::Undecided,
+            Ok(SourceDecision::Commit(commit)) => On::Commit { epoch: commit.epoch() },
+            Ok(SourceDecision::Stays { epoch }) => {
                 self.note_reason("the source kept the VM").await;
                 On::Stays { epoch }
             }
-            Ok(SourceWord::Retired { epoch }) => On::Retired { epoch },
+            Ok(SourceDecision::Retired { epoch }) => On::Retired { epoch },
             // Told once, as a doubt.
             Err(_) => return self.note_stand(stand).await,
         };
@@ -129,18 +129,18 @@ impl DestinationHand {
     }
 
     /// Whether such an answer can settle anything.
-    async fn stand_of(&self, answer: &Result<SourceWord, PeerError>) -> PeerStand {
+    async fn stand_of(&self, answer: &Result<SourceDecision, PeerError>) -> PeerStand {
         let is_receiving = self.standing().is_receiving;
         let mut inner = self.inner.lock().await;
         // As long as something is received, nothing is to be decided: a long move
         // must not begin its switchover in doubt.
-        if is_receiving || !matches!(answer, Ok(SourceWord::Undecided)) {
+        if is_receiving || !matches!(answer, Ok(SourceDecision::Undecided)) {
             inner.undecided_count = 0;
         }
         match answer {
-            Ok(SourceWord::Unheard) => PeerStand::HasForgotten,
-            Ok(SourceWord::Undecided) if is_receiving => PeerStand::Settles,
-            Ok(SourceWord::Undecided) => {
+            Ok(SourceDecision::Unknown) => PeerStand::HasForgotten,
+            Ok(SourceDecision::Undecided) if is_receiving => PeerStand::Settles,
+            Ok(SourceDecision::Undecided) => {
                 inner.undecided_count = inner.undecided_count.saturating_add(1);
                 // It may be about to commit; for seconds it is not.
                 if inner.undecided_count >= UNDECIDED_COUNT_MAX {
@@ -196,7 +196,7 @@ impl DestinationHand {
     }
 
     /// An operator gives the VM to this host.
-    pub(crate) async fn force_owner(&self, by: String) -> Outcome<()> {
+    pub(crate) async fn force_owner(&self, by: String) -> Result<()> {
         let mut inner = self.inner.lock().await;
         expect_forcible(self.standing())?;
         inner.record.forced = Some(by.clone());

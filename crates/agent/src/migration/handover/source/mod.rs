@@ -14,7 +14,7 @@ use limosa_protocol::handover::{
     Ended, Guest, Receipt, Record, Source, SourceAction as Do, SourceEvent as On, Stage, persist,
 };
 use limosa_protocol::id::HostName;
-use limosa_protocol::migration::{Downtime, Outcome as End};
+use limosa_protocol::migration::{Downtime, Outcome};
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -23,7 +23,7 @@ use super::{
     tell_unknown,
 };
 use crate::agent::Agent;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Result};
 use crate::migration::job::Job;
 use crate::migration::outgoing::{free_source, left_behind, let_run_again, undo_in_qemu};
 use crate::peer_link::PeerLink;
@@ -93,7 +93,7 @@ impl SourceHand {
         job: &Arc<Job>,
         mut record: MigrationRecord,
         qemu: &Qemu,
-    ) -> Outcome<Arc<Self>> {
+    ) -> Result<Arc<Self>> {
         let first = record.handover;
         let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
@@ -112,7 +112,7 @@ impl SourceHand {
         receipt: Receipt,
         guest: Guest,
         qemu: Option<Qemu>,
-    ) -> Outcome<(Arc<Self>, Vec<Do>)> {
+    ) -> Result<(Arc<Self>, Vec<Do>)> {
         let (machine, actions) = Source::restore(receipt, guest)
             .map_err(|wrong| Failure::internal(wrong.to_string()))?;
         let job = Arc::new(Job::of_view(record.view.clone()));
@@ -258,12 +258,12 @@ impl SourceHand {
                 }
                 drop(of_vm);
                 if record.stage == Stage::Stayed {
-                    self.note_end(inner, End::Stayed);
+                    self.note_end(inner, Outcome::Stayed);
                 }
             }
             Stage::Done => {
                 vm = VmChange::Remove;
-                self.note_end(inner, End::Moved);
+                self.note_end(inner, Outcome::Moved);
             }
             Stage::Superseded => {
                 let mut of_vm = self.vm.lock().await;
@@ -276,7 +276,7 @@ impl SourceHand {
                 ));
                 // Whatever end was told before, it is not true any more.
                 inner.record.view.ended_unix_ms = None;
-                self.note_end(inner, End::Moved);
+                self.note_end(inner, Outcome::Moved);
             }
             Stage::Offered | Stage::Preparing | Stage::Ready | Stage::Declined => {}
         }
@@ -292,7 +292,7 @@ impl SourceHand {
 
     /// Puts the end into the record that is about to be written; it is told
     /// once that is durable.
-    fn note_end(&self, inner: &mut Inner, end: End) {
+    fn note_end(&self, inner: &mut Inner, end: Outcome) {
         inner.record.run = None;
         if inner.record.view.ended_unix_ms.is_none() {
             let Handed { downtime, proofs } = std::mem::take(&mut inner.handed);
@@ -311,7 +311,7 @@ impl SourceHand {
 
     async fn run_guest(&self, inner: &mut Inner) -> On {
         // After a restart: it runs, or its user paused it since.
-        let was_told = inner.record.view.outcome == Some(End::Stayed);
+        let was_told = inner.record.view.outcome == Some(Outcome::Stayed);
         let Some(qemu) = inner.qemu.clone().filter(|_| !was_told && !inner.record.paused) else {
             return On::GuestRuns;
         };

@@ -3,11 +3,11 @@
 use std::sync::{Arc, PoisonError};
 
 use limosa_protocol::handover::{SourceAction as Do, SourceEvent as On};
-use limosa_protocol::migration::Outcome as End;
-use limosa_protocol::peer::{Commit, DestinationWord, Retired, SourceWord, Stays};
+use limosa_protocol::migration::Outcome;
+use limosa_protocol::peer::{Commit, DestinationVote, Retired, SourceDecision, Stays};
 
 use super::SourceHand;
-use crate::failure::Outcome;
+use crate::failure::Result;
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
 use crate::migration::handover::{ASK_EVERY, PeerStand, tell_unknown};
 use crate::peer_link::{PeerError, PeerLink};
@@ -49,15 +49,15 @@ impl SourceHand {
     }
 
     /// Takes the destination's word.
-    pub(crate) async fn hear(&self, word: DestinationWord) -> Vec<Do> {
+    pub(crate) async fn hear(&self, word: DestinationVote) -> Vec<Do> {
         let (event, stand) = match word {
-            DestinationWord::Unheard => (Some(On::Unheard), PeerStand::HasForgotten),
-            DestinationWord::Undecided => (None, PeerStand::CannotTell),
-            DestinationWord::Ready { epoch, attempt } => {
+            DestinationVote::Unknown => (Some(On::Unheard), PeerStand::HasForgotten),
+            DestinationVote::Undecided => (None, PeerStand::CannotTell),
+            DestinationVote::Ready { epoch, attempt } => {
                 (Some(On::Ready { epoch, attempt }), PeerStand::Settles)
             }
-            DestinationWord::Running { epoch } => (Some(On::Running { epoch }), PeerStand::Settles),
-            DestinationWord::Declined { epoch, reason } => {
+            DestinationVote::Running { epoch } => (Some(On::Running { epoch }), PeerStand::Settles),
+            DestinationVote::Declined { epoch, reason } => {
                 self.note_their_reason(&reason).await;
                 (Some(On::Declined { epoch }), PeerStand::Settles)
             }
@@ -83,7 +83,7 @@ impl SourceHand {
     }
 
     /// Says one word, and gives the answer to it.
-    pub(crate) async fn ask_destination(&self, word: &Do) -> Result<DestinationWord, PeerError> {
+    pub(crate) async fn ask_destination(&self, word: &Do) -> Result<DestinationVote, PeerError> {
         let path = |what: &str| format!("/peer/v1/migrations/{}/{what}", self.job.id());
         let link = self.link()?;
         let answer = match word {
@@ -103,7 +103,7 @@ impl SourceHand {
             }
             // Asked by `outgoing`, which knows what goes with it; a state that
             // only repeats it has nothing to add.
-            _ => return Ok(DestinationWord::Undecided),
+            _ => return Ok(DestinationVote::Undecided),
         };
         if answer.is_err() {
             // Paired again it may have another certificate or address.
@@ -123,13 +123,13 @@ impl SourceHand {
     }
 
     /// What the destination is answered when it asks.
-    pub(crate) async fn answer(&self) -> SourceWord {
+    pub(crate) async fn answer(&self) -> SourceDecision {
         let words = self.feed(On::Asked).await;
-        words.first().map_or(SourceWord::Undecided, |word| match word {
-            Do::SendCommit(committed) => SourceWord::Commit(Commit::of(committed)),
-            Do::SendStays { epoch } => SourceWord::Stays { epoch: *epoch },
-            Do::SendRetired { epoch } => SourceWord::Retired { epoch: *epoch },
-            _ => SourceWord::Undecided,
+        words.first().map_or(SourceDecision::Undecided, |word| match word {
+            Do::SendCommit(committed) => SourceDecision::Commit(Commit::of(committed)),
+            Do::SendStays { epoch } => SourceDecision::Stays { epoch: *epoch },
+            Do::SendRetired { epoch } => SourceDecision::Retired { epoch: *epoch },
+            _ => SourceDecision::Undecided,
         })
     }
 
@@ -165,7 +165,7 @@ impl SourceHand {
             // The VM is here; that the destination has not confirmed it yet
             // concerns nobody but us.
             let reason = inner.reason.clone();
-            let view = self.job.ended_view(End::Stayed, reason, None, Vec::new());
+            let view = self.job.ended_view(Outcome::Stayed, reason, None, Vec::new());
             inner.record.view = view;
             let stored = self.agent.store.put(&self.job.id().to_string(), &inner.record);
             if let Err(error) = stored {
@@ -214,7 +214,7 @@ impl SourceHand {
     }
 
     /// An operator gives the VM to this host.
-    pub(crate) async fn force_owner(self: &Arc<Self>, by: String) -> Outcome<()> {
+    pub(crate) async fn force_owner(self: &Arc<Self>, by: String) -> Result<()> {
         let mut inner = self.inner.lock().await;
         expect_forcible(self.standing())?;
         inner.record.forced = Some(by.clone());
@@ -226,7 +226,7 @@ impl SourceHand {
     }
 
     /// Asks the destination how it stands.
-    pub(crate) async fn look_at_peer(&self) -> Result<DestinationWord, PeerError> {
+    pub(crate) async fn look_at_peer(&self) -> Result<DestinationVote, PeerError> {
         self.link()?.get(&format!("/peer/v1/migrations/{}", self.job.id())).await
     }
 }
