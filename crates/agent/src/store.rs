@@ -23,6 +23,7 @@ use limosa_protocol::handover::{self, Stage};
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, Role};
 use limosa_protocol::peer::GuestAddress;
+use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::process::ProcessId;
@@ -70,11 +71,10 @@ pub(crate) struct RunRecord {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MigrationRecord {
     pub(crate) handover: handover::Record,
-    /// The VM was off when it began to move: there is no guest memory.
-    pub(crate) off: bool,
     /// The guest was paused and stays so.
     pub(crate) paused: bool,
-    pub(crate) retain_source_disks: bool,
+    /// What moves and where it lies, as far as it is known here.
+    pub(crate) plan: MigrationPlan,
     /// What operators see of it.
     pub(crate) view: Migration,
     /// The VM: at the destination as it will be here, at the source as it was.
@@ -94,6 +94,11 @@ pub(crate) struct MigrationRecord {
 }
 
 impl MigrationRecord {
+    /// The VM was off when it began to move: there is no guest memory.
+    pub(crate) fn is_off(&self) -> bool {
+        !self.plan.moves_memory()
+    }
+
     /// Whether nothing is left to settle.
     pub(crate) fn is_ended(&self) -> bool {
         matches!(self.handover.stage, Stage::Done | Stage::Stayed | Stage::Superseded)

@@ -16,5 +16,6 @@ pub mod handover;
 pub mod id;
 pub mod migration;
 pub mod peer;
+pub mod plan;
 pub mod version;
 pub mod vm;

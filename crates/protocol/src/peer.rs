@@ -20,13 +20,16 @@
 //! **Invariant.** Only [`DestinationVote::Ready`] allows the source to commit,
 //! only [`Commit`] or [`SourceDecision::Commit`] the destination to run.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::handover::Committed;
-use crate::id::{Epoch, HostName, MigrationId};
-use crate::migration::{MoveRequest, Problem};
+use crate::id::{Epoch, HostName, MigrationId, SwitchName};
+use crate::migration::Problem;
+use crate::plan::MigrationPlan;
 use crate::vm::{Accelerator, Mac, NIC_COUNT_MAX, VmDefinition};
 
 /// Name of the ALPN protocol of data channels and return paths.
@@ -63,10 +66,12 @@ pub struct Offer {
     pub epoch: Epoch,
     /// The VM as it is at the source
     pub definition: VmDefinition,
-    /// What the operator asked for
-    pub request: MoveRequest,
-    /// Whether guest RAM moves too; otherwise the VM is off
-    pub running: bool,
+    /// What moves, from where to where; the destination completes it with its own locations
+    pub plan: MigrationPlan,
+    /// Folder at the destination for everything of the VM; default: its own VM folder
+    pub storage_path: Option<PathBuf>,
+    /// Virtual switches of the source and their names at the destination
+    pub switches: BTreeMap<SwitchName, SwitchName>,
     /// Version of the source's QEMU: major, minor, micro
     pub qemu_version: (u32, u32, u32),
     /// Accelerator of the VM's QEMU, or of the source when the VM is off
@@ -75,20 +80,8 @@ pub struct Offer {
     pub cpu_features: Vec<String>,
     /// CPU features of the model that the source lacks, so the guest does too
     pub cpu_lacking: Vec<String>,
-    /// Facts of each disk, in the definition's order; zeroes for an image that
-    /// cannot be read, which the source tells as a problem of its own
-    pub disks: Vec<DiskFacts>,
     /// Files that travel beside the disks: name and size
     pub files: Vec<(String, u64)>,
-}
-
-/// What the destination must know of a disk.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DiskFacts {
-    /// Size that the guest sees, in bytes
-    pub virtual_bytes: u64,
-    /// Bytes in use at the source
-    pub allocated_bytes: u64,
 }
 
 /// What the destination says of an offer.

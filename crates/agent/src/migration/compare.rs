@@ -22,7 +22,7 @@ use limosa_qemu::probe::Version;
 use limosa_qemu::quirk::VERSION_MIN;
 use uuid::Uuid;
 
-pub(crate) use destination::{check_offer, place_offer, read_offer};
+pub(crate) use destination::{Placed, check_offer, place_offer, read_offer};
 pub(crate) use source::movable;
 
 use crate::agent::Agent;

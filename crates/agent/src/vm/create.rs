@@ -334,7 +334,9 @@ pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
     inner.expect_cold_start()?;
     agent.store.remove::<VmRecord>(vm.name.as_str())?;
     let disks = inner.definition.places.disks.clone();
-    let mut all = files::everything(agent, &inner.definition, true);
+    let own = inner.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
+    let images = own.filter_map(|disk| disk.path.clone());
+    let mut all = files::everything(agent, &inner.definition, images);
     // An image that an operator brought from elsewhere is theirs.
     all.retain(|path| {
         let is_image = inner.definition.disks.iter().any(|disk| disk.path.as_ref() == Some(path));

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use limosa_protocol::id::VmName;
-use limosa_protocol::vm::{Disk, DiskKind, Firmware, Places, VmDefinition};
+use limosa_protocol::vm::{Disk, Firmware, Places, VmDefinition};
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
@@ -180,11 +180,11 @@ pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
 /// Everything of a VM on the disk, in an order in which [`remove_made`] can
 /// remove it: folders before what is in them.
 ///
-/// - `with_disks`: whether images count.
+/// - `images`: the disk images that are to go.
 pub(crate) fn everything(
     agent: &Agent,
     definition: &VmDefinition,
-    with_disks: bool,
+    images: impl IntoIterator<Item = PathBuf>,
 ) -> Vec<PathBuf> {
     let mut all = Vec::new();
     let configuration = definition.places.configuration.clone();
@@ -207,10 +207,7 @@ pub(crate) fn everything(
         all.push(folder.join("qemu.log"));
         all.push(folder.join(UEFI_VARIABLES_FILE));
     }
-    if with_disks {
-        let own = definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
-        all.extend(own.filter_map(|disk| disk.path.clone()).filter(|image| image.is_file()));
-    }
+    all.extend(images.into_iter().filter(|image| image.is_file()));
     all
 }
 

@@ -7,8 +7,9 @@ use limosa_protocol::api::Switch;
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{Problem, ProblemCode, Role};
 use limosa_protocol::peer::Offer;
+use limosa_protocol::plan::{DiskCarrier, Location, MigrationPlan};
 use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
-use limosa_protocol::vm::{DiskKind, Firmware, VmDefinition};
+use limosa_protocol::vm::{Firmware, VmDefinition};
 use serde_json::Value;
 
 use super::source::check_count;
@@ -67,13 +68,18 @@ fn check_version(from: &HostName, here: &HostName, offer: &Value) -> Option<Prob
 }
 
 /// The VM as it will be at the destination.
-pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> VmDefinition {
+pub(crate) struct Placed {
+    pub(crate) definition: VmDefinition,
+    /// The plan with the locations of this host
+    pub(crate) plan: MigrationPlan,
+}
+
+/// Gives an offered VM its places at this host.
+pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> Placed {
+    let mut plan = offer.plan.clone();
     let mut definition = offer.definition.clone();
-    let folder = offer
-        .request
-        .storage_path
-        .clone()
-        .unwrap_or_else(|| files::usual_folder(agent, &definition.name));
+    let folder =
+        offer.storage_path.clone().unwrap_or_else(|| files::usual_folder(agent, &definition.name));
     definition.places = files::places_in(&folder);
     for (path, name) in [
         (&mut definition.boot.kernel, files::KERNEL_FILE),
@@ -83,16 +89,20 @@ pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> VmDefinition {
             *path = folder.join(name);
         }
     }
-    for disk in &mut definition.disks {
+    for (disk, item) in definition.disks.iter_mut().zip(&mut plan.disks) {
         let usual = || files::usual_image(&folder.join("disks"), disk.id.as_str(), disk.format);
-        disk.path = Some(offer.request.disks.get(&disk.id).cloned().unwrap_or_else(usual));
+        let path = item.destination.take().map_or_else(usual, |requested| requested.path);
+        if item.carrier == DiskCarrier::Mirror {
+            item.destination = Some(Location::file(path.clone(), disk.format));
+        }
+        disk.path = Some(path);
     }
     for nic in &mut definition.nics {
-        if let Some(renamed) = offer.request.switches.get(&nic.switch) {
+        if let Some(renamed) = offer.switches.get(&nic.switch) {
             nic.switch = renamed.clone();
         }
     }
-    definition
+    Placed { definition, plan }
 }
 
 /// Everything at this host that stands against an offer. Touches nothing.
@@ -101,25 +111,24 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Prob
         .definition
         .check()
         .map_err(|error| Failure::bad_request(format!("the offered definition: {error}")))?;
-    let disk_count =
-        offer.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk).count();
-    if offer.disks.len() != disk_count {
-        return Err(Failure::bad_request("the offer does not describe each of its disks"));
-    }
-    let placed = place_offer(agent, offer);
+    offer
+        .plan
+        .check(&offer.definition)
+        .map_err(|error| Failure::bad_request(format!("the offered plan: {error}")))?;
+    let Placed { definition: placed, plan } = place_offer(agent, offer);
     let mut problems = Vec::new();
-    if disk_count != placed.disks.len() {
+    if let Some(disk) = plan.left_behind().next() {
         problems.push(problem(
             ProblemCode::HostAttached,
-            "a file of the source host is attached as a CD-ROM",
-            "take it out of the VM's definition",
+            format!("disk {} is attached to the source host and does not move", disk.id),
+            format!("take {} out of the VM's definition", disk.id),
         ));
     }
     problems.extend(check_count(agent));
     check_switches(agent, &placed, &mut problems)?;
     // What lies in its places is its own, then, and not in the way.
     if !check_names(agent, &placed, &mut problems).await {
-        storage::check(agent, &placed, offer, &mut problems).await?;
+        storage::check(agent, &placed, &plan, offer, &mut problems).await?;
     }
     check_memory(agent, offer, &mut problems)?;
     check_machine(agent, offer, &mut problems);
@@ -222,7 +231,7 @@ fn check_memory(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> Re
     let promised: u64 = receiving.iter().map(|incoming| incoming.memory_to_come_bytes()).sum();
     let memory_free = memory_free.saturating_sub(promised);
     let need = offer.definition.memory_bytes() + QEMU_OVERHEAD_BYTES;
-    if offer.running && need > memory_free {
+    if offer.plan.moves_memory() && need > memory_free {
         problems.push(problem(
             ProblemCode::NoMemory,
             format!(
@@ -261,7 +270,7 @@ fn check_machine(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
             "upgrade QEMU at the destination, or give the VM an older machine type while it is off",
         ));
     }
-    if offer.running && offer.accelerator != wire_accelerator(agent.qemu.accelerator) {
+    if offer.plan.moves_memory() && offer.accelerator != wire_accelerator(agent.qemu.accelerator) {
         problems.push(problem(
             ProblemCode::Accelerator,
             format!(

@@ -5,7 +5,10 @@ use std::path::Path;
 
 use limosa_protocol::id::{DiskId, MigrationId, VmName};
 use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
-use limosa_protocol::peer::{DiskFacts, FILE_BYTES_MAX, Offer};
+use limosa_protocol::peer::{FILE_BYTES_MAX, Offer};
+use limosa_protocol::plan::{
+    DiskCarrier, DiskItem, Location, MemoryCarrier, MemoryItem, MigrationPlan, Policy,
+};
 use limosa_protocol::version::PEER_VERSION;
 use limosa_protocol::vm::{Disk, DiskKind, VmDefinition};
 use limosa_qemu::image::{self, ImageFacts};
@@ -137,8 +140,7 @@ fn check_request(definition: &VmDefinition, request: &MoveRequest, problems: &mu
 }
 
 /// Says all that the destination must know of a VM, and which of its files
-/// cannot move. Such a file is offered as empty, so that the destination can
-/// look at everything else.
+/// cannot move.
 pub(super) async fn describe(
     agent: &Agent,
     inner: &Inner,
@@ -150,20 +152,9 @@ pub(super) async fn describe(
     let mut disks = Vec::new();
     for disk in &definition.disks {
         let path = files::image(disk)?;
-        if disk.kind == DiskKind::Cdrom {
-            problems.push(problem(
-                ProblemCode::HostAttached,
-                format!("the CD-ROM {} shows {}, a file of this host", disk.id, path.display()),
-                format!("take {} out of the VM's definition", disk.id),
-            ));
-            continue;
-        }
-        let facts = look_at_image(agent, disk, path).await;
-        let facts = facts.map_err(|problem| problems.push(problem)).ok();
-        disks.push(DiskFacts {
-            virtual_bytes: facts.as_ref().map_or(0, |facts| facts.virtual_size),
-            allocated_bytes: facts.as_ref().map_or(0, |facts| facts.actual_size),
-        });
+        let (item, unusable) = plan_disk(agent, disk, path, request).await;
+        problems.extend(unusable);
+        disks.push(item);
     }
     let mut small_files = Vec::new();
     for (name, path) in files::small_files(definition)? {
@@ -178,16 +169,71 @@ pub(super) async fn describe(
         source: agent.name.clone(),
         epoch: inner.record.epoch,
         definition: definition.clone(),
-        request: request.clone(),
-        running: inner.qemu.is_some(),
+        plan: MigrationPlan {
+            peer: Some(request.to.clone()),
+            memory: memory_item(inner),
+            disks,
+            policy: Policy::of(request),
+        },
+        storage_path: request.storage_path.clone(),
+        switches: request.switches.clone(),
         qemu_version: (facts.version.major, facts.version.minor, facts.version.micro),
         accelerator: wire_accelerator(accelerator),
         cpu_features: facts.cpu_features(&definition.cpu),
         cpu_lacking: facts.lacking_features(&definition.cpu).unwrap_or_default().to_vec(),
-        disks,
         files: small_files,
     };
     Ok((offer, problems))
+}
+
+fn memory_item(inner: &Inner) -> MemoryItem {
+    let carrier = match inner.qemu {
+        Some(_) => MemoryCarrier::PreCopy,
+        None => MemoryCarrier::None,
+    };
+    MemoryItem { bytes: inner.definition.memory_bytes(), carrier }
+}
+
+/// A disk as an item of the plan, and why it cannot move if it cannot. A file that cannot be
+/// read is planned as an empty one, so that the destination checks the rest.
+async fn plan_disk(
+    agent: &Agent,
+    disk: &Disk,
+    path: &Path,
+    request: &MoveRequest,
+) -> (DiskItem, Option<Problem>) {
+    let requested = request.disks.get(&disk.id);
+    let mut item = DiskItem {
+        id: disk.id.clone(),
+        source: Location::file(path.to_owned(), disk.format),
+        destination: requested.map(|path| Location::file(path.clone(), disk.format)),
+        carrier: DiskCarrier::Mirror,
+        virtual_bytes: 0,
+        allocated_bytes: 0,
+    };
+    if disk.kind == DiskKind::Cdrom {
+        item.carrier = DiskCarrier::None;
+        let found = problem(
+            ProblemCode::HostAttached,
+            format!("the CD-ROM {} shows {}, a file of this host", disk.id, path.display()),
+            format!("take {} out of the VM's definition", disk.id),
+        );
+        return (item, Some(found));
+    }
+    match look_at_image(agent, disk, path).await {
+        Ok(facts) => {
+            item.virtual_bytes = facts.virtual_size;
+            item.allocated_bytes = facts.actual_size;
+            (item, None)
+        }
+        Err(found) => {
+            if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+                item.source = Location::device(path.to_owned(), disk.format);
+                item.carrier = DiskCarrier::None;
+            }
+            (item, Some(found))
+        }
+    }
 }
 
 /// Facts of a disk's image, or why it cannot move.

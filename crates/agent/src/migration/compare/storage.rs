@@ -16,9 +16,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
 
-use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
+use limosa_protocol::migration::{Problem, ProblemCode};
 use limosa_protocol::peer::Offer;
-use limosa_protocol::vm::{DiskKind, VmDefinition};
+use limosa_protocol::plan::MigrationPlan;
+use limosa_protocol::vm::VmDefinition;
 use rustix::fs::Access;
 
 use super::problem;
@@ -42,15 +43,16 @@ struct Wanted {
 pub(super) async fn check(
     agent: &Agent,
     placed: &VmDefinition,
+    plan: &MigrationPlan,
     offer: &Offer,
     problems: &mut Vec<Problem>,
 ) -> Result<()> {
-    check_form(placed, &offer.request, problems);
-    check_roots(agent, &offer.request, problems);
+    check_form(placed, requested_paths(offer), problems);
+    check_roots(agent, offer, problems);
     check_free(placed, problems)?;
     let mut room = BTreeMap::<u64, Room>::new();
     let mut told = Vec::new();
-    let wanted = wanted(placed, offer)?;
+    let wanted = wanted(placed, plan, offer)?;
     for wanted in wanted.iter().filter(|wanted| is_whole(&wanted.folder)) {
         let found = match ground(&wanted.folder) {
             Ok(ground) => usable(agent, &ground).await.map(|room| (ground, room)),
@@ -96,6 +98,16 @@ fn promised(agent: &Agent, offer: &Offer) -> Vec<(u64, u64)> {
     on_device.collect()
 }
 
+/// Paths that the operator asked for.
+fn requested_paths(offer: &Offer) -> impl Iterator<Item = &PathBuf> {
+    offer.storage_path.iter().chain(requested_images(offer))
+}
+
+fn requested_images(offer: &Offer) -> impl Iterator<Item = &PathBuf> {
+    let images = offer.plan.disks.iter().filter_map(|disk| disk.destination.as_ref());
+    images.map(|image| &image.path)
+}
+
 /// Whether a path is such that one can look at it at all.
 fn is_whole(path: &Path) -> bool {
     let climbs = path.components().any(|part| part == Component::ParentDir);
@@ -104,10 +116,10 @@ fn is_whole(path: &Path) -> bool {
 
 /// Whether the paths that were asked for lie where other hosts may have files
 /// made: a paired host is not to write to any folder of this one.
-fn check_roots(agent: &Agent, request: &MoveRequest, problems: &mut Vec<Problem>) {
+fn check_roots(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
     let roots = || [&agent.config.folder].into_iter().chain(&agent.config.migration.storage_roots);
     let outside = |path: &&PathBuf| is_whole(path) && !roots().any(|root| path.starts_with(root));
-    for path in request.storage_path.iter().chain(request.disks.values()).filter(outside) {
+    for path in requested_paths(offer).filter(outside) {
         let list: Vec<String> = roots().map(|root| root.display().to_string()).collect();
         problems.push(problem(
             ProblemCode::BadPath,
@@ -127,8 +139,12 @@ fn check_roots(agent: &Agent, request: &MoveRequest, problems: &mut Vec<Problem>
 }
 
 /// Paths that were asked for and cannot be meant.
-fn check_form(placed: &VmDefinition, request: &MoveRequest, problems: &mut Vec<Problem>) {
-    for path in request.storage_path.iter().chain(request.disks.values()) {
+fn check_form<'a>(
+    placed: &VmDefinition,
+    requested: impl Iterator<Item = &'a PathBuf>,
+    problems: &mut Vec<Problem>,
+) {
+    for path in requested {
         if !is_whole(path) {
             problems.push(problem(
                 ProblemCode::BadPath,
@@ -175,19 +191,17 @@ fn check_free(placed: &VmDefinition, problems: &mut Vec<Problem>) -> Result<()> 
 }
 
 /// The folders of a VM and what each will hold.
-fn wanted(placed: &VmDefinition, offer: &Offer) -> Result<Vec<Wanted>> {
+fn wanted(placed: &VmDefinition, plan: &MigrationPlan, offer: &Offer) -> Result<Vec<Wanted>> {
     let folder = files::place(&placed.places.configuration, "configuration")?;
     let beside = offer.files.iter().fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
     let mut all =
         vec![Wanted { folder: folder.to_owned(), bytes: beside, option: "--storage-path" }];
-    let disks = placed.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
-    for (disk, facts) in disks.zip(&offer.disks) {
-        let image = files::image(disk)?;
-        let named = offer.request.disks.contains_key(&disk.id);
+    for (image, disk) in plan.images_to_make() {
+        let is_requested = requested_images(offer).any(|path| *path == image.path);
         all.push(Wanted {
-            folder: image.parent().unwrap_or(image).to_owned(),
-            bytes: facts.allocated_bytes.min(facts.virtual_bytes),
-            option: if named { "--disk" } else { "--storage-path" },
+            folder: image.path.parent().unwrap_or(&image.path).to_owned(),
+            bytes: disk.allocated_bytes.min(disk.virtual_bytes),
+            option: if is_requested { "--disk" } else { "--storage-path" },
         });
     }
     Ok(all)
@@ -350,17 +364,16 @@ mod tests {
              [[disks]]\nid = 'b'\npath = '/x/same'\n[places]\nconfiguration = '/x/web1'",
         )
         .unwrap();
-        let request = |path: &str| -> MoveRequest {
-            serde_json::from_value(serde_json::json!({ "to": "b", "disks": { "b": path } }))
-                .unwrap()
+        let check = |placed: &VmDefinition, path: &str| {
+            let mut problems = Vec::new();
+            check_form(placed, [&PathBuf::from(path)].into_iter(), &mut problems);
+            problems
         };
-        let mut problems = Vec::new();
-        check_form(&placed, &request("/x/same"), &mut problems);
+        let problems = check(&placed, "/x/same");
         assert_eq!(problems.len(), 1, "{problems:?}");
         placed.disks[1].path = Some("/x/other".into());
         for (path, count) in [("relative", 1), ("/x/../y", 1), ("/", 1), ("/x/other", 0)] {
-            let mut problems = Vec::new();
-            check_form(&placed, &request(path), &mut problems);
+            let problems = check(&placed, path);
             assert_eq!(problems.len(), count, "{path}: {problems:?}");
         }
     }

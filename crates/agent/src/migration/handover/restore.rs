@@ -78,7 +78,7 @@ async fn restore_source(
     let vm = agent.vm(&record.view.vm)?;
     let (id, is_told) = (record.view.id, record.view.ended_unix_ms.is_some());
     let mut of_vm = vm.lock().await;
-    let (guest, qemu) = if record.off {
+    let (guest, qemu) = if record.is_off() {
         end_reader(&record, &of_vm.definition).await?;
         (Guest::Off, None)
     } else {
@@ -165,7 +165,7 @@ async fn look_at_destination(
     vm: &Vm,
     record: &MigrationRecord,
 ) -> (Guest, Option<Qemu>) {
-    if record.off {
+    if record.is_off() {
         let definition = vm.lock().await.definition.clone();
         if let Err(failure) = end_reader(record, &definition).await {
             tracing::error!(vm = %vm.name, %failure, "it holds the images open");

@@ -25,18 +25,19 @@ use limosa_plane::{PlaneError, PlaneEvent};
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
 use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer, RetryStarted};
+use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::process;
 use tokio::sync::{Mutex, mpsc, watch};
 
 pub(crate) use channels::{Set, accept_channel};
-pub(crate) use place::free;
+pub(crate) use place::{free, removable};
 pub(crate) use receive::end_plane;
 pub(crate) use take_over::{let_run, stands};
 
 use channels::Connections;
 
-use super::compare;
+use super::compare::{self, Placed};
 use super::handover::{self, DestinationHand, HandOver};
 use super::job::Job;
 use crate::agent::Agent;
@@ -53,6 +54,8 @@ pub(crate) struct Incoming {
     job: Arc<Job>,
     offer: Offer,
     definition: VmDefinition,
+    /// The plan of the offer with the locations of this host
+    plan: MigrationPlan,
     vm: Arc<Vm>,
     hand: Arc<DestinationHand>,
     connections: Connections,
@@ -103,7 +106,7 @@ impl Incoming {
 
     /// Bytes of guest memory that are still to come.
     pub(crate) fn memory_to_come_bytes(&self) -> u64 {
-        if !self.offer.running {
+        if !self.plan.moves_memory() {
             return 0;
         }
         let total = self.definition.memory_bytes();
@@ -120,11 +123,11 @@ impl Incoming {
 
     /// Where images lie, and bytes of each that are still to come.
     pub(crate) fn images_to_come_bytes(&self) -> Vec<(PathBuf, u64)> {
-        let disks = self.definition.disks.iter().zip(&self.offer.disks);
-        let to_come = disks.filter_map(|(disk, facts)| {
-            let image = disk.path.clone()?;
-            let here = std::fs::metadata(&image).map_or(0, |found| found.blocks() * BLOCK_BYTES);
-            Some((image, facts.allocated_bytes.min(facts.virtual_bytes).saturating_sub(here)))
+        let to_come = self.plan.images_to_make().map(|(image, disk)| {
+            let found = std::fs::metadata(&image.path);
+            let here = found.map_or(0, |found| found.blocks() * BLOCK_BYTES);
+            let bytes = disk.allocated_bytes.min(disk.virtual_bytes).saturating_sub(here);
+            (image.path.clone(), bytes)
         });
         to_come.collect()
     }
@@ -170,7 +173,7 @@ impl Incoming {
     /// Takes the VM's name, records the offer and begins.
     async fn take(agent: &Arc<Agent>, offer: Offer) -> Result<Arc<Self>> {
         let id = offer.migration;
-        let definition = compare::place_offer(agent, &offer);
+        let Placed { definition, plan } = compare::place_offer(agent, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
         let of_vm = VmRecord {
             configuration: configuration.to_owned(),
@@ -188,9 +191,8 @@ impl Incoming {
         ));
         let record = MigrationRecord {
             handover: handover::first_destination_record(&offer),
-            off: !offer.running,
             paused: false,
-            retain_source_disks: false,
+            plan: plan.clone(),
             view: job.view(),
             definition: Some(definition.clone()),
             made: place::what_could_be_made(&definition).await?,
@@ -217,6 +219,7 @@ impl Incoming {
             job,
             offer,
             definition,
+            plan,
             vm,
             hand: Arc::clone(&hand),
             connections: Connections::default(),

@@ -7,6 +7,8 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use limosa_protocol::migration::{Outcome as End, Role};
+use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 
 use super::Incoming;
@@ -29,7 +31,7 @@ impl Incoming {
             failed => failed,
         };
         if noted.is_err() && !self.hand.still_prepares().await {
-            let left = remove(&self.definition, made).await;
+            let left = remove(&self.definition, removable(&self.plan, made)).await;
             if !left.is_empty() {
                 let left = left.join("; ");
                 tracing::warn!(migration = %self.job.id(), left, "to be removed by hand");
@@ -49,11 +51,11 @@ impl Incoming {
             tokio::task::spawn_blocking(folders).await.or_fail("making the VM's folders")?;
         made.extend(folders);
         placed?;
-        for (disk, facts) in self.definition.disks.iter().zip(&self.offer.disks) {
+        for (image, disk) in self.plan.images_to_make() {
             // Nobody wants it any more if it was given up meanwhile.
             self.hand.expect_preparing()?;
-            let image = files::image(disk)?;
-            create::make_image(&self.agent, image, disk.format, facts.virtual_bytes, made).await?;
+            create::make_image(&self.agent, &image.path, image.format, disk.virtual_bytes, made)
+                .await?;
         }
         let (definition, made) = (self.definition.clone(), made.clone());
         let finish = move || finish(&definition, &made);
@@ -92,6 +94,12 @@ fn not_there_yet(paths: &[PathBuf]) -> Vec<PathBuf> {
     }
     // A parent sorts before what is in it.
     missing.into_iter().collect()
+}
+
+/// Of what was made for a VM that does not come, what may be removed: a disk that is no copy
+/// stays.
+pub(crate) fn removable(plan: &MigrationPlan, made: Vec<PathBuf>) -> Vec<PathBuf> {
+    plan.without_kept(Role::Destination, End::Stayed, made)
 }
 
 /// Ends an incoming QEMU and removes what was made for it. Says what stayed.

@@ -11,15 +11,15 @@ use limosa_plane::nbd::client::NbdClient;
 use limosa_plane::{
     DestinationDisk, DestinationPlane, DestinationSpec, Place, PlaneError, PlaneEvent, RamTarget,
 };
-use limosa_protocol::migration::{Phase, Verify};
+use limosa_protocol::migration::Phase;
 use limosa_protocol::peer::{self, FileReceived, Receive};
-use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
 use limosa_qemu::{block, migrate, process};
 use tokio::sync::{mpsc, watch};
 
 use super::super::outgoing::plane_settings;
 use super::channels::Set;
+use super::place::removable;
 use super::{Incoming, Inner};
 use crate::agent::random_token;
 use crate::failure::{Failure, OrFail, Result, chain};
@@ -42,8 +42,8 @@ impl Incoming {
     /// What a plane's failure is told as.
     fn receiving_failed(&self, error: &PlaneError) -> String {
         let disk = |number: u16| {
-            let mut own = self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
-            own.nth(number.into()).map_or_else(String::new, |disk| disk.id.to_string())
+            let mut mirrored = self.plan.mirrored();
+            mirrored.nth(number.into()).map_or_else(String::new, |disk| disk.id.to_string())
         };
         match error {
             PlaneError::Different {
@@ -116,7 +116,8 @@ impl Incoming {
         };
         if noted.is_err() && !self.hand.still_prepares().await {
             // What was made by a launch that went on after all else was freed.
-            super::free(agent, &self.definition, None, &inner.made).await;
+            let made = removable(&self.plan, inner.made.clone());
+            super::free(agent, &self.definition, None, &made).await;
         }
         let qemu = noted?;
         inner.qemu = Some(qemu.clone());
@@ -125,18 +126,17 @@ impl Incoming {
         let nbd = runtime.join(NBD_SOCKET);
         block::start_nbd_server(&qemu.qmp, &nbd).await.or_fail(doing)?;
         let mut disks = Vec::new();
-        let own = self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
-        for (disk, facts) in own.zip(&self.offer.disks) {
+        for disk in self.plan.mirrored() {
             let id = disk.id.as_str();
             block::export(&qemu.qmp, &export_id(id), &disk_node(id), id, true)
                 .await
                 .or_fail(doing)?;
             let client = NbdClient::connect(&nbd, id).or_fail(doing)?;
-            if client.size_bytes() != facts.virtual_bytes {
+            if client.size_bytes() != disk.virtual_bytes {
                 return Err(Failure::internal(format!(
                     "disk {id} has {} bytes here and {} at the source",
                     client.size_bytes(),
-                    facts.virtual_bytes
+                    disk.virtual_bytes
                 )));
             }
             let early = NbdClient::connect(&nbd, id).or_fail(doing)?;
@@ -144,7 +144,7 @@ impl Incoming {
         }
         let mut ram = Vec::new();
         let mut qemu_incoming = None;
-        if self.offer.running {
+        if self.plan.moves_memory() {
             migrate::prepare_destination(&qemu.qmp).await.or_fail(doing)?;
             let socket = runtime.join("incoming.sock");
             migrate::start_incoming(&qemu.qmp, &socket).await.or_fail(doing)?;
@@ -181,7 +181,7 @@ impl Incoming {
             disks: parts.disks,
             qemu_incoming: parts.qemu_incoming,
             settings: plane_settings(&self.agent),
-            read_back: self.offer.request.verify == Verify::Full,
+            read_back: self.plan.verifies_fully(),
             on_event: Arc::new(move |event| match event {
                 PlaneEvent::LinkLost(error) => drop(lost.send_replace(Some(error))),
                 PlaneEvent::LinkBack => drop(lost.send_replace(None)),

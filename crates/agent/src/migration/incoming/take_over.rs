@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use limosa_plane::PlaneEvent;
-use limosa_protocol::migration::Phase;
+use limosa_protocol::migration::{Phase, Role};
 use limosa_protocol::peer::{DestinationVote, Digests, Part, ReadyRequest, VerifyRequest};
 use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::{block, power, process};
@@ -46,7 +46,8 @@ impl Incoming {
             agent: &self.agent,
             definition: &self.definition,
             qemu: inner.qemu.as_ref(),
-            disks_bytes: self.offer.disks.iter().map(|disk| disk.virtual_bytes).collect(),
+            plan: &self.plan,
+            side: Role::Destination,
         };
         if let Some(part) = part {
             return contents.part(part).await;
@@ -88,16 +89,16 @@ impl Incoming {
         if let Some(settled) = &inner.settled {
             return Ok(settled.clone());
         }
-        wait_received(inner, self.offer.running).await?;
+        wait_received(inner, self.plan.moves_memory()).await?;
         let qemu =
             inner.qemu.clone().ok_or_else(|| Failure::internal("there is no QEMU to load"))?;
         // QEMU has its whole stream: the plane lets go while it is loaded.
         tokio::try_join!(self.rest(inner), async {
-            if self.offer.running { wait_loaded(&qemu).await } else { Ok(()) }
+            if self.plan.moves_memory() { wait_loaded(&qemu).await } else { Ok(()) }
         },)?;
         let doing = "closing the destination's disks to the source";
         block::stop_nbd_server(&qemu.qmp).await.or_fail(doing)?;
-        if !self.offer.running {
+        if !self.plan.moves_memory() {
             // Nothing was loaded into it: it only held the images open.
             run::end(&qemu).await?;
             inner.qemu = None;

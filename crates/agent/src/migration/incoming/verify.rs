@@ -1,14 +1,16 @@
 //! Full verification: digests of what really stands in RAM and in images, by
 //! part, so that a difference can be followed to one page or block.
 
+use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{Digests, Part};
-use limosa_protocol::vm::{Disk, DiskKind, VmDefinition};
+use limosa_protocol::plan::MigrationPlan;
+use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::{image, process};
 use tokio::io::AsyncReadExt;
 
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
-use crate::vm::{Qemu, create, files};
+use crate::vm::{Qemu, create};
 
 /// What both hosts tell of something: digests of its parts; none if theirs lacks
 /// it.
@@ -20,8 +22,9 @@ pub(crate) struct Contents<'a> {
     pub(crate) definition: &'a VmDefinition,
     /// The guest's QEMU, which stands. Without one there is no RAM.
     pub(crate) qemu: Option<&'a Qemu>,
-    /// Sizes of the disks, in the definition's order, in bytes.
-    pub(crate) disks_bytes: Vec<u64>,
+    pub(crate) plan: &'a MigrationPlan,
+    /// The end whose images are read
+    pub(crate) side: Role,
 }
 
 impl Contents<'_> {
@@ -99,16 +102,12 @@ impl Contents<'_> {
     /// A part as people know it.
     pub(crate) fn name(&self, part: &Part) -> String {
         let Part { from_bytes, to_bytes, .. } = part;
-        let of_disk = part.disk.and_then(|disk| self.own_disks().nth(disk.into()));
+        let of_disk = part.disk.and_then(|disk| self.plan.mirrored().nth(disk.into()));
         match of_disk {
             Some(disk) => format!("disk {}, first in bytes {from_bytes} to {to_bytes}", disk.id),
             None if part.is_smallest() => format!("RAM, first in the page at {from_bytes:#x}"),
             None => format!("RAM, first between {from_bytes:#x} and {to_bytes:#x}"),
         }
-    }
-
-    fn own_disks(&self) -> impl Iterator<Item = &Disk> {
-        self.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk)
     }
 
     fn whole_ram(&self) -> Option<Part> {
@@ -118,10 +117,10 @@ impl Contents<'_> {
     }
 
     fn whole_disks(&self) -> impl Iterator<Item = Part> {
-        (0..).zip(&self.disks_bytes).map(|(disk, to_bytes)| Part {
-            disk: Some(disk),
+        (0..).zip(self.plan.mirrored()).map(|(index, disk)| Part {
+            disk: Some(index),
             from_bytes: 0,
-            to_bytes: *to_bytes,
+            to_bytes: disk.virtual_bytes,
         })
     }
 
@@ -137,12 +136,13 @@ impl Contents<'_> {
 
     async fn disk(&self, part: Part) -> Result<Vec<String>> {
         let number = usize::from(part.disk.unwrap_or_default());
-        let disk = self.own_disks().nth(number);
-        let disk = disk.ok_or_else(|| Failure::internal("there is no such disk"))?;
-        let path = files::image(disk)?;
+        let disk = self.plan.mirrored().nth(number);
+        let image = disk.and_then(|disk| disk.location(self.side));
+        let image = image.ok_or_else(|| Failure::internal("there is no such disk"))?;
+        let path = &image.path;
         let doing = format!("reading {} again", path.display());
         let range = part.from_bytes..part.to_bytes;
-        let format = create::format_of(disk.format);
+        let format = create::format_of(image.format);
         let tool = &self.agent.qemu.img;
         let mut child = image::read_content(tool, path, format, range).or_fail(&doing)?;
         let content = child.stdout.take().ok_or_else(|| Failure::internal(doing.clone()))?;

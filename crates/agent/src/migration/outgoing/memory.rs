@@ -63,7 +63,7 @@ impl Source {
         let mut events = self.qemu.qmp.events();
         let began = Instant::now();
         self.start_memory().await?;
-        let most_ms = self.offer.request.downtime_limit_ms.max(1);
+        let most_ms = self.plan().policy.downtime_limit_ms.max(1);
         let mut limit_ms = DOWNTIME_FIRST_MS.min(most_ms);
         let mut limit_round = 0;
         let mut memory = Rate::new();
@@ -118,7 +118,7 @@ impl Source {
         let listener = socket::listen(&socket).or_fail(doing)?;
         let plane = self.plane()?;
         plane.attach_migration_socket(listener).or_fail(doing)?;
-        let most_ms = self.offer.request.downtime_limit_ms.max(1);
+        let most_ms = self.plan().policy.downtime_limit_ms.max(1);
         let qmp = &self.qemu.qmp;
         migrate::prepare_source(
             qmp,

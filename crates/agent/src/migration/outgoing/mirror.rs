@@ -8,7 +8,7 @@ use limosa_plane::PlaneEvent;
 use limosa_plane::nbd::server::{self, Export};
 use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::Transfer;
-use limosa_protocol::vm::DiskKind;
+use limosa_protocol::plan::DiskItem;
 use limosa_qemu::block::{self, Sync};
 use limosa_qemu::launch::disk_node;
 
@@ -101,9 +101,9 @@ impl Source {
     }
 
     pub(super) async fn mirror(&mut self) -> Result<()> {
-        let disks: Vec<DiskId> = self.disk_ids();
-        for (index, id) in disks.iter().enumerate() {
-            self.start_mirror(u16::try_from(index).unwrap_or(u16::MAX), id).await?;
+        let disks: Vec<DiskItem> = self.plan().mirrored().cloned().collect();
+        for (index, disk) in (0..).zip(&disks) {
+            self.start_mirror(index, disk).await?;
         }
         self.wait_ready().await
     }
@@ -159,18 +159,17 @@ impl Source {
     }
 
     pub(super) fn disk_ids(&self) -> Vec<DiskId> {
-        let disks = self.offer.definition.disks.iter();
-        disks.filter(|disk| disk.kind == DiskKind::Disk).map(|disk| disk.id.clone()).collect()
+        self.plan().mirrored().map(|disk| disk.id.clone()).collect()
     }
 
-    async fn start_mirror(&mut self, index: u16, id: &DiskId) -> Result<()> {
+    async fn start_mirror(&mut self, index: u16, disk: &DiskItem) -> Result<()> {
+        let id = &disk.id;
         let doing = format!("mirroring disk {id}");
         let socket = self.mirror_socket(usize::from(index));
         let listener = socket::listen(&socket).or_fail(&doing)?;
-        let facts = &self.offer.disks[usize::from(index)];
         let plane = self.plane()?;
         let sink = plane.disk_sink(index).or_fail(&doing)?;
-        let export = Export { name: id.to_string(), size_bytes: facts.virtual_bytes };
+        let export = Export { name: id.to_string(), size_bytes: disk.virtual_bytes };
         self.exports.push(server::serve(listener, export, sink).or_fail(&doing)?);
         self.mirror_into(id, &socket, Sync::Full).await
     }

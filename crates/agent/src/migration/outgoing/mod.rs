@@ -26,8 +26,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use limosa_plane::{PlaneEvent, SourcePlane};
 use limosa_protocol::handover::{Record, Stage};
 use limosa_protocol::id::{DiskId, MigrationId};
-use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role, Verify};
+use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role};
 use limosa_protocol::peer::Offer;
+use limosa_protocol::plan::MigrationPlan;
 use limosa_qemu::power;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
@@ -102,7 +103,7 @@ pub(crate) async fn begin(
     inner.expect_cold_start()?;
     let offer = compare::make_offer(agent, &inner, &request, id).await?;
     let was_running = runs(&inner).await?;
-    let off = inner.qemu.is_none();
+    let off = !offer.plan.moves_memory();
     let qemu = match &inner.qemu {
         Some(qemu) => qemu.clone(),
         // A VM that is off needs something that reads its disks.
@@ -110,9 +111,8 @@ pub(crate) async fn begin(
     };
     let record = MigrationRecord {
         handover: Record::first(id, Stage::Offered, inner.record.epoch),
-        off,
         paused: !off && !was_running,
-        retain_source_disks: request.retain_source_disks,
+        plan: offer.plan.clone(),
         view: job.view(),
         definition: Some(inner.definition.clone()),
         made: Vec::new(),
@@ -232,7 +232,7 @@ impl Source {
                 self.job.enter(Phase::Mirror);
                 self.mirror().await?;
             }
-            let switched = if self.offer.running {
+            let switched = if self.plan().moves_memory() {
                 self.pre_copy().await?
             } else {
                 self.job.enter(Phase::Switchover);
@@ -254,8 +254,8 @@ impl Source {
         format!("/peer/v1/migrations/{}/{what}", self.job.id())
     }
 
-    fn verifies_fully(&self) -> bool {
-        self.offer.request.verify == Verify::Full
+    fn plan(&self) -> &MigrationPlan {
+        &self.offer.plan
     }
 
     fn plane(&self) -> Result<&SourcePlane> {

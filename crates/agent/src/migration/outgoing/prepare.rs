@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use hyper::body::Bytes;
 use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 use limosa_protocol::peer::{FILE_PART_BYTES_MAX, OfferAnswer, Receive, Receiving};
-use limosa_protocol::vm::DiskKind;
 use limosa_qemu::launch::RAM_BACKEND_ID;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
@@ -157,7 +156,7 @@ impl Source {
     }
 
     fn ram(&self) -> Vec<RamBlockSpec> {
-        if !self.offer.running {
+        if !self.plan().moves_memory() {
             return Vec::new();
         }
         vec![RamBlockSpec {
@@ -167,16 +166,9 @@ impl Source {
     }
 
     fn disks(&self) -> Vec<SourceDisk> {
-        let disks = self.offer.definition.disks.iter();
+        let disks = self.plan().mirrored().zip(0..);
         disks
-            .filter(|disk| disk.kind == DiskKind::Disk)
-            .zip(&self.offer.disks)
-            .zip(0..)
-            .map(|((_, facts), index)| SourceDisk {
-                index,
-                size_bytes: facts.virtual_bytes,
-                fresh: true,
-            })
+            .map(|(disk, index)| SourceDisk { index, size_bytes: disk.virtual_bytes, fresh: true })
             .collect()
     }
 }

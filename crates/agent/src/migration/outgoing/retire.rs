@@ -1,6 +1,10 @@
 //! `retire`: the source frees what the VM held. Only after the destination said
 //! that it runs.
 
+use std::path::Path;
+
+use limosa_protocol::migration::{Outcome as End, Role};
+use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 
 use crate::agent::Agent;
@@ -11,7 +15,7 @@ pub(crate) async fn free_source(
     agent: &Agent,
     definition: &VmDefinition,
     qemu: Option<&Qemu>,
-    retain_disks: bool,
+    plan: &MigrationPlan,
 ) -> Vec<String> {
     let mut left = Vec::new();
     if let Some(qemu) = qemu
@@ -28,7 +32,9 @@ pub(crate) async fn free_source(
     {
         left.push(format!("{}: {error}", runtime.display()));
     }
-    left.extend(files::remove_made(&files::everything(agent, definition, !retain_disks)));
+    let images = plan.freeable(Role::Source, End::Moved).map(Path::to_owned);
+    let all = files::everything(agent, definition, images);
+    left.extend(files::remove_made(&plan.without_kept(Role::Source, End::Moved, all)));
     left
 }
 

@@ -14,7 +14,7 @@ use futures_util::TryStreamExt;
 use futures_util::stream::FuturesUnordered;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::handover::{SourceAction, SourceEvent as On};
-use limosa_protocol::migration::{Downtime, Phase};
+use limosa_protocol::migration::{Downtime, Phase, Role};
 use limosa_protocol::peer::{DestinationVote, Digests, Part, ReadyRequest, VerifyRequest};
 use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
@@ -120,7 +120,7 @@ impl Source {
     }
 
     pub(super) fn downtime_limit(&self) -> Duration {
-        Duration::from_millis(self.offer.request.downtime_limit_ms.into())
+        Duration::from_millis(self.plan().policy.downtime_limit_ms.into())
     }
 
     /// Ends when a guest that stopped at that moment may stand no longer.
@@ -190,7 +190,7 @@ impl Source {
     /// again on both hosts at the same time, and compared. `false` when the link was
     /// away for too long meanwhile.
     pub(super) async fn verify_fully(&self) -> Result<bool> {
-        if !self.verifies_fully() {
+        if !self.plan().verifies_fully() {
             return Ok(true);
         }
         match self.find_difference().await {
@@ -209,8 +209,9 @@ impl Source {
         let contents = verify::Contents {
             agent: &self.agent,
             definition: &self.offer.definition,
-            qemu: self.offer.running.then_some(&self.qemu),
-            disks_bytes: self.offer.disks.iter().map(|disk| disk.virtual_bytes).collect(),
+            qemu: self.plan().moves_memory().then_some(&self.qemu),
+            plan: self.plan(),
+            side: Role::Source,
         };
         let ours = async { contents.all().await.map_err(Unread::Failed) };
         let (ours, theirs) = tokio::try_join!(ours, self.read_there(None))?;
@@ -325,7 +326,7 @@ impl Source {
         let (began, limit) = (Instant::now(), self.downtime_limit());
         // Until when the guest stands, whatever comes of it, and when the link is lost.
         let (until, until_if_lost) = match switched.stopped {
-            Some(at) if !self.verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
+            Some(at) if !self.plan().verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
             Some(_) => (began + limit + STOPPED_MAX, began + limit),
             None => {
                 let patience = link_wait(&self.agent).max(STOPPED_MAX);
@@ -394,13 +395,13 @@ impl Source {
 
     fn proofs(&self) -> Vec<String> {
         let mut proofs = Vec::new();
-        if self.offer.running {
+        if self.plan().moves_memory() {
             proofs.push("RAM: digests of all pages, kept on both hosts, are equal".to_owned());
         }
-        if !self.offer.disks.is_empty() {
+        if self.plan().mirrored().next().is_some() {
             proofs.push("disks: digests of all writes, in order, are equal and flushed".to_owned());
         }
-        if self.verifies_fully() {
+        if self.plan().verifies_fully() {
             proofs.push("RAM and disks were read again on both hosts and are equal".to_owned());
         }
         proofs

@@ -101,7 +101,7 @@ impl DestinationHand {
         let first = record.handover;
         let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
-        let guest = if record.off { Guest::Off } else { Guest::Stopped };
+        let guest = if record.is_off() { Guest::Off } else { Guest::Stopped };
         let machine = Destination::begin(receipt, guest)
             .map_err(|wrong| Failure::internal(wrong.to_string()))?;
         Ok(Self::new(agent, vm, job, machine, record, definition, None))
@@ -418,9 +418,9 @@ impl DestinationHand {
         let qemu = inner.qemu.take();
         // From here on the watch on QEMU finds another one's VM.
         self.vm.lock().await.qemu = None;
-        let made = &inner.record.made;
+        let made = incoming::removable(&inner.record.plan, inner.record.made.clone());
         let left = match end_unanswering(qemu.as_ref(), inner.record.run.as_ref()).await {
-            Ok(()) => incoming::free(&self.agent, &inner.definition, qemu.as_ref(), made).await,
+            Ok(()) => incoming::free(&self.agent, &inner.definition, qemu.as_ref(), &made).await,
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],
         };

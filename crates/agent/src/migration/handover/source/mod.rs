@@ -97,7 +97,7 @@ impl SourceHand {
         let first = record.handover;
         let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
-        let guest = if record.off { Guest::Off } else { Guest::Running };
+        let guest = if record.is_off() { Guest::Off } else { Guest::Running };
         let machine =
             Source::begin(receipt, guest).map_err(|wrong| Failure::internal(wrong.to_string()))?;
         Ok(Self::new(agent, vm, job, machine, record, Some(qemu.clone())))
@@ -330,10 +330,10 @@ impl SourceHand {
         let mut of_vm = self.vm.lock().await;
         // From here on the watch on QEMU finds another one's VM.
         of_vm.qemu = None;
-        let retain = inner.record.retain_source_disks;
+        let plan = &inner.record.plan;
         let qemu = inner.qemu.take();
         let left = match end_unanswering(qemu.as_ref(), of_vm.record.run.as_ref()).await {
-            Ok(()) => free_source(&self.agent, &of_vm.definition, qemu.as_ref(), retain).await,
+            Ok(()) => free_source(&self.agent, &of_vm.definition, qemu.as_ref(), plan).await,
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],
         };
@@ -365,13 +365,13 @@ impl SourceHand {
     /// The VM is an operator's again; the other host is asked on beside it.
     async fn let_go(&self, inner: &mut Inner) {
         // The guest's own QEMU stays: the other host's word may yet order to stop it.
-        let reader = if inner.record.off { inner.qemu.take() } else { None };
+        let reader = if inner.record.is_off() { inner.qemu.take() } else { None };
         if let Some(qemu) = reader
             && let Err(failure) = run::end(&qemu).await
         {
             tracing::error!(vm = %self.vm.name, %failure, "a QEMU that read disks was not ended");
         }
-        if !inner.record.off && inner.machine.guest() == Guest::Gone {
+        if !inner.record.is_off() && inner.machine.guest() == Guest::Gone {
             let reason = inner.reason.take().map_or_else(String::new, |reason| reason + "; ");
             inner.reason = Some(format!("{reason}QEMU of the VM ended, so it is off"));
         }
