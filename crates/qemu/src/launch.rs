@@ -2,6 +2,7 @@
 //! host and in every version, so that its state fits wherever it goes.
 
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -40,8 +41,10 @@ pub struct LaunchSpec {
     pub name: String,
     /// The VM's identity
     pub uuid: String,
-    /// Guest RAM
+    /// Size of guest RAM
     pub ram_bytes: u64,
+    /// Inherited descriptor of guest RAM, see [`crate::ram::create`]
+    pub ram_fd: RawFd,
     /// Virtual CPUs
     pub vcpus: u32,
     /// Versioned machine type
@@ -131,7 +134,7 @@ pub struct NicSpec {
     /// Hardware address
     pub mac: String,
     /// Inherited descriptor of its TAP
-    pub tap_fd: i32,
+    pub tap_fd: RawFd,
 }
 
 /// Name of a disk's block node.
@@ -206,8 +209,9 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
     line.pair(
         "-object",
         format!(
-            "memory-backend-memfd,id={RAM_BACKEND_ID},size={},share=on,{RAM_BACKEND_NAMED_BY_ID}",
-            spec.ram_bytes
+            "memory-backend-file,id={RAM_BACKEND_ID},mem-path=/proc/self/fd/{},size={},share=on,\
+             {RAM_BACKEND_NAMED_BY_ID}",
+            spec.ram_fd, spec.ram_bytes
         ),
     );
     line.chardev("qmp", &spec.runtime_dir.join(QMP_SOCKET));

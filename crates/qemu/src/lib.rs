@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! probe, accelerator, quirk ─► launch (command line) ─► process (one QEMU)
-//!                                                          │
+//!                           ram (memory of the guest) ─┘   │
 //!                 power, block, migrate ─► qmp ◄───────────┘
 //!                                 image ─► files, with qemu-img
 //! ```
@@ -21,6 +21,7 @@ pub mod probe;
 pub mod process;
 pub mod qmp;
 pub mod quirk;
+pub mod ram;
 pub mod stream;
 
 #[cfg(test)]

@@ -32,16 +32,24 @@ const SPARE_FD_FIRST: RawFd = 200;
 pub const INHERITED_COUNT_MAX: usize = 16;
 /// Times a start is tried whose descriptors collide.
 const START_COUNT_MAX: u32 = 5;
-/// Beginning of the name of the memory file behind guest RAM, as `/proc` shows it.
-const RAM_LINK: &str = "/memfd:memory-backend-memfd";
 /// Bytes of QEMU's last words that go into an error.
 const LOG_TAIL_BYTES: u64 = 1024;
 
-/// Number under which QEMU finds the descriptor at `index` of
-/// [`ProcessSpec::keep_fds`].
-#[must_use]
-pub fn inherited_fd(index: usize) -> RawFd {
-    // There are a handful of NICs; the fallback is a number that is never open.
+/// The descriptors that QEMU inherits.
+#[derive(Debug, Default)]
+pub struct InheritedFds(Vec<OwnedFd>);
+
+impl InheritedFds {
+    /// Adds a descriptor and returns the number that QEMU finds it under.
+    pub fn add(&mut self, fd: OwnedFd) -> RawFd {
+        self.0.push(fd);
+        inherited_fd(self.0.len() - 1)
+    }
+}
+
+/// Number of the inherited descriptor at `index`.
+fn inherited_fd(index: usize) -> RawFd {
+    // `spawn` refuses more than `INHERITED_COUNT_MAX`; the fallback is never open.
     RawFd::try_from(index).map_or(-1, |index| INHERITED_FD_FIRST + index)
 }
 
@@ -77,8 +85,8 @@ pub struct ProcessSpec {
     pub cgroup: Option<PathBuf>,
     /// File that takes its output, anew at each start
     pub stderr_log: PathBuf,
-    /// Descriptors to inherit, see [`inherited_fd`]
-    pub keep_fds: Vec<OwnedFd>,
+    /// Descriptors to inherit
+    pub inherited: InheritedFds,
 }
 
 /// Why a process could not be started or ended.
@@ -165,8 +173,9 @@ pub struct QemuProcess {
 /// cgroup that cannot be used is logged, and the process runs without it.
 #[expect(clippy::unused_async, reason = "needs a runtime to reap the child")]
 pub async fn spawn(spec: &ProcessSpec) -> Result<QemuProcess, ProcessError> {
-    if spec.keep_fds.len() > INHERITED_COUNT_MAX {
-        return Err(ProcessError::TooMany { count: spec.keep_fds.len() });
+    let count = spec.inherited.0.len();
+    if count > INHERITED_COUNT_MAX {
+        return Err(ProcessError::TooMany { count });
     }
     let at_start = |source| ProcessError::Start { binary: spec.binary.clone(), source };
     let mut tries = 1;
@@ -213,7 +222,7 @@ fn command(spec: &ProcessSpec) -> Result<tokio::process::Command, ProcessError> 
         .stderr(Stdio::from(log))
         .current_dir("/")
         .kill_on_drop(false);
-    let fds: Vec<RawFd> = spec.keep_fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let fds: Vec<RawFd> = spec.inherited.0.iter().map(AsRawFd::as_raw_fd).collect();
     let user = spec.user.clone();
     // SAFETY: between fork and exec only system calls are made; nothing
     // allocates, locks or unwinds.
@@ -442,28 +451,4 @@ pub async fn wait_exit(id: &ProcessId, limit: Duration) -> Result<(), ProcessErr
         Ok(Err(error)) => Err(at(error)),
         Err(_) => Err(ProcessError::StillRuns { pid: id.pid, limit }),
     }
-}
-
-/// Opens the memory of a QEMU's guest.
-///
-/// QEMU holds it as a memfd. Among its descriptors in `/proc` it is found by its
-/// name, which is the type of the backend, and by its size. Opening it there
-/// gives a description of its own, which outlives QEMU.
-///
-/// # Errors
-/// [`ProcessError::NoRam`] when there is none of that size.
-pub fn ram_backend_file(id: &ProcessId, size_bytes: u64) -> Result<File, ProcessError> {
-    let at = |source| ProcessError::Kernel { pid: id.pid, source };
-    for entry in std::fs::read_dir(format!("/proc/{}/fd", id.pid)).map_err(at)? {
-        let path = entry.map_err(at)?.path();
-        let Ok(link) = std::fs::read_link(&path) else { continue };
-        if !link.to_string_lossy().starts_with(RAM_LINK) {
-            continue;
-        }
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(at)?;
-        if file.metadata().map_err(at)?.len() == size_bytes {
-            return Ok(file);
-        }
-    }
-    Err(ProcessError::NoRam { pid: id.pid, size_bytes })
 }

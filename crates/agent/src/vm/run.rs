@@ -9,8 +9,8 @@ use limosa_protocol::vm::{Cache, DiskKind, VmDefinition};
 use limosa_qemu::launch::{
     self, BootSpec, CacheMode, DiskSpec, KernelSpec, LaunchSpec, NicSpec, UefiSpec,
 };
-use limosa_qemu::process::{self, ProcessSpec};
-use limosa_qemu::{power, qmp::Qmp};
+use limosa_qemu::process::{self, InheritedFds, ProcessSpec};
+use limosa_qemu::{power, qmp::Qmp, ram};
 
 use super::{Inner, Qemu, Vm, cgroup, create, files};
 use crate::agent::Agent;
@@ -43,11 +43,16 @@ pub(crate) async fn launch(
 async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Result<Qemu> {
     let runtime = agent.runtime_folder(&definition.name);
     make_runtime_folder(agent, &runtime)?;
-    let (nics, taps) = plug_nics(agent, definition).await?;
+    let mut inherited = InheritedFds::default();
+    let ram_bytes = agent.qemu.accelerator.ram_bytes(definition.memory_bytes());
+    let memfd = ram::create(ram_bytes).or_fail("creating the memory of a guest")?;
+    let ram_fd = inherited.add(memfd);
+    let nics = plug_nics(agent, definition, &mut inherited).await?;
     let spec = LaunchSpec {
         name: definition.name.to_string(),
         uuid: definition.uuid.unwrap_or_default().to_string(),
-        ram_bytes: agent.qemu.accelerator.ram_bytes(definition.memory_bytes()),
+        ram_bytes,
+        ram_fd,
         vcpus: definition.vcpus,
         machine: definition.machine.clone(),
         cpu: definition.cpu.clone(),
@@ -68,7 +73,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Resu
         user: agent.qemu.user.clone(),
         cgroup: group.clone(),
         stderr_log: configuration.join("qemu.log"),
-        keep_fds: taps,
+        inherited,
     })
     .await
     .or_fail(&format!("starting QEMU for VM {}", definition.name));
@@ -118,21 +123,20 @@ fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Result<()> {
 async fn plug_nics(
     agent: &Agent,
     definition: &VmDefinition,
-) -> Result<(Vec<NicSpec>, Vec<std::os::fd::OwnedFd>)> {
+    inherited: &mut InheritedFds,
+) -> Result<Vec<NicSpec>> {
     let uuid = definition.uuid.unwrap_or_default();
     let mut specs = Vec::new();
-    let mut taps = Vec::new();
     for (index, nic) in definition.nics.iter().enumerate() {
         let tap = agent.net.make_tap(&tap_name(uuid, index), &nic.switch).await?;
         let mac = nic.mac.ok_or_else(|| Failure::internal("a NIC without a MAC address"))?;
         specs.push(NicSpec {
             id: format!("nic{index}"),
             mac: mac.to_string(),
-            tap_fd: process::inherited_fd(taps.len()),
+            tap_fd: inherited.add(tap),
         });
-        taps.push(tap);
     }
-    Ok((specs, taps))
+    Ok(specs)
 }
 
 fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Result<BootSpec> {

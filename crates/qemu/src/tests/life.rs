@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::*;
 use crate::power::{self, RunState};
@@ -82,6 +83,36 @@ async fn a_qemu_is_known_again_until_it_ends() {
     }
 }
 
+/// Goal: the memory of a guest is the memfd that was created for it, also for an agent
+/// that has restarted and knows no more than QEMU's process, and its size is sealed.
+#[tokio::test]
+async fn guest_ram_is_the_inherited_memfd() {
+    for binary in qemu_binaries() {
+        let folder = folder();
+        let mut vm = spec(folder.path(), vec![]);
+        // The size of an emulated guest, which is no whole MiB.
+        vm.ram_bytes = Accelerator::Tcg.ram_bytes(RAM_BYTES);
+        let created = ram::create(vm.ram_bytes).expect("memory");
+        let agents_own: File = created.try_clone().expect("a descriptor").into();
+        let qemu = start_with_ram(&binary, folder.path(), &vm, created).await;
+        // The firmware writes into memory once the guest runs.
+        power::cont(&qemu.qmp).await.expect("it runs");
+
+        let found = ram::open(&qemu.process.id, vm.ram_bytes).expect("its memory");
+        let metadata = |file: &File| file.metadata().expect("its metadata");
+        assert_eq!(metadata(&found).ino(), metadata(&agents_own).ino());
+        while metadata(&found).blocks() == 0 {
+            assert!(process::is_alive(&qemu.process.id));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(found.set_len(0).is_err() && found.set_len(vm.ram_bytes * 2).is_err());
+        let other = ram::open(&qemu.process.id, RAM_BYTES);
+        assert!(matches!(other, Err(ProcessError::NoRam { .. })), "{other:?}");
+        process::kill(&qemu.process.id).await.expect("it ends");
+        found.read_exact_at(&mut [0], vm.ram_bytes - 1).expect("memory outlives QEMU");
+    }
+}
+
 /// Story: the agent goes and comes back; QEMU runs on, and another process that
 /// answers at its socket is not taken for it.
 #[tokio::test]
@@ -110,7 +141,7 @@ async fn only_the_process_itself_is_spoken_to_again() {
 async fn a_qemu_that_does_not_start_says_why() {
     let folder = folder();
     let args = vec!["-machine".into(), "no-such-machine".into()];
-    let process = spawn(folder.path(), &qemu_binary(), args, Vec::new()).await;
+    let process = spawn(folder.path(), &qemu_binary(), args, InheritedFds::default()).await;
     let ready = process.wait_ready(&folder.path().join(launch::QMP_SOCKET), START_MAX).await;
     match ready {
         Err(ProcessError::Ended { words }) => {
@@ -124,11 +155,12 @@ async fn a_qemu_that_does_not_start_says_why() {
         user: None,
         cgroup: None,
         stderr_log: folder.path().join("log"),
-        keep_fds: Vec::new(),
+        inherited: InheritedFds::default(),
     };
     assert!(matches!(process::spawn(&spec).await, Err(ProcessError::Start { .. })));
-    let null = || File::open("/dev/null").expect("it is there");
-    spec.keep_fds = (0..=process::INHERITED_COUNT_MAX).map(|_| null().into()).collect();
+    for _ in 0..=process::INHERITED_COUNT_MAX {
+        spec.inherited.add(File::open("/dev/null").expect("it is there").into());
+    }
     assert!(matches!(process::spawn(&spec).await, Err(ProcessError::TooMany { .. })));
 }
 
@@ -145,14 +177,14 @@ async fn a_child_inherits_what_it_was_given_and_nothing_else() {
     // One that the agent inherited from a careless parent.
     let stray = File::open("/dev/null").expect("it is there");
     rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty()).expect("it stays open");
+    let mut inherited = InheritedFds::default();
     let script = format!(
         "cat /dev/fd/{} /dev/fd/{}; echo; ls -m /proc/$$/fd; sleep 60",
-        process::inherited_fd(0),
-        process::inherited_fd(1)
+        inherited.add(given("a")),
+        inherited.add(given("b"))
     );
     let args = vec!["-c".into(), script.into()];
-    let child =
-        spawn(folder.path(), Path::new("/bin/sh"), args, vec![given("a"), given("b")]).await;
+    let child = spawn(folder.path(), Path::new("/bin/sh"), args, inherited).await;
     let log = folder.path().join("qemu.log");
     while !process::log_tail(&log).contains("0, 1") {
         assert!(process::is_alive(&child.id), "{}", process::log_tail(&log));
@@ -162,16 +194,17 @@ async fn a_child_inherits_what_it_was_given_and_nothing_else() {
     process::kill(&child.id).await.expect("it ends");
 
     let path = folder.path().join("tap");
-    let taps: Vec<OwnedFd> = (0..process::INHERITED_COUNT_MAX)
-        .map(|_| File::create(&path).expect("a file").into())
-        .collect();
+    let mut inherited = InheritedFds::default();
+    for _ in 0..process::INHERITED_COUNT_MAX {
+        inherited.add(File::create(&path).expect("a file").into());
+    }
     let spec = ProcessSpec {
         binary: "/no/such/program".into(),
         args: Vec::new(),
         user: None,
         cgroup: None,
         stderr_log: folder.path().join("log"),
-        keep_fds: taps,
+        inherited,
     };
     assert!(matches!(process::spawn(&spec).await, Err(ProcessError::Start { .. })));
     assert_eq!(std::fs::metadata(&path).expect("a file").len(), 0);

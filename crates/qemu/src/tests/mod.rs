@@ -21,8 +21,9 @@ use crate::accelerator::Accelerator;
 use crate::image::{ImageFormat, ImageTool};
 use crate::launch::{self, BootSpec, CacheMode, DiskSpec, LaunchSpec};
 use crate::probe::{self, QemuFacts};
-use crate::process::{self, ProcessSpec, QemuProcess, User};
+use crate::process::{self, InheritedFds, ProcessSpec, QemuProcess, User};
 use crate::qmp::Qmp;
+use crate::ram;
 
 const RAM_BYTES: u64 = 64 << 20;
 /// More than is read from an image at once.
@@ -139,6 +140,8 @@ fn spec(folder: &Path, disks: Vec<DiskSpec>) -> LaunchSpec {
         name: "godwit".to_owned(),
         uuid: "5f1a6c1e-7a0b-4c55-9c55-0d5a4f1c0f01".to_owned(),
         ram_bytes: RAM_BYTES,
+        // Replaced by `start`.
+        ram_fd: -1,
         vcpus: 1,
         machine: "pc-q35-7.2".to_owned(),
         cpu: "qemu64".to_owned(),
@@ -183,20 +186,38 @@ async fn start(folder: &Path, spec: &LaunchSpec) -> Running {
 }
 
 async fn start_as(binary: &Path, folder: &Path, spec: &LaunchSpec) -> Running {
-    let args = launch::command_line(spec, &facts(binary).await).expect("a VM that fits");
-    let process = spawn(folder, binary, args, Vec::new()).await;
+    let memory = ram::create(spec.ram_bytes).expect("memory");
+    start_with_ram(binary, folder, spec, memory).await
+}
+
+async fn start_with_ram(
+    binary: &Path,
+    folder: &Path,
+    spec: &LaunchSpec,
+    memory: OwnedFd,
+) -> Running {
+    let mut inherited = InheritedFds::default();
+    let ram_fd = inherited.add(memory);
+    let spec = LaunchSpec { ram_fd, ..spec.clone() };
+    let args = launch::command_line(&spec, &facts(binary).await).expect("a VM that fits");
+    let process = spawn(folder, binary, args, inherited).await;
     let qmp = process.wait_ready(&folder.join(launch::QMP_SOCKET), START_MAX).await;
     Running { process, qmp: qmp.expect("QEMU starts") }
 }
 
-async fn spawn(folder: &Path, binary: &Path, args: Vec<OsString>, keep_fds: Vec<OwnedFd>) -> Guard {
+async fn spawn(
+    folder: &Path,
+    binary: &Path,
+    args: Vec<OsString>,
+    inherited: InheritedFds,
+) -> Guard {
     let spec = ProcessSpec {
         binary: binary.to_owned(),
         args,
         user: nobody(),
         cgroup: None,
         stderr_log: folder.join("qemu.log"),
-        keep_fds,
+        inherited,
     };
     Guard(process::spawn(&spec).await.expect("it starts"))
 }

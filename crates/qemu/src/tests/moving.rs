@@ -282,13 +282,13 @@ async fn cancels_and_moves(qemus: &Qemus) {
     assert_equal_ram(&pair);
 }
 
-fn ram(qemu: &Running) -> std::fs::File {
-    process::ram_backend_file(&qemu.process.id, RAM_BYTES).expect("its RAM")
+fn memory_of(qemu: &Running) -> std::fs::File {
+    ram::open(&qemu.process.id, RAM_BYTES).expect("its RAM")
 }
 
 /// Waits until the guest has counted on in its memory.
 async fn wait_counting(qemu: &Running) {
-    let memory = ram(qemu);
+    let memory = memory_of(qemu);
     let look = || {
         let mut count = [0; 4];
         memory.read_exact_at(&mut count, 0x7e00).expect("memory");
@@ -304,12 +304,12 @@ async fn wait_counting(qemu: &Running) {
 fn assert_equal_ram(pair: &Pair) {
     let read = |qemu: &Running| {
         let mut bytes = vec![0; usize::try_from(RAM_BYTES).expect("it fits")];
-        ram(qemu).read_exact_at(&mut bytes, 0).expect("memory");
+        memory_of(qemu).read_exact_at(&mut bytes, 0).expect("memory");
         bytes
     };
     let (here, there) = (read(&pair.source), read(&pair.destination));
     assert!(here == there, "the memories differ");
     assert!(here.iter().any(|byte| *byte != 0), "there is something in them");
-    let other = process::ram_backend_file(&pair.source.process.id, RAM_BYTES + 4096);
+    let other = ram::open(&pair.source.process.id, RAM_BYTES + 4096);
     assert!(matches!(other, Err(process::ProcessError::NoRam { .. })), "{other:?}");
 }

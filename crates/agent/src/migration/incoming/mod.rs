@@ -27,7 +27,7 @@ use limosa_protocol::migration::{Phase, Role};
 use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer, RetryStarted};
 use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
-use limosa_qemu::process;
+use limosa_qemu::ram;
 use tokio::sync::{Mutex, mpsc, watch};
 
 pub(crate) use channels::{Set, accept_channel};
@@ -114,7 +114,7 @@ impl Incoming {
         let Ok(inner) = self.inner.try_lock() else { return 0 };
         let filled = inner.qemu.as_ref().map_or(0, |qemu| {
             let size_bytes = qemu.accelerator.ram_bytes(total);
-            let memory = process::ram_backend_file(&qemu.process, size_bytes);
+            let memory = ram::open(&qemu.process, size_bytes);
             let found = memory.ok().and_then(|memory| memory.metadata().ok());
             found.map_or(0, |found| found.blocks() * BLOCK_BYTES)
         });

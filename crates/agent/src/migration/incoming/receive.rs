@@ -14,7 +14,7 @@ use limosa_plane::{
 use limosa_protocol::migration::Phase;
 use limosa_protocol::peer::{self, FileReceived, Receive};
 use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
-use limosa_qemu::{block, migrate, process};
+use limosa_qemu::{block, migrate, ram};
 use tokio::sync::{mpsc, watch};
 
 use super::super::outgoing::plane_settings;
@@ -153,7 +153,7 @@ impl Incoming {
             ram.push(RamTarget {
                 name: RAM_BACKEND_ID.to_owned(),
                 size_bytes,
-                memfd: process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?,
+                memfd: ram::open(&qemu.process, size_bytes).or_fail(doing)?,
             });
         }
         Ok(Parts { ram, disks, qemu_incoming })

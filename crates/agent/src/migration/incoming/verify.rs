@@ -5,7 +5,7 @@ use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{Digests, Part};
 use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
-use limosa_qemu::{image, process};
+use limosa_qemu::{image, ram};
 use tokio::io::AsyncReadExt;
 
 use crate::agent::Agent;
@@ -128,7 +128,7 @@ impl Contents<'_> {
         let doing = "reading RAM again";
         let qemu = self.qemu.ok_or_else(|| Failure::internal("there is no RAM to be read"))?;
         let size_bytes = qemu.accelerator.ram_bytes(self.definition.memory_bytes());
-        let memory = process::ram_backend_file(&qemu.process, size_bytes).or_fail(doing)?;
+        let memory = ram::open(&qemu.process, size_bytes).or_fail(doing)?;
         let read = move || limosa_plane::ram_digests(&memory, &part);
         let digests = tokio::task::spawn_blocking(read).await.or_fail(doing)?.or_fail(doing)?;
         Ok(digests.into_iter().map(ram_text).collect())
