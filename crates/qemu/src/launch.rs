@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::accelerator::Accelerator;
 use crate::image::ImageFormat;
+use crate::pci::{self, Chipset};
 use crate::probe::QemuFacts;
 use crate::quirk::{RAM_BACKEND_NAMED_BY_ID, memory_argument};
 
@@ -18,10 +19,8 @@ pub const RAM_BACKEND_ID: &str = "ram0";
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// Serial console's socket in the runtime folder.
 pub const CONSOLE_SOCKET: &str = "console.sock";
-/// PCI slot of the first NIC, and of the first disk after all NICs: fixed, so
-/// that taking one away does not move the others.
-const NIC_SLOT_FIRST: usize = 2;
-const DISK_SLOT_FIRST: usize = 10;
+/// Id of the balloon.
+const BALLOON_ID: &str = "bal0";
 
 /// What QEMU is kept from: old system calls, more rights, other programs, and
 /// taking more of the host than it is given.
@@ -122,8 +121,6 @@ pub enum CacheMode {
     Writethrough,
     /// Past the page cache, flushed at each write
     Directsync,
-    /// Through the page cache, never flushed: lost with the host
-    Unsafe,
 }
 
 /// One NIC.
@@ -147,7 +144,7 @@ pub fn disk_node(disk: &str) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     /// Too many of something.
-    #[error("{count} {what} are more than the {most} that have a place on the PCI bus")]
+    #[error("{count} {what} are more than the {most} that have an address")]
     TooMany {
         /// Of what
         what: &'static str,
@@ -186,13 +183,16 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
             version: facts.version.to_string(),
         });
     }
-    fits("nics", spec.nics.len(), DISK_SLOT_FIRST - NIC_SLOT_FIRST)?;
-    fits("disks", spec.disks.len(), 30 - DISK_SLOT_FIRST)?;
-    let mut line = Line(Vec::new());
+    let chipset = Chipset::of(&spec.machine);
+    fits("NICs", spec.nics.len(), pci::NICS.count())?;
+    fits("disks", spec.disks.len(), pci::DISKS.count())?;
+    let cdroms = spec.disks.iter().filter(|disk| disk.read_only).count();
+    fits("CD-ROMs", cdroms, chipset.cdrom_count_max())?;
+    let mut line = Line { arguments: Vec::new(), chipset };
     line.pair("-name", comma(&spec.name));
     line.pair("-uuid", &spec.uuid);
     for flag in ["-nodefaults", "-no-user-config", "-S"] {
-        line.0.push(flag.into());
+        line.arguments.push(flag.into());
     }
     line.pair("-display", "none");
     line.pair("-sandbox", SANDBOX);
@@ -219,24 +219,26 @@ pub fn command_line(spec: &LaunchSpec, facts: &QemuFacts) -> Result<Vec<OsString
     line.chardev("console", &spec.runtime_dir.join(CONSOLE_SOCKET));
     line.pair("-serial", "chardev:console");
     line.boot(&spec.boot);
-    for (disk, slot) in spec.disks.iter().zip(DISK_SLOT_FIRST..) {
-        line.disk(disk, slot);
+    line.root_ports();
+    line.balloon();
+    let mut cdrom_count = 0;
+    for (disk, slot) in spec.disks.iter().zip(pci::DISKS.each()) {
+        line.disk_nodes(disk);
+        // A CD-ROM leaves its slot empty, so that the disks after it keep theirs.
+        if disk.read_only {
+            line.cdrom(disk, cdrom_count);
+            cdrom_count += 1;
+        } else {
+            line.disk(disk, slot);
+        }
     }
-    for (nic, slot) in spec.nics.iter().zip(NIC_SLOT_FIRST..) {
-        line.pair("-netdev", format!("tap,id={},fd={}", nic.id, nic.tap_fd));
-        // No option ROM: its content differs by version, and it is not booted.
-        line.pair(
-            "-device",
-            format!(
-                "virtio-net-pci,netdev={0},id=card-{0},mac={1},addr={slot:#x},romfile=",
-                nic.id, nic.mac
-            ),
-        );
+    for (nic, slot) in spec.nics.iter().zip(pci::NICS.each()) {
+        line.nic(nic, slot);
     }
     if spec.incoming {
         line.pair("-incoming", "defer");
     }
-    Ok(line.0)
+    Ok(line.arguments)
 }
 
 fn fits(what: &'static str, count: usize, most: usize) -> Result<(), LaunchError> {
@@ -255,12 +257,54 @@ fn comma(text: &str) -> String {
     text.replace(',', ",,")
 }
 
-struct Line(Vec<OsString>);
+/// A command line that is being made.
+struct Line {
+    arguments: Vec<OsString>,
+    chipset: Chipset,
+}
 
 impl Line {
     fn pair(&mut self, flag: &str, value: impl AsRef<str>) {
-        self.0.push(flag.into());
-        self.0.push(value.as_ref().into());
+        self.arguments.push(flag.into());
+        self.arguments.push(value.as_ref().into());
+    }
+
+    /// A device on the PCI root bus.
+    fn pci_device(&mut self, driver: &str, address: impl std::fmt::Display, options: &str) {
+        let bus = self.chipset.root_bus();
+        self.pair("-device", format!("{driver},bus={bus},addr={address},{options}"));
+    }
+
+    /// Empty ports that devices can be plugged into while the guest runs. None can be
+    /// added to a running machine.
+    fn root_ports(&mut self) {
+        if self.chipset != Chipset::Q35 {
+            return;
+        }
+        let slot = pci::ROOT_PORT_SLOT;
+        for port in 0..pci::ROOT_PORT_COUNT {
+            // Function 0 alone says whether there are others.
+            let multifunction = if port == 0 { ",multifunction=on" } else { "" };
+            // Guest firmware has I/O space for few ports only, and virtio needs none.
+            let options = format!(
+                "id=rp{port},chassis={number},slot={number},io-reserve=0{multifunction}",
+                number = port + 1
+            );
+            self.pci_device("pcie-root-port", format_args!("{slot:#x}.{port:#x}"), &options);
+        }
+    }
+
+    /// Gives memory back to the host: on demand, and by itself what the guest frees.
+    fn balloon(&mut self) {
+        let options = format!("id={BALLOON_ID},deflate-on-oom=on,free-page-reporting=on");
+        self.pci_device("virtio-balloon-pci", format_args!("{:#x}", pci::BALLOON_SLOT), &options);
+    }
+
+    fn nic(&mut self, nic: &NicSpec, slot: u8) {
+        self.pair("-netdev", format!("tap,id={},fd={}", nic.id, nic.tap_fd));
+        // No option ROM: its content differs by version, and it is not booted.
+        let options = format!("netdev={0},id=device-{0},mac={1},romfile=", nic.id, nic.mac);
+        self.pci_device("virtio-net-pci", format_args!("{slot:#x}"), &options);
     }
 
     fn chardev(&mut self, id: &str, socket: &std::path::Path) {
@@ -274,11 +318,11 @@ impl Line {
             self.flash(UEFI_VARIABLES_NODE, &uefi.variables, false);
         }
         let Some(KernelSpec { kernel, initrd, append }) = &boot.kernel else { return };
-        self.0.push("-kernel".into());
-        self.0.push(kernel.into());
+        self.arguments.push("-kernel".into());
+        self.arguments.push(kernel.into());
         if let Some(initrd) = initrd {
-            self.0.push("-initrd".into());
-            self.0.push(initrd.into());
+            self.arguments.push("-initrd".into());
+            self.arguments.push(initrd.into());
         }
         if !append.is_empty() {
             self.pair("-append", append);
@@ -295,17 +339,16 @@ impl Line {
         self.pair("-blockdev", file.to_string());
     }
 
-    fn disk(&mut self, disk: &DiskSpec, slot: usize) {
+    fn disk_nodes(&mut self, disk: &DiskSpec) {
         // Not the other way round: a disk may be called `a-file`.
         let (node, file_node) = (disk_node(&disk.id), format!("file-{}", disk.id));
         let direct = matches!(disk.cache, CacheMode::None | CacheMode::Directsync);
-        let no_flush = disk.cache == CacheMode::Unsafe;
         let unmap = if disk.discard { "unmap" } else { "ignore" };
         let file = json!({
             "driver": "file",
             "node-name": file_node,
             "filename": disk.path,
-            "cache": { "direct": direct, "no-flush": no_flush },
+            "cache": { "direct": direct, "no-flush": false },
             "discard": unmap,
             "read-only": disk.read_only,
         });
@@ -313,26 +356,98 @@ impl Line {
             "driver": disk.format.as_str(),
             "node-name": node,
             "file": file_node,
-            "cache": { "direct": direct, "no-flush": no_flush },
+            "cache": { "direct": direct, "no-flush": false },
             "discard": unmap,
             "read-only": disk.read_only,
         });
         self.pair("-blockdev", file.to_string());
         self.pair("-blockdev", image.to_string());
-        if disk.read_only {
-            self.pair("-device", format!("ide-cd,drive={node},id=drive-{}", disk.id));
-            return;
-        }
+    }
+
+    fn cdrom(&mut self, disk: &DiskSpec, index: usize) {
+        let node = disk_node(&disk.id);
+        let address = self.chipset.cdrom_address(index);
+        self.pair("-device", format!("ide-cd,drive={node},id=drive-{},{address}", disk.id));
+    }
+
+    fn disk(&mut self, disk: &DiskSpec, slot: u8) {
+        let node = disk_node(&disk.id);
         let write_cache = match disk.cache {
-            CacheMode::None | CacheMode::Writeback | CacheMode::Unsafe => "on",
+            CacheMode::None | CacheMode::Writeback => "on",
             CacheMode::Writethrough | CacheMode::Directsync => "off",
         };
-        self.pair(
-            "-device",
-            format!(
-                "virtio-blk-pci,drive={node},id=drive-{},addr={slot:#x},write-cache={write_cache}",
-                disk.id
-            ),
-        );
+        let options = format!("drive={node},id=drive-{},write-cache={write_cache}", disk.id);
+        self.pci_device("virtio-blk-pci", format_args!("{slot:#x}"), &options);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::probe::QemuFacts;
+
+    fn full_vm(machine: &str, cdrom_count: usize) -> LaunchSpec {
+        let disk = |index: usize| DiskSpec {
+            id: format!("disk{index}"),
+            path: format!("/disk{index}").into(),
+            format: ImageFormat::Raw,
+            cache: CacheMode::None,
+            discard: true,
+            read_only: index < cdrom_count,
+        };
+        let nic = |index: usize| NicSpec {
+            id: format!("nic{index}"),
+            mac: format!("52:54:00:00:00:{index:02}"),
+            tap_fd: 11,
+        };
+        LaunchSpec {
+            name: "full".to_owned(),
+            uuid: "5f1a6c1e-7a0b-4c55-9c55-0d5a4f1c0f01".to_owned(),
+            ram_bytes: 64 << 20,
+            ram_fd: 10,
+            vcpus: 1,
+            machine: machine.to_owned(),
+            cpu: "qemu64".to_owned(),
+            accelerator: Accelerator::Kvm,
+            boot: BootSpec::default(),
+            disks: (0..16).map(disk).collect(),
+            nics: (0..8).map(nic).collect(),
+            runtime_dir: "/run".into(),
+            incoming: false,
+        }
+    }
+
+    fn options<'a>(device: &'a str, name: &str) -> Option<&'a str> {
+        let mut options = device.split(',').filter_map(|option| option.split_once('='));
+        options.find(|(known, _)| *known == name).map(|(_, value)| value)
+    }
+
+    /// Goal: QEMU never chooses an address, and no two devices share one.
+    /// Method: the largest VM that fits, with and without PCI Express.
+    #[test]
+    fn every_device_has_an_address_of_its_own() {
+        for (machine, cdrom_count, device_count) in
+            [("pc-q35-7.2", 6, 16 + 8 + 8 + 1), ("pc-i440fx-7.2", 4, 16 + 8 + 1)]
+        {
+            let facts = QemuFacts::with_machines(&["pc-q35-7.2", "pc-i440fx-7.2"]);
+            let line = command_line(&full_vm(machine, cdrom_count), &facts).expect("it fits");
+            let line: Vec<String> =
+                line.into_iter().map(|part| part.into_string().expect("text")).collect();
+            let devices: Vec<&str> =
+                line.windows(2).filter(|pair| pair[0] == "-device").map(|pair| &*pair[1]).collect();
+            let addresses: BTreeSet<_> = devices
+                .iter()
+                .map(|device| {
+                    let unit = options(device, "addr").or_else(|| options(device, "unit"));
+                    (options(device, "bus").expect("a bus"), unit.expect("an address"))
+                })
+                .collect();
+            assert_eq!(devices.len(), device_count, "{devices:#?}");
+            assert_eq!(addresses.len(), device_count, "{devices:#?}");
+            let too_many = command_line(&full_vm(machine, cdrom_count + 1), &facts);
+            assert!(matches!(too_many, Err(LaunchError::TooMany { .. })), "{too_many:?}");
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! Everything Limosa knows about stock QEMU, 7.2 to 10.x, and nothing else.
 //!
 //! ```text
-//! probe, accelerator, quirk ─► launch (command line) ─► process (one QEMU)
-//!                           ram (memory of the guest) ─┘   │
-//!                 power, block, migrate ─► qmp ◄───────────┘
-//!                                 image ─► files, with qemu-img
+//! probe, accelerator, quirk, pci ─► launch (command line) ─► process (one QEMU)
+//!                                ram (memory of the guest) ─┘   │
+//!                      power, block, migrate ─► qmp ◄───────────┘
+//!                                      image ─► files, with qemu-img
 //! ```
 //!
 //! **Invariants.** No name, flag or format of QEMU is written anywhere else in
@@ -16,6 +16,7 @@ pub mod block;
 pub mod image;
 pub mod launch;
 pub mod migrate;
+mod pci;
 pub mod power;
 pub mod probe;
 pub mod process;

@@ -291,6 +291,14 @@ impl QemuFacts {
 mod tests {
     use super::*;
 
+    impl QemuFacts {
+        /// The oldest QEMU, with these machine types.
+        pub(crate) fn with_machines(machines: &[&str]) -> Self {
+            let machines = machines.iter().map(|machine| (*machine).to_owned()).collect();
+            Self { machines, ..facts(&[], &[]) }
+        }
+    }
+
     fn facts(features: &[&str], lacking: &[&str]) -> QemuFacts {
         let texts = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect();
         QemuFacts {
