@@ -25,12 +25,8 @@ const MIRROR_UNDER_WAY_BYTES_MAX: u32 = 4 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// How often a job is looked at whose last event may have been lost.
 const END_LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How often a job is looked at that is not ready yet.
-const READY_LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Longest wait for a job to go that has ended.
 const JOB_GO_MAX: Duration = Duration::from_secs(10);
-/// Longest wait for an export to close.
-const EXPORT_CLOSE_MAX: Duration = Duration::from_secs(10);
 
 /// A block job.
 #[derive(Debug, Clone, Deserialize)]
@@ -71,12 +67,12 @@ pub async fn add_nbd_node(
     qmp.execute("blockdev-add", options).await.map(drop)
 }
 
-/// What a mirror copies.
+/// Which data a mirror copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sync {
-    /// All that is there, and what is written meanwhile
+pub enum MirrorSync {
+    /// The whole disk, and every write from now on
     Full,
-    /// Only what is written from now on
+    /// Only the writes from now on
     None,
 }
 
@@ -101,7 +97,7 @@ pub async fn start_mirror(
     job: &str,
     from: &str,
     to: &str,
-    sync: Sync,
+    sync: MirrorSync,
     granularity_bytes: u32,
 ) -> Result<(), QmpError> {
     let options = json!({
@@ -109,8 +105,8 @@ pub async fn start_mirror(
         "device": from,
         "target": to,
         "sync": match sync {
-            Sync::Full => "full",
-            Sync::None => "none",
+            MirrorSync::Full => "full",
+            MirrorSync::None => "none",
         },
         "granularity": granularity_bytes,
         "buf-size": MIRROR_UNDER_WAY_BYTES_MAX,
@@ -121,37 +117,6 @@ pub async fn start_mirror(
         "auto-dismiss": true,
     });
     qmp.execute("blockdev-mirror", options).await.map(drop)
-}
-
-/// Waits until a mirror is ready.
-///
-/// Looks at the job too, because events may be lost: one that is gone failed.
-///
-/// # Errors
-/// As every command; [`QmpError::Command`] also when the job failed.
-pub async fn wait_ready(qmp: &Qmp, job: &str) -> Result<(), QmpError> {
-    let mut events = qmp.events();
-    let mut last_word: Option<String> = None;
-    loop {
-        match jobs(qmp).await?.into_iter().find(|found| found.id == job) {
-            Some(found) => match found.error {
-                Some(error) => return Err(failed(job, &error)),
-                None if found.ready => return Ok(()),
-                None => {}
-            },
-            None => {
-                let why = last_word.as_deref().unwrap_or("it ended before it was ready");
-                return Err(failed(job, why));
-            }
-        }
-        let until = tokio::time::Instant::now() + READY_LOOK_EVERY;
-        while let Ok(Ok(event)) = tokio::time::timeout_at(until, events.recv()).await {
-            if event.data["device"] == job || qmp.is_closed() {
-                last_word = event.data["error"].as_str().map(str::to_owned).or(last_word);
-                break;
-            }
-        }
-    }
 }
 
 /// All block jobs.
@@ -281,62 +246,6 @@ pub async fn export(
         "writable": writable,
     });
     qmp.execute("block-export-add", options).await.map(drop)
-}
-
-/// Ids of all exports.
-///
-/// # Errors
-/// As every command.
-pub async fn exports(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
-    #[derive(Deserialize)]
-    struct Export {
-        id: String,
-    }
-    let answer = qmp.execute("query-block-exports", json!({})).await?;
-    let list: Vec<Export> = part("query-block-exports", answer)?;
-    Ok(list.into_iter().map(|export| export.id).collect())
-}
-
-/// Ends an export, clients or not, and waits until it is gone.
-///
-/// # Errors
-/// As every command; [`QmpError::Timeout`] when it does not close.
-pub async fn stop_export(qmp: &Qmp, id: &str) -> Result<(), QmpError> {
-    qmp.execute("block-export-del", json!({ "id": id, "mode": "hard" })).await?;
-    let gone = async {
-        while exports(qmp).await?.iter().any(|found| found == id) {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-        Ok(())
-    };
-    tokio::time::timeout(EXPORT_CLOSE_MAX, gone).await.unwrap_or_else(|_| {
-        let command = "block-export-del".to_owned();
-        Err(QmpError::Timeout { command, limit: EXPORT_CLOSE_MAX })
-    })
-}
-
-/// What a migration that was cut short left in a QEMU.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Leftovers {
-    /// Block jobs
-    pub jobs: Vec<String>,
-    /// Exports
-    pub exports: Vec<String>,
-    /// Block nodes
-    pub nodes: Vec<String>,
-}
-
-/// Lists what carries a name that begins with `prefix`.
-///
-/// # Errors
-/// As every command.
-pub async fn leftovers(qmp: &Qmp, prefix: &str) -> Result<Leftovers, QmpError> {
-    let ours = |names: Vec<String>| names.into_iter().filter(|n| n.starts_with(prefix)).collect();
-    Ok(Leftovers {
-        jobs: ours(jobs(qmp).await?.into_iter().map(|job| job.id).collect()),
-        exports: ours(exports(qmp).await?),
-        nodes: ours(nodes(qmp).await?),
-    })
 }
 
 /// Makes all nodes usable of a QEMU that has loaded a guest which does not run yet.

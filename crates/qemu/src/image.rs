@@ -174,7 +174,8 @@ fn limited(tool: &ImageTool) -> Command {
         setrlimit(Resource::Core, to(0))?;
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made.
+    // SAFETY: between fork and exec only system calls are made; nothing allocates,
+    // locks or unwinds.
     unsafe { command.pre_exec(limits) };
     process::run_as(&mut command, tool.user.as_ref());
     command
@@ -320,7 +321,8 @@ pub fn read_content(
         while offset < end && status.success() {
             let size = CONTENT_STEP_BYTES.min(end - offset);
             memory.set_len(0)?;
-            status = copy_step(&tool, (&path, format), (offset, size), &memory).await?;
+            let window = Window { path: &path, format, range: offset..offset + size };
+            status = copy_window(&tool, &window, &memory).await?;
             memory.rewind()?;
             let mut left = size;
             while left > 0 && status.success() {
@@ -339,23 +341,29 @@ pub fn read_content(
     Ok(Content { stdout: Some(stdout), reader })
 }
 
-/// Fills `memory` with `size` bytes of an image from `offset` on.
+/// A range of an image's content.
+struct Window<'a> {
+    path: &'a Path,
+    format: ImageFormat,
+    range: Range<u64>,
+}
+
+/// Fills `memory` with the bytes of a window.
 ///
-/// A window over the image in QEMU's own words: the tool's `dd` counts `count`
-/// from the start of the image up to 10.0, and not from `skip`.
-async fn copy_step(
+/// The window is described to QEMU as a node: the tool's `dd` counts `count` from the
+/// start of the image up to 10.0, and not from `skip`.
+async fn copy_window(
     tool: &ImageTool,
-    (path, format): (&Path, ImageFormat),
-    (offset, size): (u64, u64),
+    window: &Window<'_>,
     memory: &File,
 ) -> std::io::Result<ExitStatus> {
     let window = serde_json::json!({
         "driver": "raw",
-        "offset": offset,
-        "size": size,
+        "offset": window.range.start,
+        "size": window.range.end - window.range.start,
         "file": {
-            "driver": format.as_str(),
-            "file": { "driver": "file", "filename": path },
+            "driver": window.format.as_str(),
+            "file": { "driver": "file", "filename": window.path },
         },
     });
     limited(tool)

@@ -11,6 +11,7 @@ use crate::accelerator::Accelerator;
 use crate::image::ImageFormat;
 use crate::pci::{self, Chipset};
 use crate::probe::QemuFacts;
+use crate::process::SANDBOX;
 use crate::quirk::{RAM_BACKEND_NAMED_BY_ID, memory_argument};
 
 /// Name of the RAM backend, which is the block's name in the stream.
@@ -21,11 +22,6 @@ pub const QMP_SOCKET: &str = "qmp.sock";
 pub const CONSOLE_SOCKET: &str = "console.sock";
 /// Id of the balloon.
 const BALLOON_ID: &str = "bal0";
-
-/// What QEMU is kept from: old system calls, more rights, other programs, and
-/// taking more of the host than it is given.
-pub(crate) const SANDBOX: &str =
-    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
 /// Block nodes of UEFI's two flash chips.
 const UEFI_CODE_NODE: &str = "uefi-code";

@@ -7,9 +7,9 @@
 //!                                      image ─► files, with qemu-img
 //! ```
 //!
-//! **Invariants.** No name, flag or format of QEMU is written anywhere else in
-//! the workspace. What QEMU sends is checked before it is believed. Nothing
-//! here decides: callers say what QEMU shall do.
+//! **Invariants.** No name, flag or format of QEMU is written anywhere else in the
+//! workspace. Answers of QEMU are checked before they are used. This crate decides
+//! nothing: callers order each act of QEMU.
 
 pub mod accelerator;
 pub mod block;
@@ -24,6 +24,7 @@ pub mod qmp;
 pub mod quirk;
 pub mod ram;
 pub mod stream;
+pub mod version;
 
 #[cfg(test)]
 mod tests;

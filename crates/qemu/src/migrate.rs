@@ -55,9 +55,6 @@ pub struct MigrateStatus {
     pub status: MigrationStatus,
     /// What it says of RAM, once it does
     pub ram: Option<RamStatus>,
-    /// How long QEMU had the vCPUs stopped, in milliseconds, once it is done
-    #[serde(rename = "downtime")]
-    pub downtime_ms: Option<u64>,
     /// Why it failed
     #[serde(rename = "error-desc")]
     pub error_desc: Option<String>,
@@ -75,9 +72,6 @@ pub struct RamStatus {
     /// Rounds over the dirty bitmap
     #[serde(rename = "dirty-sync-count", default)]
     pub dirty_sync_count: u64,
-    /// Bytes of a page
-    #[serde(rename = "page-size", default)]
-    pub page_bytes: u64,
 }
 
 /// Settings of a source.

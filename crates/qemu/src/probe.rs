@@ -1,7 +1,6 @@
 //! What a QEMU binary is and can do, asked of itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -12,32 +11,15 @@ use tokio::io::AsyncReadExt;
 use tokio::process::ChildStderr;
 
 use crate::accelerator::Accelerator;
-use crate::launch::SANDBOX;
-use crate::process::{self, User};
+use crate::process::{self, SANDBOX, User};
 use crate::qmp::{Qmp, QmpError, part};
+use crate::version::Version;
 
 /// Longest a probed QEMU may take to answer.
 const PROBE_MAX: Duration = Duration::from_secs(20);
 /// Most bytes of what it says of its own fate, and longest wait for them.
 const WORDS_BYTES_MAX: u64 = 1024;
 const WORDS_MAX: Duration = Duration::from_secs(1);
-
-/// A version: 7.2.22 and so on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-pub struct Version {
-    /// First number
-    pub major: u32,
-    /// Second number
-    pub minor: u32,
-    /// Third number
-    pub micro: u32,
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
-    }
-}
 
 /// What a QEMU is and can do.
 #[derive(Debug, Clone)]

@@ -12,18 +12,22 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Gid, Pid, PidfdFlags, Signal, Uid};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use crate::qmp::{Qmp, QmpError};
 
+/// Value of `-sandbox`: no obsolete system calls, no more rights, no other programs, and
+/// no more of the host than QEMU is given.
+pub(crate) const SANDBOX: &str =
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 /// Number of the first descriptor that QEMU inherits.
 const INHERITED_FD_FIRST: RawFd = 10;
 /// Numbers from here on are free in a child that was just forked.
@@ -223,7 +227,7 @@ fn command(spec: &ProcessSpec) -> Result<tokio::process::Command, ProcessError> 
         .current_dir("/")
         .kill_on_drop(false);
     let fds: Vec<RawFd> = spec.inherited.0.iter().map(AsRawFd::as_raw_fd).collect();
-    let user = spec.user.clone();
+    let user = spec.user.as_ref().map(ChildUser::new);
     // SAFETY: between fork and exec only system calls are made; nothing
     // allocates, locks or unwinds.
     unsafe { command.pre_exec(move || become_qemu(&fds, user.as_ref())) };
@@ -232,9 +236,10 @@ fn command(spec: &ProcessSpec) -> Result<tokio::process::Command, ProcessError> 
 
 /// Has a helper program run as another user, who may do less than the agent.
 pub(crate) fn run_as(command: &mut tokio::process::Command, user: Option<&User>) {
-    let Some(user) = user.cloned() else { return };
-    // SAFETY: between fork and exec only system calls are made.
-    unsafe { command.pre_exec(move || become_user(&user)) };
+    let Some(user) = user.map(ChildUser::new) else { return };
+    // SAFETY: between fork and exec only system calls are made; nothing
+    // allocates, locks or unwinds.
+    unsafe { command.pre_exec(move || user.assume()) };
 }
 
 /// Has a helper program killed when this process is, which cannot do it itself
@@ -243,7 +248,8 @@ pub(crate) fn run_as(command: &mut tokio::process::Command, user: Option<&User>)
 pub(crate) fn end_with_parent(command: &mut tokio::process::Command) {
     let signal = Some(Signal::KILL);
     let set = move || Ok(rustix::process::set_parent_process_death_signal(signal)?);
-    // SAFETY: between fork and exec only a system call is made.
+    // SAFETY: between fork and exec only a system call is made; nothing allocates,
+    // locks or unwinds.
     unsafe { command.pre_exec(set) };
 }
 
@@ -272,43 +278,59 @@ fn is_collision(error: &io::Error) -> bool {
 }
 
 /// In the child: a session of its own, the given descriptors, the given user.
-fn become_qemu(fds: &[RawFd], user: Option<&User>) -> io::Result<()> {
+fn become_qemu(fds: &[RawFd], user: Option<&ChildUser>) -> io::Result<()> {
     rustix::process::setsid()?;
     let no_core = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(rustix::process::Resource::Core, no_core)?;
     close_at_exec()?;
     let mut spares = [-1; INHERITED_COUNT_MAX];
-    // Through spare numbers: a given descriptor may sit where another shall go.
+    // Through spare numbers: a given descriptor may have the number of another.
     for (spare, fd) in spares.iter_mut().zip(fds) {
-        // SAFETY: plain system call on a descriptor that the parent holds open.
-        *spare = check(unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, SPARE_FD_FIRST) })?;
+        // SAFETY: the parent holds the descriptor open until the child has called `exec`.
+        let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
+        *spare = rustix::io::fcntl_dupfd_cloexec(fd, SPARE_FD_FIRST)?.into_raw_fd();
     }
     for (to, spare) in (INHERITED_FD_FIRST..).zip(spares.iter().take(fds.len())) {
         if is_report_pipe(to) {
             return Err(io::Error::from_raw_os_error(libc::EBUSY));
         }
-        // SAFETY: as above; what stood at `to` is not used between fork and exec.
+        // SAFETY: both are plain numbers to the kernel, and nothing between fork and
+        // exec uses the descriptor that had the number `to`.
         check(unsafe { libc::dup2(*spare, to) })?;
     }
-    user.map_or(Ok(()), become_user)
+    user.map_or(Ok(()), ChildUser::assume)
 }
 
-/// In the child: the given user. The kernel forgets a signal for the parent's end.
-fn become_user(user: &User) -> io::Result<()> {
-    // SAFETY: the pointer and the count are those of one slice.
-    check(unsafe { libc::setgroups(user.groups.len(), user.groups.as_ptr()) })?;
-    // SAFETY: plain system calls.
-    check(unsafe { libc::setgid(user.gid) })?;
-    // SAFETY: as above; last, because it gives the right to the others up.
-    check(unsafe { libc::setuid(user.uid) }).map(drop)
+/// A user as system calls name it. Made before the fork, for it allocates.
+struct ChildUser {
+    uid: Uid,
+    gid: Gid,
+    groups: Vec<Gid>,
+}
+
+impl ChildUser {
+    fn new(user: &User) -> Self {
+        let groups = user.groups.iter().copied().map(Gid::from_raw).collect();
+        Self { uid: Uid::from_raw(user.uid), gid: Gid::from_raw(user.gid), groups }
+    }
+
+    /// In the child: becomes this user. The kernel forgets a signal for the parent's end.
+    ///
+    /// The calls change one thread, and a child that was just forked has one.
+    fn assume(&self) -> io::Result<()> {
+        rustix::thread::set_thread_groups(&self.groups)?;
+        rustix::thread::set_thread_gid(self.gid)?;
+        // Last, because it gives up the right to the other two.
+        Ok(rustix::thread::set_thread_uid(self.uid)?)
+    }
 }
 
 /// Marks every descriptor past standard error to be closed at `exec`. Limosa opens
-/// none that is not, but whoever started the agent may have left it some.
+/// none that is not, but the program that started the agent may have left it some.
 fn close_at_exec() -> io::Result<()> {
     let first = libc::STDERR_FILENO.unsigned_abs() + 1;
     let flags = libc::c_int::try_from(libc::CLOSE_RANGE_CLOEXEC).unwrap_or(0);
-    // SAFETY: plain system call, which closes nothing yet.
+    // SAFETY: a system call on numbers, which closes nothing yet.
     check(unsafe { libc::close_range(first, libc::c_uint::MAX, flags) }).map(drop)
 }
 
@@ -317,9 +339,10 @@ fn close_at_exec() -> io::Result<()> {
 fn is_report_pipe(fd: RawFd) -> bool {
     // SAFETY: all bytes zero are a valid `stat`.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: `stat` is valid for writes; a number that is not open is an error.
+    // SAFETY: `stat` is valid for writes; for a number that is not open, which no
+    // `BorrowedFd` may have, the kernel answers with an error.
     let known = unsafe { libc::fstat(fd, &raw mut stat) } == 0;
-    // SAFETY: plain system call.
+    // SAFETY: a system call on a number, as above.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
     known
         && stat.st_mode & libc::S_IFMT == libc::S_IFIFO
@@ -442,8 +465,8 @@ pub async fn kill(id: &ProcessId) -> Result<(), ProcessError> {
 pub async fn wait_exit(id: &ProcessId, limit: Duration) -> Result<(), ProcessError> {
     let Some(fd) = pidfd(id)? else { return Ok(()) };
     let at = |source| ProcessError::Kernel { pid: id.pid, source };
-    // SAFETY: the `OwnedFd` keeps the descriptor open for as long as it is
-    // registered.
+    // SAFETY: an `OwnedFd` upholds I/O safety: its descriptor stays open, and the same,
+    // until the `AsyncFd` has dropped it.
     let fd = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }
         .map_err(|error| at(error.into()))?;
     match tokio::time::timeout(limit, fd.readable()).await {

@@ -2,7 +2,7 @@
 //!
 //! Everything else in this crate is written so that 7.2 and 10.x do the same.
 
-use crate::probe::Version;
+use crate::version::Version;
 
 /// Oldest QEMU that Limosa drives. Before it the migration stream, the block
 /// exports or `-sandbox` differ, and no maintained distribution has it.
@@ -11,10 +11,9 @@ pub const VERSION_MIN: Version = Version { major: 7, minor: 2, micro: 0 };
 /// QMP commands without which Limosa can neither run nor move a VM. A QEMU that
 /// has them all is taken, however new it is; one that lacks some is named with
 /// what it lacks.
-pub const COMMANDS_NEEDED: [&str; 24] = [
+pub const COMMANDS_NEEDED: [&str; 22] = [
     "announce-self",
     "block-export-add",
-    "block-export-del",
     "block-job-cancel",
     "blockdev-add",
     "blockdev-del",
@@ -28,7 +27,6 @@ pub const COMMANDS_NEEDED: [&str; 24] = [
     "migrate_cancel",
     "nbd-server-start",
     "nbd-server-stop",
-    "query-block-exports",
     "query-block-jobs",
     "query-migrate",
     "query-named-block-nodes",

@@ -18,8 +18,8 @@ use limosa_protocol::api::FailureCode;
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
 use limosa_protocol::peer::{Offer, OfferAnswer};
-use limosa_qemu::probe::Version;
 use limosa_qemu::quirk::VERSION_MIN;
+use limosa_qemu::version::Version;
 use uuid::Uuid;
 
 pub(crate) use destination::{Placed, check_offer, place_offer, read_offer};

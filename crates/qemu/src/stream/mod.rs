@@ -220,12 +220,6 @@ impl StreamParser {
         self.offset + self.pending.len() as u64
     }
 
-    /// Whether all RAM is out, and everything that follows is inline.
-    #[must_use]
-    pub fn is_ram_complete(&self) -> bool {
-        self.place == Place::Tail
-    }
-
     fn advance(&mut self, bytes: &[u8], sink: &mut impl StreamSink) -> Result<(), StreamError> {
         if self.place == Place::Broken {
             return Err(self.malformed("bytes after an error"));

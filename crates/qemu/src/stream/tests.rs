@@ -387,7 +387,7 @@ fn a_sink_that_fails_ends_it() {
     let mut parser = parser();
     let error = parser.feed(&sample().stream, &mut Full).unwrap_err();
     assert!(matches!(error, StreamError::Sink(_)), "{error}");
-    assert!(parser.feed(b"", &mut Full).is_err() && !parser.is_ram_complete());
+    assert!(parser.feed(b"", &mut Full).is_err() && parser.finish().is_err());
 }
 
 /// Every file that the fuzzer starts from, whole and in single bytes.
@@ -404,7 +404,7 @@ fn the_fuzz_corpus_is_followed_alike_in_any_cut() {
                 let mut parts = Parts::default();
                 let fed = bytes.chunks(chunk_bytes).try_for_each(|it| parser.feed(it, &mut parts));
                 let fed = fed.map_err(|error| error.to_string());
-                (fed, parts.blocks, parts.pages, parser.is_ram_complete())
+                (fed, parts.blocks, parts.pages, parser.finish().is_ok())
             };
             let whole = parse(usize::MAX);
             assert_eq!(whole, parse(1), "{path:?}");

@@ -9,7 +9,7 @@ use limosa_plane::nbd::server::{self, Export};
 use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::Transfer;
 use limosa_protocol::plan::DiskItem;
-use limosa_qemu::block::{self, Sync};
+use limosa_qemu::block::{self, MirrorSync};
 use limosa_qemu::launch::disk_node;
 
 use super::{Source, abort, socket};
@@ -171,11 +171,11 @@ impl Source {
         let sink = plane.disk_sink(index).or_fail(&doing)?;
         let export = Export { name: id.to_string(), size_bytes: disk.virtual_bytes };
         self.exports.push(server::serve(listener, export, sink).or_fail(&doing)?);
-        self.mirror_into(id, &socket, Sync::Full).await
+        self.mirror_into(id, &socket, MirrorSync::Full).await
     }
 
     /// Starts QEMU's job, into an export that is served.
-    async fn mirror_into(&self, id: &DiskId, socket: &Path, sync: Sync) -> Result<()> {
+    async fn mirror_into(&self, id: &DiskId, socket: &Path, sync: MirrorSync) -> Result<()> {
         let (doing, name) = (format!("mirroring disk {id}"), mirror_name(id));
         let qmp = &self.qemu.qmp;
         block::add_nbd_node(qmp, &name, socket, id.as_str()).await.or_fail(&doing)?;
@@ -191,7 +191,7 @@ impl Source {
         abort::end_mirrors(&self.qemu).await?;
         self.mirrors_end = false;
         for (index, id) in self.disk_ids().iter().enumerate() {
-            let sync = if self.mirrored.remove(id) { Sync::None } else { Sync::Full };
+            let sync = if self.mirrored.remove(id) { MirrorSync::None } else { MirrorSync::Full };
             self.mirror_into(id, &self.mirror_socket(index), sync).await?;
         }
         Ok(())
