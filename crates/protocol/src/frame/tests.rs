@@ -1,3 +1,5 @@
+//! Frames round trip, and every frame that breaks a bound is refused.
+
 use proptest::prelude::*;
 
 use super::*;
