@@ -3,7 +3,6 @@
 //! A switchover must not wait for a new TLS handshake, so a [`PeerLink`] keeps
 //! its connection and makes a new one only when that one broke.
 
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +41,7 @@ const SILENCE_MS_MAX: u32 = 10_000;
 /// Most bytes of a data channel that wait in the kernel to be sent: what is among
 /// them when the guest is stopped is blackout. Bytes on their way are TCP's to
 /// count, or a far link could not be filled.
-const CHANNEL_UNSENT_BYTES_MAX: libc::c_int = 256 << 10;
+const CHANNEL_UNSENT_BYTES_MAX: u32 = 256 << 10;
 
 /// Why a peer gave no result.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -344,20 +343,7 @@ pub(crate) fn tune(stream: &TcpStream) -> std::io::Result<()> {
 
 /// Bounds what waits in the kernel to be sent.
 fn keep_little_unsent(stream: &TcpStream) -> std::io::Result<()> {
-    let most = CHANNEL_UNSENT_BYTES_MAX;
-    let size = libc::socklen_t::try_from(size_of_val(&most)).map_err(std::io::Error::other)?;
-    // SAFETY: the descriptor is the stream's, and the option's value an integer on
-    // this stack, of that size.
-    let set = unsafe {
-        libc::setsockopt(
-            stream.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_NOTSENT_LOWAT,
-            (&raw const most).cast(),
-            size,
-        )
-    };
-    if set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    socket2::SockRef::from(stream).set_tcp_notsent_lowat(CHANNEL_UNSENT_BYTES_MAX)
 }
 
 /// Completes an address with the usual port.
