@@ -76,14 +76,18 @@ pub(crate) fn remember(address: &str, fingerprint: Fingerprint) -> Result<()> {
         return Ok(());
     }
     let text = toml::to_string(&known)?;
-    let new = path.with_extension(format!("{}.new", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = std::fs::File::create(&new)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&new, &path)
-    };
-    write().with_context(|| format!("writing {}", path.display()))
+    replace(&path, &text).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Replaces a file durably: its content is on the disk before its name, and the name
+/// before this returns.
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    let folder = path.parent().ok_or(std::io::ErrorKind::InvalidInput)?;
+    let mut new = tempfile::NamedTempFile::new_in(folder)?;
+    new.write_all(text.as_bytes())?;
+    new.as_file().sync_all()?;
+    new.persist(path)?;
+    std::fs::File::open(folder)?.sync_all()
 }
 
 fn load(path: &Path) -> Result<Known> {
@@ -110,4 +114,27 @@ pub(crate) fn read_limited(path: &Path, bytes_max: u64) -> std::io::Result<Strin
         return Err(std::io::Error::other(format!("it has more than {bytes_max} bytes")));
     }
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a file is replaced whole, only its user may read it, and nothing is left
+    /// beside it, also when it cannot be replaced.
+    #[test]
+    fn a_file_is_replaced_and_nothing_is_left_beside_it() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join(FILE);
+        for text in ["first, and longer", "second"] {
+            replace(&path, text).expect("it is written");
+            assert_eq!(std::fs::read_to_string(&path).expect("a file"), text);
+        }
+        let mode = std::fs::metadata(&path).expect("a file").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        std::fs::create_dir(folder.path().join("taken")).expect("a folder");
+        assert!(replace(&folder.path().join("taken"), "text").is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 2);
+    }
 }
