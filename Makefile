@@ -8,7 +8,7 @@ RELEASE = target/release
 # In the order that is written; cargo uses all processors by itself.
 .NOTPARALLEL:
 
-.PHONY: build release install workload demo test unit lint bench chaos soak clean root
+.PHONY: build release install workload demo test unit lint audit bench chaos soak clean root
 
 build:
 	$(CARGO) build --workspace
@@ -71,8 +71,14 @@ lint:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	CUSTOM_LIBFUZZER_PATH=$(CURDIR)/fuzz/Cargo.toml $(CARGO) clippy --manifest-path fuzz/Cargo.toml \
 		--target-dir target -- -D warnings
-	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --all-features check; \
-	else echo "cargo-deny is not installed: deny.toml was not checked"; fi
+
+# Licences, sources and bans of dependencies (deny.toml), and dependencies that nothing
+# uses. Not part of lint: the first run builds both tools, which takes minutes.
+audit:
+	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	command -v cargo-machete >/dev/null || $(CARGO) install --locked cargo-machete
+	$(CARGO) deny --all-features check bans licenses sources
+	$(CARGO) machete
 
 # Against stock QEMU on the same link; figures, not assertions.
 bench: root release workload
