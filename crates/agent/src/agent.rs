@@ -71,6 +71,7 @@ impl Agent {
         let trust = TrustStore::new();
         let qemu = QemuHost::look(&config).await?;
         let net = Net::open().context("cannot open a netlink socket")?;
+        let migrations = Migrations::new(config.migration.concurrent_max.into());
         let agent = Self {
             config,
             name,
@@ -79,7 +80,7 @@ impl Agent {
             identity,
             trust,
             qemu,
-            migrations: Migrations::default(),
+            migrations,
             vms: Mutex::default(),
             invitation: Mutex::default(),
             placing: tokio::sync::Mutex::default(),

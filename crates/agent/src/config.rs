@@ -64,10 +64,15 @@ pub(crate) enum Accelerator {
     Tcg,
 }
 
+/// Most migrations that a host may have under way, both ways together.
+pub(crate) const CONCURRENT_COUNT_MAX: u8 = 16;
+
 /// How migrations use the network and memory.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct MigrationConfig {
+    /// Most migrations under way on this host, both ways together; further ones wait.
+    pub(crate) concurrent_max: u8,
     /// Data channels of one migration.
     pub(crate) channels: u8,
     /// Most memory for the previous versions of pages, in MiB.
@@ -112,6 +117,7 @@ impl Default for QemuConfig {
 impl Default for MigrationConfig {
     fn default() -> Self {
         Self {
+            concurrent_max: CONCURRENT_COUNT_MAX,
             channels: 2,
             page_versions_mib: 512,
             window_kib: 4096,
@@ -154,6 +160,12 @@ impl Config {
             bail!(
                 "migration.channels is {}: it must be 1 to {CHANNEL_COUNT_MAX}",
                 migration.channels
+            );
+        }
+        if !(1..=CONCURRENT_COUNT_MAX).contains(&migration.concurrent_max) {
+            bail!(
+                "migration.concurrent_max is {}: it must be 1 to {CONCURRENT_COUNT_MAX}",
+                migration.concurrent_max
             );
         }
         if !(256..=1 << 20).contains(&migration.window_kib) {

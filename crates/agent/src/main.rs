@@ -90,6 +90,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     agent.restore_switches().await?;
     vm::restore(&agent).await?;
     let restored = migration::handover::restore(&agent).await?;
+    agent.migrations.queue.restore(&agent.store)?;
     let router = api::router(Arc::clone(&agent));
     let mut servers = tokio::task::JoinSet::new();
     for listener in agent.config.listeners().await? {
@@ -97,6 +98,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     }
     // The peer may be asked, and ask back, while this settles.
     migration::handover::settle(restored);
+    tokio::spawn(migration::queue::run(Arc::clone(&agent)));
     servers.spawn(listen::local(Arc::clone(&agent), router));
     tracing::info!(
         host = %agent.name,

@@ -4,6 +4,7 @@
 //! |-------|-----|-------|
 //! | `vms` | name | [`VmRecord`] |
 //! | `migrations` | id | [`MigrationRecord`] |
+//! | `queue` | id | [`QueueRecord`] |
 //! | `peers` | name | [`PeerRecord`] |
 //! | `operators` | name | [`OperatorRecord`] |
 //! | `switches` | name | [`limosa_protocol::api::Switch`] |
@@ -21,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use limosa_protocol::api::Switch;
 use limosa_protocol::handover::{self, Stage};
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
-use limosa_protocol::migration::{Migration, Role};
+use limosa_protocol::migration::{Migration, MoveRequest, Role};
 use limosa_protocol::peer::GuestAddress;
 use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
@@ -112,6 +113,15 @@ impl MigrationRecord {
     }
 }
 
+/// A move that waits in the queue, or ended there.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct QueueRecord {
+    /// What the operator asked for: preflight makes the plan when its turn comes.
+    pub(crate) request: MoveRequest,
+    /// What operators see of it; with an outcome it has ended without beginning.
+    pub(crate) view: Migration,
+}
+
 /// A host that this one trusts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PeerRecord {
@@ -136,6 +146,9 @@ impl Record for MigrationRecord {
     fn fault_name(&self) -> Option<&'static str> {
         Some(self.handover.stage.as_str())
     }
+}
+impl Record for QueueRecord {
+    const TABLE: &'static str = "queue";
 }
 impl Record for PeerRecord {
     const TABLE: &'static str = "peers";
@@ -227,6 +240,7 @@ impl Store {
         for table in [
             VmRecord::TABLE,
             MigrationRecord::TABLE,
+            QueueRecord::TABLE,
             PeerRecord::TABLE,
             OperatorRecord::TABLE,
             Switch::TABLE,
@@ -369,8 +383,36 @@ fn synced<T>(work: impl FnOnce() -> T) -> T {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use limosa_protocol::migration::Verify;
+    use limosa_protocol::plan::{MemoryCarrier, MemoryItem, Policy};
+
     use super::*;
+
+    /// A migration of a VM without disks that was just offered.
+    pub(crate) fn migration_record(view: Migration) -> MigrationRecord {
+        MigrationRecord {
+            handover: handover::Record::first(view.id, Stage::Offered, Epoch(1)),
+            paused: false,
+            plan: MigrationPlan {
+                peer: Some(view.destination.clone()),
+                memory: MemoryItem { bytes: 64 << 20, carrier: MemoryCarrier::PreCopy },
+                disks: Vec::new(),
+                policy: Policy {
+                    downtime_limit_ms: 300,
+                    verify: Verify::Running,
+                    retain_source_disks: false,
+                },
+            },
+            view,
+            definition: None,
+            made: Vec::new(),
+            run: None,
+            addresses: Vec::new(),
+            has_run: false,
+            forced: None,
+        }
+    }
 
     #[test]
     fn a_second_agent_is_turned_away() {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use limosa_protocol::id::DiskId;
-use limosa_protocol::migration::{Migration, Phase, Transfer};
+use limosa_protocol::migration::{Migration, Phase, Queued, Transfer};
 
 use crate::show;
 
@@ -225,9 +225,12 @@ fn headline(view: &Migration) -> String {
         "{} to {}: {}, {}",
         view.vm,
         view.destination,
-        view.phase.as_str(),
+        view.status(),
         show::seconds(elapsed)
     );
+    if let Some(queued) = &view.queued {
+        return format!("{} to {}: queued, {}", view.vm, view.destination, self::queued(queued));
+    }
     if let Some(loss) = &view.progress.link_loss {
         let until = Duration::from_millis(loss.until_unix_ms);
         let left = show::seconds(until.saturating_sub(now).as_secs());
@@ -237,6 +240,13 @@ fn headline(view: &Migration) -> String {
         text.push_str(&format!(", {rate} on the wire"));
     }
     text
+}
+
+/// Why a move waits, and for how long already.
+pub(crate) fn queued(queued: &Queued) -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let waited = now.saturating_sub(Duration::from_millis(queued.since_unix_ms)).as_secs();
+    format!("{} already: {}", show::seconds(waited), queued.reason)
 }
 
 /// All of it in one line.

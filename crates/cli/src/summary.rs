@@ -48,6 +48,9 @@ fn headline(view: &Migration) -> String {
                 }
             )
         }
+        None if view.queued.is_some() => {
+            format!("{vm} waits at {source} to move to {destination}")
+        }
         None => format!("{vm} moves from {source} to {destination}: {}", view.phase.as_str()),
     }
 }
@@ -71,6 +74,9 @@ fn next_step(view: &Migration) -> Option<String> {
 }
 
 fn under_way(view: &Migration, add: &mut impl FnMut(&str, &str)) {
+    if let Some(queued) = &view.queued {
+        add("queued", &progress::queued(queued));
+    }
     for (id, disk) in &view.progress.disks {
         add("disk", &format!("{id}: {}", progress::sentence(disk)));
     }
@@ -214,6 +220,7 @@ mod tests {
             phase: Phase::Retire,
             outcome: Some(outcome),
             reason: None,
+            queued: None,
             started_unix_ms: 0,
             ended_unix_ms: Some(1),
             progress: Progress::default(),

@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::id::{Epoch, HostName, MigrationId, OperatorName, SwitchName, VmName};
-use crate::migration::{Problem, Role};
+use crate::migration::{Note, Problem, Role};
 use crate::vm::{Accelerator, VmDefinition};
 
 /// The agent's socket for commands on its own host.
@@ -239,6 +239,9 @@ pub struct Comparison {
     pub to: HostName,
     /// Everything that was found
     pub problems: Vec<Problem>,
+    /// Why the move would have to wait; empty when it would begin at once
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<Note>,
 }
 
 /// A virtual switch: a Linux bridge made by the agent.

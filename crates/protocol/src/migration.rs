@@ -191,6 +191,38 @@ pub enum ProblemCode {
     Other,
 }
 
+/// Something that delays a move and does not stand against it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Note {
+    /// Which kind of delay
+    pub code: QueueReason,
+    /// What delays it, with names and numbers
+    pub message: String,
+}
+
+/// Why a move waits in the queue of its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum QueueReason {
+    /// As many migrations as possible are under way at the source
+    SourceFull,
+    /// As many migrations as possible are under way at the destination
+    DestinationFull,
+    /// The destination cannot be reached since the move was queued
+    DestinationUnreachable,
+}
+
+/// A move that waits in the queue of its source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Queued {
+    /// Why it waits
+    pub code: QueueReason,
+    /// The same with names and numbers
+    pub reason: String,
+    /// Since when, in milliseconds since 1970
+    pub since_unix_ms: u64,
+}
+
 /// Bytes of one kind of work: how far, how fast, how long still.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Transfer {
@@ -351,7 +383,10 @@ pub struct Migration {
     /// Why it did not end as wished, and what to do
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Start, in milliseconds since 1970
+    /// While it waits for room and nothing of it has begun
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queued: Option<Queued>,
+    /// Start, in milliseconds since 1970; of one that waited, when its wait was over
     pub started_unix_ms: u64,
     /// End, in milliseconds since 1970
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -361,4 +396,16 @@ pub struct Migration {
     /// At the end
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub summary: Option<Summary>,
+}
+
+impl Migration {
+    /// Its state in one word: how it ended, `queued`, or its phase.
+    #[must_use]
+    pub fn status(&self) -> &'static str {
+        match (self.outcome, &self.queued) {
+            (Some(outcome), _) => outcome.as_str(),
+            (None, Some(_)) => "queued",
+            (None, None) => self.phase.as_str(),
+        }
+    }
 }

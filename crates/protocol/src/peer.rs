@@ -89,6 +89,9 @@ pub struct Offer {
 pub struct OfferAnswer {
     /// Everything that stands against it
     pub problems: Vec<Problem>,
+    /// No further migration may begin at the destination: it has not taken the offer, and the
+    /// source tries later
+    pub is_full: bool,
 }
 
 /// Everything is in place: get ready for channels.

@@ -76,7 +76,7 @@ async fn compare_offer(
         Ok(offer) => compare::check_offer(&agent, &offer).await?,
         Err(problem) => vec![problem],
     };
-    Ok(Json(OfferAnswer { problems }))
+    Ok(Json(OfferAnswer { problems, is_full: agent.migrations.is_full() }))
 }
 
 async fn accept(
@@ -87,7 +87,7 @@ async fn accept(
     let from = host(caller)?;
     match compare::read_offer(&agent, &from, offer)? {
         Ok(offer) => Incoming::accept(&agent, &from, offer).await.map(Json),
-        Err(problem) => Ok(Json(OfferAnswer { problems: vec![problem] })),
+        Err(problem) => Ok(Json(OfferAnswer { problems: vec![problem], is_full: false })),
     }
 }
 

@@ -169,8 +169,9 @@ async fn compare(
     Body(request): Body<MoveRequest>,
 ) -> Result<Json<Comparison>> {
     let vm = agent.vm(&name)?;
-    let problems = migration::compare::compare(&agent, &vm, &request).await?;
-    Ok(Json(Comparison { vm: name, to: request.to, problems }))
+    let preflight = migration::compare::preflight(&agent, &vm, &request).await?;
+    let (problems, notes) = (preflight.problems, preflight.notes);
+    Ok(Json(Comparison { vm: name, to: request.to, problems, notes }))
 }
 
 /// What is known of a hand-over that is not settled, on both hosts
@@ -198,7 +199,7 @@ async fn recover(
     handover::force_owner(&agent, &name, &caller.to_string()).await.map(Json)
 }
 
-/// Move a VM to another host; the answer comes at once, the work is a job
+/// Move a VM to another host; the answer comes at once, the work is a job that may wait in a queue
 #[utoipa::path(post, path = "/v1/vms/{name}/move", tag = "vm", params(("name" = String, Path)), request_body = MoveRequest,
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure), (status = 422, body = ApiFailure)))]
 async fn move_vm(
@@ -207,5 +208,5 @@ async fn move_vm(
     Body(request): Body<MoveRequest>,
 ) -> Result<Json<Migration>> {
     let vm = agent.vm(&name)?;
-    migration::outgoing::begin(&agent, &vm, request).await.map(Json)
+    migration::queue::request_move(&agent, &vm, request).await.map(Json)
 }

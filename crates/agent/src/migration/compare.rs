@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use limosa_protocol::api::FailureCode;
 use limosa_protocol::id::{HostName, MigrationId};
-use limosa_protocol::migration::{MoveRequest, Problem, ProblemCode};
+use limosa_protocol::migration::{MoveRequest, Note, Problem, ProblemCode, QueueReason};
 use limosa_protocol::peer::{Offer, OfferAnswer};
 use limosa_qemu::quirk::VERSION_MIN;
 use limosa_qemu::version::Version;
@@ -34,12 +34,45 @@ fn problem(code: ProblemCode, message: impl Into<String>, remedy: impl Into<Stri
     Problem { code, message: message.into(), remedy: remedy.into() }
 }
 
+/// What preflight found.
+pub(crate) struct Preflight {
+    /// Everything that stands against the move
+    pub(crate) problems: Vec<Problem>,
+    /// Why the move would have to wait
+    pub(crate) notes: Vec<Note>,
+}
+
+impl Preflight {
+    /// The problem of a kind, if there is no other.
+    pub(crate) fn only_problem(&self, code: ProblemCode) -> Option<&Problem> {
+        match self.problems.as_slice() {
+            [problem] if problem.code == code => Some(problem),
+            _ => None,
+        }
+    }
+
+    /// Fails when anything stands against the move.
+    pub(crate) fn expect_possible(&self, vm: &Vm, request: &MoveRequest) -> Result<()> {
+        if self.problems.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::problems(
+            format!("VM {} cannot move to {} yet; nothing was touched", vm.name, request.to),
+            self.problems.clone(),
+        ))
+    }
+}
+
 /// Compares a VM with a destination.
-pub(crate) async fn compare(
+pub(crate) async fn preflight(
     agent: &Arc<Agent>,
     vm: &Arc<Vm>,
     request: &MoveRequest,
-) -> Result<Vec<Problem>> {
+) -> Result<Preflight> {
+    let mut notes = Vec::new();
+    if agent.migrations.is_full() {
+        notes.push(agent.migrations.source_full(&agent.name));
+    }
     let inner = vm.lock().await;
     let mut problems = source::check(agent, &inner, request).await;
     let (offer, unusable) =
@@ -47,20 +80,29 @@ pub(crate) async fn compare(
     drop(inner);
     problems.extend(unusable);
     if request.to == agent.name {
-        return Ok(problems);
+        return Ok(Preflight { problems, notes });
     }
     let link = match PeerLink::open(agent, &request.to) {
         Ok(link) => link,
         Err(error) => {
             problems.push(not_linked(&request.to, error)?);
-            return Ok(problems);
+            return Ok(Preflight { problems, notes });
         }
     };
     match link.post::<_, OfferAnswer>("/peer/v1/compare", &offer).await {
-        Ok(answer) => add_answer(&mut problems, answer.problems),
+        Ok(answer) => {
+            add_answer(&mut problems, answer.problems);
+            notes.extend(answer.is_full.then(|| destination_full(&request.to)));
+        }
         Err(error) => problems.push(no_answer(&request.to, &error)),
     }
-    Ok(problems)
+    Ok(Preflight { problems, notes })
+}
+
+/// Why a move waits while its destination is full.
+pub(crate) fn destination_full(to: &HostName) -> Note {
+    let message = format!("as many migrations as possible are under way at {to}");
+    Note { code: QueueReason::DestinationFull, message }
 }
 
 /// The destination names a CD-ROM too, but knows less of it than this host.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_protocol::migration::{
-    Downtime, LinkLoss, Migration, Outcome, Phase, Progress, Role, Summary,
+    Downtime, LinkLoss, Migration, Outcome, Phase, Progress, Queued, Role, Summary,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +47,7 @@ impl Job {
             phase: Phase::Prepare,
             outcome: None,
             reason: None,
+            queued: None,
             started_unix_ms: now_unix_ms(),
             ended_unix_ms: None,
             progress: Progress::default(),
@@ -79,6 +80,24 @@ impl Job {
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Migration> {
         self.view.subscribe()
+    }
+
+    /// Reports why the move waits, or that it does not wait any more.
+    pub(crate) fn report_queued(&self, queued: Option<Queued>) {
+        self.view.send_modify(|view| view.queued = queued);
+    }
+
+    /// Ends the wait in the queue, if there was one: time counts from here.
+    pub(crate) fn begin(&self) {
+        let now = Instant::now();
+        let mut clock = self.clock();
+        clock.started = now;
+        clock.phase_began = now;
+        drop(clock);
+        self.view.send_modify(|view| {
+            view.queued = None;
+            view.started_unix_ms = now_unix_ms();
+        });
     }
 
     /// Enters a phase.

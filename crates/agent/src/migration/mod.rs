@@ -1,4 +1,4 @@
-//! Migrations: the jobs under way, and what is told of those that ended.
+//! Migrations: the jobs under way, those that wait, and what is reported of those that ended.
 //!
 //! ```text
 //!            source                                   destination
@@ -18,27 +18,42 @@ pub(crate) mod handover;
 pub(crate) mod incoming;
 pub(crate) mod job;
 pub(crate) mod outgoing;
+pub(crate) mod queue;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use limosa_protocol::id::{HostName, MigrationId};
-use limosa_protocol::migration::{Migration, Role};
+use limosa_protocol::migration::{Migration, Note, QueueReason, Role};
 use tokio::sync::watch;
 
 use crate::failure::{Failure, Result};
-use crate::store::{MigrationRecord, Store, StoreError};
+use crate::store::{MigrationRecord, QueueRecord, Store, StoreError};
 use handover::HandOver;
 use incoming::Incoming;
 use job::Job;
+use queue::Queue;
 
-/// Most migrations under way on a host, both ways together.
-pub(crate) const UNDER_WAY_COUNT_MAX: usize = 16;
-
-/// All migrations under way.
-#[derive(Default)]
+/// All migrations under way, and those that wait.
 pub(crate) struct Migrations {
+    /// Most of them, both ways together.
+    count_max: usize,
     under_way: Mutex<BTreeMap<MigrationId, UnderWay>>,
+    /// Slots of migrations that are about to be added.
+    reserved_count: AtomicUsize,
+    pub(crate) queue: Queue,
+}
+
+/// Room for one migration, until it is added.
+pub(crate) struct Slot<'a> {
+    reserved_count: &'a AtomicUsize,
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        self.reserved_count.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// One migration under way.
@@ -64,21 +79,47 @@ impl Migrations {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether no further migration may begin on this host.
-    pub(crate) fn is_full(&self) -> bool {
-        moving_count(&self.lock()) >= UNDER_WAY_COUNT_MAX
+    /// Room for so many migrations at a time.
+    pub(crate) fn new(count_max: usize) -> Self {
+        Self {
+            count_max,
+            under_way: Mutex::default(),
+            reserved_count: AtomicUsize::new(0),
+            queue: Queue::default(),
+        }
     }
 
-    /// Adds a migration that begins, unless there are too many.
-    pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>) -> Result<()> {
+    fn has_room(&self, under_way: &BTreeMap<MigrationId, UnderWay>) -> bool {
+        let reserved = self.reserved_count.load(Ordering::Relaxed);
+        moving_count(under_way) + reserved < self.count_max
+    }
+
+    /// Whether no further migration may begin on this host.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.has_room(&self.lock())
+    }
+
+    /// Why a move waits while this host is full.
+    pub(crate) fn source_full(&self, here: &HostName) -> Note {
+        let message = format!("{} migrations are under way at {here}", self.count_max);
+        Note { code: QueueReason::SourceFull, message }
+    }
+
+    /// Room for one migration more, if there is any.
+    pub(crate) fn reserve(&self) -> Option<Slot<'_>> {
+        // Under the lock, so that two cannot reserve the last slot.
+        let under_way = self.lock();
+        self.has_room(&under_way).then(|| {
+            self.reserved_count.fetch_add(1, Ordering::Relaxed);
+            Slot { reserved_count: &self.reserved_count }
+        })
+    }
+
+    /// Adds a migration that begins, in its slot.
+    pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>, slot: Slot<'_>) {
         let mut under_way = self.lock();
-        if moving_count(&under_way) >= UNDER_WAY_COUNT_MAX {
-            return Err(Failure::conflict(format!(
-                "{UNDER_WAY_COUNT_MAX} migrations are under way on this host: wait for one to end"
-            )));
-        }
         under_way.insert(hand.id(), UnderWay { hand, incoming });
-        Ok(())
+        drop(slot);
     }
 
     /// Adds a migration that a restart found.
@@ -95,6 +136,7 @@ impl Migrations {
     /// Forgets a job that ended; its record stays in the store.
     pub(crate) fn remove(&self, id: MigrationId) {
         self.lock().remove(&id);
+        self.queue.wake();
     }
 
     /// The receiving half of a migration under way from a host.
@@ -131,8 +173,15 @@ impl Migrations {
             Err(StoreError::Failed) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
-        let mut views: BTreeMap<_, _> =
-            recorded.into_iter().map(|(_, record)| (record.view.id, record.view)).collect();
+        let ended_in_queue = match store.all::<QueueRecord>() {
+            Ok(recorded) => recorded,
+            Err(StoreError::Failed) => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        let waited = ended_in_queue.into_iter().map(|(_, record)| record.view);
+        let waited = waited.chain(self.queue.views());
+        let recorded = waited.chain(recorded.into_iter().map(|(_, record)| record.view));
+        let mut views: BTreeMap<_, _> = recorded.map(|view| (view.id, view)).collect();
         for (id, under_way) in self.lock().iter() {
             views.insert(*id, under_way.job().view());
         }
@@ -144,8 +193,15 @@ impl Migrations {
         if let Some(under_way) = self.lock().get(&id) {
             return Ok(under_way.job().view());
         }
-        let record: Option<MigrationRecord> = store.get(&id.to_string())?;
-        record.map(|record| record.view).ok_or_else(|| {
+        if let Some(job) = self.queue.job(id) {
+            return Ok(job.view());
+        }
+        let key = id.to_string();
+        let view = match store.get::<MigrationRecord>(&key)? {
+            Some(record) => Some(record.view),
+            None => store.get::<QueueRecord>(&key)?.map(|record| record.view),
+        };
+        view.ok_or_else(|| {
             Failure::not_found(format!(
                 "no migration {id}: `limosa migration list` shows those there are"
             ))
@@ -154,12 +210,18 @@ impl Migrations {
 
     /// The views of a migration under way, as they change.
     pub(crate) fn subscribe(&self, id: MigrationId) -> Option<watch::Receiver<Migration>> {
-        self.lock().get(&id).map(|under_way| under_way.job().subscribe())
+        let under_way = self.lock().get(&id).map(|under_way| Arc::clone(under_way.job()));
+        under_way.or_else(|| self.queue.job(id)).map(|job| job.subscribe())
     }
 
     /// Asks a migration to end; it does so on its own time.
     pub(crate) fn cancel(&self, store: &Store, id: MigrationId) -> Result<Migration> {
         let under_way = self.lock().get(&id).cloned();
+        if under_way.is_none()
+            && let Some(cancelled) = self.queue.cancel(store, id)
+        {
+            return cancelled;
+        }
         match under_way {
             Some(under_way) => {
                 // The whole VM may be here only: that is not given up unheard.

@@ -70,7 +70,7 @@ fn row(view: &View) -> Vec<String> {
         view.vm.to_string(),
         view.source.to_string(),
         view.destination.to_string(),
-        view.outcome.map_or(view.phase.as_str(), Outcome::as_str).to_owned(),
+        view.status().to_owned(),
         summary.map_or_else(dash, |summary| show::millis(summary.total_ms)),
         downtime.map_or_else(dash, |downtime| format!("{:.0} ms", downtime.total_ms)),
     ]

@@ -235,6 +235,10 @@ async fn compare(session: &Session, options: &MoveOptions) -> Result<Exit> {
     let found: Comparison = session.client.post(&path(vm, "/compare"), &request(options)?).await?;
     session.result(&found, |found| {
         let (vm, to) = (&found.vm, &found.to);
+        found
+            .notes
+            .iter()
+            .try_for_each(|note| show::line(&format!("the move would wait: {}", note.message)))?;
         if found.problems.is_empty() {
             return show::line(&format!("nothing stands against moving {vm} to {to}"));
         }

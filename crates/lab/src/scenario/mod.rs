@@ -24,6 +24,7 @@ mod operator;
 pub(crate) mod points;
 mod postgres;
 mod process;
+mod queue;
 pub(crate) mod scene;
 mod space;
 pub(crate) mod steps;
@@ -73,6 +74,7 @@ pub(crate) fn all() -> Vec<&'static Story> {
         postgres::STORIES,
         faults::STORIES,
         commands::STORIES,
+        queue::STORIES,
         links::STORIES,
         verify::STORIES,
         doubt::STORIES,

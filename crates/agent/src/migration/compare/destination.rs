@@ -12,7 +12,6 @@ use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
 use limosa_protocol::vm::{Firmware, VmDefinition};
 use serde_json::Value;
 
-use super::source::check_count;
 use super::{check_qemu, problem, storage};
 use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Failure, OrFail, Result};
@@ -124,7 +123,6 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Prob
             format!("take {} out of the VM's definition", disk.id),
         ));
     }
-    problems.extend(check_count(agent));
     check_switches(agent, &placed, &mut problems)?;
     // What lies in its places is its own, then, and not in the way.
     if !check_names(agent, &placed, &mut problems).await {

@@ -17,7 +17,6 @@ use limosa_qemu::power::{self, RunState};
 use super::{check_qemu, problem};
 use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Result, chain};
-use crate::migration::UNDER_WAY_COUNT_MAX;
 use crate::vm::power::stopped_by;
 use crate::vm::{Inner, create, files};
 
@@ -32,7 +31,6 @@ pub(super) async fn check(agent: &Agent, inner: &Inner, request: &MoveRequest) -
         ));
     }
     problems.extend(check_condition(inner).await);
-    problems.extend(check_count(agent));
     let facts = &agent.qemu.facts;
     problems.extend(check_qemu(&agent.name, facts.version, &facts.missing_commands()));
     check_request(&inner.definition, request, &mut problems);
@@ -103,17 +101,6 @@ pub(crate) fn movable(vm: &VmName, status: RunState) -> Result<bool, Problem> {
 
 fn turn_off(vm: &VmName) -> String {
     format!("see its console; turn it off with `limosa vm stop --force {vm}`, then move it")
-}
-
-/// Whether this host has room for one migration more.
-pub(super) fn check_count(agent: &Agent) -> Option<Problem> {
-    agent.migrations.is_full().then(|| {
-        problem(
-            ProblemCode::Busy,
-            format!("{UNDER_WAY_COUNT_MAX} migrations are under way at {}", agent.name),
-            "wait until one of them has ended",
-        )
-    })
 }
 
 /// What was asked for and the VM does not have.

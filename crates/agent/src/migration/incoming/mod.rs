@@ -37,6 +37,7 @@ pub(crate) use take_over::{let_run, stands};
 
 use channels::Connections;
 
+use super::Slot;
 use super::compare::{self, Placed};
 use super::handover::{self, DestinationHand, HandOver};
 use super::job::Job;
@@ -151,7 +152,7 @@ impl Incoming {
             && incoming.offer == offer
             && incoming.hand.expect_preparing().is_ok()
         {
-            return Ok(OfferAnswer { problems: Vec::new() });
+            return Ok(OfferAnswer { problems: Vec::new(), is_full: false });
         }
         // A number that is known already would replace what it stands for.
         let known: Option<MigrationRecord> = agent.store.get(&id.to_string())?;
@@ -160,18 +161,21 @@ impl Incoming {
         }
         let problems = compare::check_offer(agent, &offer).await?;
         if !problems.is_empty() {
-            return Ok(OfferAnswer { problems });
+            return Ok(OfferAnswer { problems, is_full: false });
         }
-        let incoming = Self::take(agent, offer).await?;
+        let Some(slot) = agent.migrations.reserve() else {
+            return Ok(OfferAnswer { problems, is_full: true });
+        };
+        let incoming = Self::take(agent, offer, slot).await?;
         if let Err(failure) = incoming.make_place().await {
             incoming.hand.give_up(&failure.to_string()).await;
             return Err(failure);
         }
-        Ok(OfferAnswer { problems: Vec::new() })
+        Ok(OfferAnswer { problems: Vec::new(), is_full: false })
     }
 
     /// Takes the VM's name, records the offer and begins.
-    async fn take(agent: &Arc<Agent>, offer: Offer) -> Result<Arc<Self>> {
+    async fn take(agent: &Arc<Agent>, offer: Offer, slot: Slot<'_>) -> Result<Arc<Self>> {
         let id = offer.migration;
         let Placed { definition, plan } = compare::place_offer(agent, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
@@ -227,13 +231,8 @@ impl Incoming {
             attempt: watch::Sender::new(1),
             inner: Mutex::default(),
         });
-        let added = agent
-            .migrations
-            .add(HandOver::Destination(Arc::clone(&hand)), Some(Arc::clone(&incoming)));
-        if let Err(failure) = added {
-            hand.give_up(&failure.to_string()).await;
-            return Err(failure);
-        }
+        let receiving = Some(Arc::clone(&incoming));
+        agent.migrations.add(HandOver::Destination(Arc::clone(&hand)), receiving, slot);
         incoming.spawn_cancel_watch();
         hand.spawn_settling();
         Ok(incoming)

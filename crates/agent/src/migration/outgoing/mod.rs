@@ -25,27 +25,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_plane::{PlaneEvent, SourcePlane};
 use limosa_protocol::handover::{Record, Stage};
-use limosa_protocol::id::{DiskId, MigrationId};
+use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role};
 use limosa_protocol::peer::Offer;
 use limosa_protocol::plan::MigrationPlan;
 use limosa_qemu::power;
 use tokio::sync::{mpsc, watch};
-use uuid::Uuid;
 
 pub(crate) use abort::{let_run_again, undo_in_qemu};
 pub(crate) use link::link_wait;
 pub(crate) use prepare::plane_settings;
 pub(crate) use retire::{free_source, left_behind};
 
-use super::compare;
 use super::handover::{HandOver, SourceHand};
 use super::job::Job;
+use super::{Slot, compare};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
 use crate::peer_link::PeerLink;
 use crate::store::MigrationRecord;
-use crate::vm::{Qemu, Vm, run};
+use crate::vm::{Inner, Qemu, Vm, run};
 use link::{Connector, LinkKeeper, LinkState};
 use switchover::Switched;
 
@@ -83,67 +82,48 @@ pub(crate) struct Source {
     exports: Vec<limosa_plane::nbd::server::ServerHandle>,
 }
 
-/// Begins a migration: compares, takes the VM, and leaves the rest to a task.
+/// Begins a migration that has passed preflight: records it, and leaves the rest to a task.
 pub(crate) async fn begin(
     agent: &Arc<Agent>,
     vm: &Arc<Vm>,
     request: MoveRequest,
+    job: &Arc<Job>,
+    slot: Slot<'_>,
 ) -> Result<Migration> {
-    expect_movable(agent, vm, &request).await?;
-    let id = MigrationId(Uuid::now_v7());
-    let job = Arc::new(Job::new(
-        id,
-        vm.name.clone(),
-        Role::Source,
-        agent.name.clone(),
-        request.to.clone(),
-    ));
+    void_earlier_move(vm).await?;
     let mut inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
     inner.expect_cold_start()?;
-    let offer = compare::make_offer(agent, &inner, &request, id).await?;
+    job.begin();
+    let offer = compare::make_offer(agent, &inner, &request, job.id()).await?;
     let was_running = runs(&inner).await?;
-    let off = !offer.plan.moves_memory();
     let qemu = match &inner.qemu {
         Some(qemu) => qemu.clone(),
         // A VM that is off needs something that reads its disks.
         None => run::launch(agent, &inner.definition, false).await?,
     };
-    let record = MigrationRecord {
-        handover: Record::first(id, Stage::Offered, inner.record.epoch),
-        paused: !off && !was_running,
-        plan: offer.plan.clone(),
-        view: job.view(),
-        definition: Some(inner.definition.clone()),
-        made: Vec::new(),
-        run: off.then(|| run::run_record(&qemu)),
-        addresses: Vec::new(),
-        has_run: false,
-        forced: None,
-    };
-    let begun = SourceHand::begin(agent, vm, &job, record, &qemu).and_then(|hand| {
-        let link = hand.link()?;
-        agent.migrations.add(HandOver::Source(Arc::clone(&hand)), None)?;
-        Ok((hand, link))
-    });
-    let (hand, link) = match begun {
-        Ok(begun) => begun,
+    let record = first_record(&inner, &offer, job, was_running, &qemu);
+    let started = SourceHand::begin(agent, vm, job, record, &qemu)
+        .and_then(|hand| Ok((Arc::clone(&hand), hand.link()?)));
+    let (hand, link) = match started {
+        Ok(started) => started,
         Err(failure) => {
-            if off {
+            if inner.qemu.is_none() {
                 run::end(&qemu).await?;
             }
-            agent.store.remove::<MigrationRecord>(&id.to_string())?;
+            agent.store.remove::<MigrationRecord>(&job.id().to_string())?;
             return Err(failure);
         }
     };
-    inner.migration = Some((id, Role::Source));
+    agent.migrations.add(HandOver::Source(Arc::clone(&hand)), None, slot);
+    inner.migration = Some((job.id(), Role::Source));
     inner.hand_over = Some(HandOver::Source(Arc::clone(&hand)));
     drop(inner);
     let view = job.view();
-    let source = Source {
+    supervise(Source {
         agent: Arc::clone(agent),
         vm: Arc::clone(vm),
-        job,
+        job: Arc::clone(job),
         link,
         offer,
         hand,
@@ -160,13 +140,44 @@ pub(crate) async fn begin(
         mirrored: BTreeSet::new(),
         events: None,
         exports: Vec::new(),
-    };
-    spawn(source);
+    });
     Ok(view)
 }
 
-/// Lets a source do its work; a fault in it ends the move as any failure does.
-fn spawn(source: Source) {
+/// What another host has to say of an earlier move, a new one makes void.
+async fn void_earlier_move(vm: &Vm) -> Result<()> {
+    let earlier = vm.lock().await.hand_over.clone();
+    match earlier {
+        Some(earlier) => earlier.move_on().await,
+        None => Ok(()),
+    }
+}
+
+/// The record of a migration whose offer is about to be made.
+fn first_record(
+    inner: &Inner,
+    offer: &Offer,
+    job: &Job,
+    was_running: bool,
+    qemu: &Qemu,
+) -> MigrationRecord {
+    let is_off = !offer.plan.moves_memory();
+    MigrationRecord {
+        handover: Record::first(offer.migration, Stage::Offered, offer.epoch),
+        paused: !is_off && !was_running,
+        plan: offer.plan.clone(),
+        view: job.view(),
+        definition: Some(inner.definition.clone()),
+        made: Vec::new(),
+        run: is_off.then(|| run::run_record(qemu)),
+        addresses: Vec::new(),
+        has_run: false,
+        forced: None,
+    }
+}
+
+/// Runs a source in a task of its own; a panic in it ends the move as any failure does.
+fn supervise(source: Source) {
     let hand = Arc::clone(&source.hand);
     tokio::spawn(async move {
         let ended = tokio::spawn(source.run()).await;
@@ -177,26 +188,8 @@ fn spawn(source: Source) {
     });
 }
 
-/// Fails when anything stands against the move; closes what an earlier one left
-/// open.
-async fn expect_movable(agent: &Arc<Agent>, vm: &Arc<Vm>, request: &MoveRequest) -> Result<()> {
-    let problems = compare::compare(agent, vm, request).await?;
-    if !problems.is_empty() {
-        return Err(Failure::problems(
-            format!("VM {} cannot move to {} yet; nothing was touched", vm.name, request.to),
-            problems,
-        ));
-    }
-    // What another host has to say of an earlier move, this one makes void.
-    let earlier = vm.lock().await.hand_over.clone();
-    match earlier {
-        Some(earlier) => earlier.move_on().await,
-        None => Ok(()),
-    }
-}
-
 /// Whether the guest's vCPUs run; a failure when the VM does not move as it is.
-async fn runs(inner: &crate::vm::Inner) -> Result<bool> {
+async fn runs(inner: &Inner) -> Result<bool> {
     let Some(qemu) = &inner.qemu else { return Ok(false) };
     let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
     compare::movable(&inner.definition.name, status)

@@ -4,22 +4,28 @@ use std::io::SeekFrom;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use hyper::body::Bytes;
 use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
+use limosa_protocol::migration::{Note, Queued};
 use limosa_protocol::peer::{FILE_PART_BYTES_MAX, OfferAnswer, Receive, Receiving};
 use limosa_qemu::launch::RAM_BACKEND_ID;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
+use super::super::compare::destination_full;
 use super::link::{self, Connector, link_wait};
 use super::{EVENT_COUNT_MAX, Source};
-use crate::agent::Agent;
+use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, OrFail, Result};
 use crate::peer_link::PeerLink;
 
 /// Longest wait until the destination's QEMU is up, in milliseconds.
 const RECEIVE_MS_MAX: u64 = 60_000;
+
+/// Pause between two offers to a destination that is full.
+const OFFER_EVERY: Duration = Duration::from_secs(1);
 
 impl Source {
     pub(super) async fn prepare(&mut self) -> Result<()> {
@@ -53,10 +59,13 @@ impl Source {
         let mut patience = self.patience();
         let answer: OfferAnswer = loop {
             match self.link.post("/peer/v1/migrations", &self.offer).await {
+                // It became full after preflight.
+                Ok(OfferAnswer { is_full: true, .. }) => self.wait_for_room().await,
                 Ok(answer) => break answer,
                 Err(error) => patience.again(error).await?,
             }
         };
+        self.job.report_queued(None);
         if answer.problems.is_empty() {
             return Ok(());
         }
@@ -64,6 +73,15 @@ impl Source {
             format!("{} found reasons against the move", self.link.name()),
             answer.problems,
         ))
+    }
+
+    /// Waits until a destination that is full may have room; it does not report that.
+    async fn wait_for_room(&self) {
+        let Note { code, message: reason } = destination_full(self.link.name());
+        let since_unix_ms =
+            self.job.view().queued.map_or_else(now_unix_ms, |queued| queued.since_unix_ms);
+        self.job.report_queued(Some(Queued { code, reason, since_unix_ms }));
+        tokio::time::sleep(OFFER_EVERY).await;
     }
 
     /// Sends a file that moves beside the disks, part by part.
