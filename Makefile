@@ -71,6 +71,7 @@ lint:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	CUSTOM_LIBFUZZER_PATH=$(CURDIR)/fuzz/Cargo.toml $(CARGO) clippy --manifest-path fuzz/Cargo.toml \
 		--target-dir target -- -D warnings
+	TIDY_STRICT=1 $(CARGO) test -q -p limosa-tidy
 
 # Licences, sources and bans of dependencies (deny.toml), and dependencies that nothing
 # uses. Not part of lint: the first run builds both tools, which takes minutes.
