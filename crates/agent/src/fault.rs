@@ -14,7 +14,6 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use axum::extract::Request;
-use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::Response;
 use limosa_protocol::fault::{
@@ -72,30 +71,12 @@ pub(crate) fn reach_write(name: Option<&str>, edge: Edge) -> std::io::Result<()>
     Ok(())
 }
 
-/// Both points of every message from a paired host.
-pub(crate) async fn answers(request: Request, next: Next) -> Response {
-    let Some(name) = FOLDER.get().map(|_| message(request.method(), request.uri().path())) else {
-        return next.run(request).await;
-    };
-    reach(Kind::Answer, &name, Edge::Before).await;
+/// Both points of a message from a paired host.
+pub(crate) async fn answer(name: &'static str, request: Request, next: Next) -> Response {
+    reach(Kind::Answer, name, Edge::Before).await;
     let response = next.run(request).await;
-    reach(Kind::Answer, &name, Edge::After).await;
+    reach(Kind::Answer, name, Edge::After).await;
     response
-}
-
-/// What a request between hosts is called: the last part of its path that is
-/// not the number or name of something.
-pub(crate) fn message(method: &Method, path: &str) -> String {
-    let mut parts = path.trim_start_matches("/peer/v1/").split('/');
-    let name = match (parts.next(), parts.next(), parts.next()) {
-        (Some("offers"), ..) => "ask",
-        (Some("migrations"), None, _) => "offer",
-        (Some("migrations"), Some(_), None) if *method == Method::GET => "look",
-        (_, _, Some("files")) => "file",
-        (_, _, Some(last)) => last,
-        (first, ..) => first.unwrap_or_default(),
-    };
-    name.to_owned()
 }
 
 /// An armed point that was come to.
@@ -181,26 +162,5 @@ fn strike(found: &Found) -> Option<Held> {
         }),
         // Elsewhere than at a record there is nothing to fail.
         Action::FailStore => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Goal: a message has the name by which tests arm it, whatever it is about.
-    #[test]
-    fn messages_have_names() {
-        for (method, path, name) in [
-            (Method::POST, "/peer/v1/migrations", "offer"),
-            (Method::PUT, "/peer/v1/migrations/0190-x/files/kernel", "file"),
-            (Method::POST, "/peer/v1/migrations/0190-x/commit", "commit"),
-            (Method::POST, "/peer/v1/migrations/0190-x/retry", "retry"),
-            (Method::GET, "/peer/v1/migrations/0190-x", "look"),
-            (Method::GET, "/peer/v1/offers/0190-x", "ask"),
-            (Method::POST, "/peer/v1/compare", "compare"),
-        ] {
-            assert_eq!(message(&method, path), name, "{method} {path}");
-        }
     }
 }

@@ -32,7 +32,7 @@ use tokio::sync::Semaphore;
 use tokio_rustls::LazyConfigAcceptor;
 
 use crate::agent::Agent;
-use crate::peer_link;
+use crate::peer;
 use places::{Handshake, Places};
 
 /// Most connections at a time over the local socket; [`places`] has those over TCP.
@@ -170,7 +170,7 @@ async fn one_remote(
     api: Router,
     places: &Places,
 ) -> anyhow::Result<()> {
-    peer_link::tune(&stream)?;
+    peer::tune(&stream)?;
     let handshake = async {
         let acceptor = rustls::server::Acceptor::default();
         let start = LazyConfigAcceptor::new(acceptor, stream).await?;

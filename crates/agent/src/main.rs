@@ -19,7 +19,7 @@ mod listen;
 mod migration;
 mod net;
 mod pairing;
-mod peer_link;
+mod peer;
 mod store;
 mod vm;
 

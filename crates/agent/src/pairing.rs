@@ -17,10 +17,6 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::routing::post;
 use axum::{Extension, Json, Router};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
-use hyper::client::conn::http1::SendRequest;
-use hyper_util::rt::TokioIo;
 use limosa_auth::pairing::{Answer, Confirmation, Initiator, Invitation, Offer, Responder};
 use limosa_auth::{Fingerprint, PeerRole, TrustedPeer, tls};
 use limosa_protocol::api::{self, BODY_BYTES_MAX, PairRequest, PairedHost};
@@ -32,7 +28,7 @@ use tokio::sync::Mutex;
 use crate::agent::{Agent, encode_hex, now_unix_s, pairing_connector};
 use crate::failure::{Failure, OrFail, Result, chain};
 use crate::listen::Caller;
-use crate::peer_link::{connect, with_port};
+use crate::peer::{USER_AGENT, connect, with_port};
 use crate::store::PeerRecord;
 
 /// Longest wait for the other host's answer to one request.
@@ -150,14 +146,13 @@ pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Result<PairedH
         .as_ref()
         .to_vec();
     let peer = Fingerprint::of_certificate(&certificate);
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.or_fail("pairing")?;
-    tokio::spawn(connection);
+    // Both messages go over the connection whose certificate was read above.
+    let client = limosa_http::Client::over(USER_AGENT, stream);
     let (initiator, offer) =
         Initiator::start(&code, agent.identity.fingerprint(), peer, agent.name.as_str())
             .map_err(|error| Failure::bad_request(error.to_string()))?;
     let port = agent.config.port();
-    let answer: Answer = ask(&mut sender, "/pair/v1/start", &Start { offer, port }).await?;
+    let answer: Answer = ask(&client, "/pair/v1/start", &Start { offer, port }).await?;
     let (confirmation, name) =
         initiator.finish(&answer).map_err(|error| Failure::forbidden(error.to_string()))?;
     let known = agent.trust.contains(&peer);
@@ -165,7 +160,7 @@ pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Result<PairedH
     // it: so it is recorded before the confirmation leaves, and forgotten only
     // when the other host says that it refused.
     let recorded = record(agent, &name, certificate, address)?;
-    match ask::<_, ()>(&mut sender, "/pair/v1/finish", &confirmation).await {
+    match ask::<_, ()>(&client, "/pair/v1/finish", &confirmation).await {
         Ok(()) => Ok(recorded),
         Err(refused) if refused.0.code == api::FailureCode::Forbidden => {
             if !known {
@@ -180,31 +175,16 @@ pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Result<PairedH
 }
 
 async fn ask<B: Serialize, R: DeserializeOwned>(
-    sender: &mut SendRequest<Full<Bytes>>,
+    client: &limosa_http::Client,
     path: &str,
     body: &B,
 ) -> Result<R> {
-    let bytes = serde_json::to_vec(body).or_fail("writing a pairing message")?;
-    let request = hyper::Request::post(path)
-        .header("host", "limosa")
-        .header("content-type", "application/json")
-        .body(Full::new(Bytes::from(bytes)))
-        .or_fail("writing a pairing message")?;
-    let lost = |what: String| Failure::peer(format!("the pairing was cut off: {what}"));
-    let exchange = async {
-        let answer = sender.send_request(request).await.map_err(|error| lost(chain(&error)))?;
-        let is_success = answer.status().is_success();
-        let body = Limited::new(answer.into_body(), BODY_BYTES_MAX).collect().await;
-        Ok((is_success, body.map_err(|error| lost(error.to_string()))?.to_bytes()))
-    };
-    let (is_success, bytes) = tokio::time::timeout(ANSWER_MAX, exchange)
-        .await
-        .unwrap_or_else(|_| Err(lost(format!("no answer within {} s", ANSWER_MAX.as_secs()))))?;
-    if is_success {
-        serde_json::from_slice(&bytes).map_err(|error| lost(error.to_string()))
-    } else {
-        Err(serde_json::from_slice(&bytes).map_or_else(|error| lost(error.to_string()), Failure))
-    }
+    let body = serde_json::to_vec(body).or_fail("writing a pairing message")?;
+    let limits = limosa_http::Limits { wait: ANSWER_MAX, answer_bytes: BODY_BYTES_MAX };
+    client.call(hyper::Method::POST, path, body.into(), limits).await.map_err(|error| match error {
+        limosa_http::Error::Refused(failure) => Failure(failure),
+        error => Failure::peer(format!("the pairing was cut off: {}", chain(&error))),
+    })
 }
 
 fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> Result<PairedHost> {

@@ -16,6 +16,8 @@
 //! `armed` becomes `reached-POINT` by a rename. Nobody waits at a point longer than
 //! [`HOLD_MS_MAX`].
 
+use crate::peer::Message;
+
 /// Environment variable that names the folder of the two files.
 pub const FOLDER_VARIABLE: &str = "LIMOSA_FAULT";
 /// File in which a test arms one point: one [`Armed`] as text.
@@ -133,6 +135,17 @@ const fn steps<const N: usize>(side: Side, kind: Kind, names: [&'static str; N])
     all
 }
 
+/// What a source sends: all its messages, and the hello of a data connection.
+const FROM_SOURCE: [&str; Message::OF_SOURCE.len() + 1] = {
+    let mut names = ["channel"; Message::OF_SOURCE.len() + 1];
+    let mut at = 0;
+    while at < Message::OF_SOURCE.len() {
+        names[at] = Message::OF_SOURCE[at].name;
+        at += 1;
+    }
+    names
+};
+
 const SOURCE_RECORDS: &[Step] = &steps(
     Side::Source,
     Kind::Record,
@@ -143,24 +156,10 @@ const DESTINATION_RECORDS: &[Step] = &steps(
     Kind::Record,
     ["preparing", "ready", "owner", "declined", "done", "stayed", "superseded"],
 );
-const SOURCE_SENDS: &[Step] = &steps(
-    Side::Source,
-    Kind::Send,
-    [
-        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "retry",
-        "commit", "retired", "stays",
-    ],
-);
-const DESTINATION_SENDS: &[Step] = &steps(Side::Destination, Kind::Send, ["ask"]);
-const DESTINATION_ANSWERS: &[Step] = &steps(
-    Side::Destination,
-    Kind::Answer,
-    [
-        "compare", "offer", "file", "receive", "channel", "look", "verify", "ready", "retry",
-        "commit", "retired", "stays",
-    ],
-);
-const SOURCE_ANSWERS: &[Step] = &steps(Side::Source, Kind::Answer, ["ask"]);
+const SOURCE_SENDS: &[Step] = &steps(Side::Source, Kind::Send, FROM_SOURCE);
+const DESTINATION_SENDS: &[Step] = &steps(Side::Destination, Kind::Send, [Message::DECISION.name]);
+const DESTINATION_ANSWERS: &[Step] = &steps(Side::Destination, Kind::Answer, FROM_SOURCE);
+const SOURCE_ANSWERS: &[Step] = &steps(Side::Source, Kind::Answer, [Message::DECISION.name]);
 const SOURCE_COMMANDS: &[Step] = &steps(
     Side::Source,
     Kind::Qmp,

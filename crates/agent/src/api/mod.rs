@@ -90,9 +90,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
     let operators = operators
         .route("/v1/openapi.json", get(move || async move { Json(document.as_ref().clone()) }))
         .layer(middleware::from_fn(operators_only));
-    let peers = peer::routes()
-        .layer(middleware::from_fn(crate::fault::answers))
-        .layer(middleware::from_fn(hosts_only));
+    let peers = peer::routes().layer(middleware::from_fn(hosts_only));
     operators
         .merge(peers)
         .fallback(async || Failure::not_found("no such path: see /v1/openapi.json"))

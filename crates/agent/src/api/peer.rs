@@ -3,20 +3,23 @@
 use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, State};
-use axum::routing::{get, post, put};
-use axum::{Extension, Json, Router};
+use axum::handler::Handler;
+use axum::routing::{MethodFilter, on};
+use axum::{Extension, Json, Router, middleware};
 use limosa_protocol::handover::{DestinationEvent, Stage};
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{
-    Commit, DestinationVote, Digests, FILE_PART_BYTES_MAX, FileReceived, OfferAnswer, ReadyRequest,
-    Receive, Receiving, Retired, RetryRequest, RetryStarted, SourceDecision, Stays, VerifyRequest,
+    Commit, DestinationVote, Digests, FILE_PART_BYTES_MAX, FileReceived, Message, Method,
+    OfferAnswer, ReadyRequest, Receive, Receiving, Retired, RetryRequest, RetryStarted,
+    SourceDecision, Stays, VerifyRequest,
 };
 use serde_json::Value;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
+use crate::fault;
 use crate::listen::Caller;
 use crate::migration::compare;
 use crate::migration::handover::{DestinationHand, HandOver};
@@ -24,22 +27,35 @@ use crate::migration::incoming::Incoming;
 use crate::store::MigrationRecord;
 
 pub(super) fn routes() -> Router<Arc<Agent>> {
+    let part = DefaultBodyLimit::max(FILE_PART_BYTES_MAX);
     Router::new()
-        .route("/peer/v1/compare", post(compare_offer))
-        .route("/peer/v1/migrations", post(accept))
-        .route("/peer/v1/migrations/{id}", get(view))
-        .route(
-            "/peer/v1/migrations/{id}/files/{name}/{offset}",
-            put(take_file).layer(DefaultBodyLimit::max(FILE_PART_BYTES_MAX)),
-        )
-        .route("/peer/v1/migrations/{id}/receive", post(receive))
-        .route("/peer/v1/migrations/{id}/verify", post(verify))
-        .route("/peer/v1/migrations/{id}/ready", post(ready))
-        .route("/peer/v1/migrations/{id}/retry", post(again))
-        .route("/peer/v1/migrations/{id}/commit", post(commit))
-        .route("/peer/v1/migrations/{id}/retired", post(retired))
-        .route("/peer/v1/migrations/{id}/stays", post(stays))
-        .route("/peer/v1/offers/{id}", get(offer))
+        .merge(route(&Message::COMPARE, compare_offer))
+        .merge(route(&Message::OFFER, accept))
+        .merge(route(&Message::FILE, take_file).layer(part))
+        .merge(route(&Message::RECEIVE, receive))
+        .merge(route(&Message::VERIFY, verify))
+        .merge(route(&Message::READY, ready))
+        .merge(route(&Message::RETRY, retry))
+        .merge(route(&Message::COMMIT, commit))
+        .merge(route(&Message::RETIRED, retired))
+        .merge(route(&Message::STAYS, stays))
+        .merge(route(&Message::VOTE, vote))
+        .merge(route(&Message::DECISION, decision))
+}
+
+/// The route of a message, between its fault points.
+fn route<H, T>(message: &'static Message, handler: H) -> Router<Arc<Agent>>
+where
+    H: Handler<T, Arc<Agent>>,
+    T: 'static,
+{
+    let method = match message.method {
+        Method::Get => MethodFilter::GET,
+        Method::Post => MethodFilter::POST,
+        Method::Put => MethodFilter::PUT,
+    };
+    let faults = middleware::from_fn(|request, next| fault::answer(message.name, request, next));
+    Router::new().route(message.path, on(method, handler).layer(faults))
 }
 
 fn host(caller: Caller) -> Result<HostName> {
@@ -130,7 +146,7 @@ async fn ready(
     }
 }
 
-async fn again(
+async fn retry(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
@@ -176,7 +192,7 @@ async fn stays(
     }
 }
 
-async fn view(
+async fn vote(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
@@ -216,7 +232,7 @@ fn hand(agent: &Agent, id: MigrationId, caller: Caller) -> Result<Option<Arc<Des
     })
 }
 
-async fn offer(
+async fn decision(
     State(agent): Shared,
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use limosa_protocol::api::FailureCode;
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{MoveRequest, Note, Problem, ProblemCode, QueueReason};
-use limosa_protocol::peer::{Offer, OfferAnswer};
+use limosa_protocol::peer::Offer;
 use limosa_qemu::quirk::VERSION_MIN;
 use limosa_qemu::version::Version;
 use uuid::Uuid;
@@ -27,7 +27,7 @@ pub(crate) use source::movable;
 
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
-use crate::peer_link::{NoLink, PeerError, PeerLink, pairing_remedy};
+use crate::peer::{NoPeer, PeerClient, PeerError, pairing_remedy};
 use crate::vm::{Inner, Vm};
 
 fn problem(code: ProblemCode, message: impl Into<String>, remedy: impl Into<String>) -> Problem {
@@ -82,14 +82,14 @@ pub(crate) async fn preflight(
     if request.to == agent.name {
         return Ok(Preflight { problems, notes });
     }
-    let link = match PeerLink::open(agent, &request.to) {
+    let link = match PeerClient::open(&agent.store, &agent.identity, &request.to) {
         Ok(link) => link,
         Err(error) => {
             problems.push(not_linked(&request.to, error)?);
             return Ok(Preflight { problems, notes });
         }
     };
-    match link.post::<_, OfferAnswer>("/peer/v1/compare", &offer).await {
+    match link.compare(&offer).await {
         Ok(answer) => {
             add_answer(&mut problems, answer.problems);
             notes.extend(answer.is_full.then(|| destination_full(&request.to)));
@@ -113,19 +113,19 @@ fn add_answer(problems: &mut Vec<Problem>, theirs: Vec<Problem>) {
 }
 
 /// There is no link to be had to a host.
-fn not_linked(to: &HostName, error: NoLink) -> Result<Problem> {
+fn not_linked(to: &HostName, error: NoPeer) -> Result<Problem> {
     match error {
-        NoLink::NotPaired => Ok(problem(
+        NoPeer::NotPaired => Ok(problem(
             ProblemCode::NotPaired,
             format!("no host {to} is paired with this one"),
             pairing_remedy(to),
         )),
-        NoLink::Damaged => Ok(problem(
+        NoPeer::Damaged => Ok(problem(
             ProblemCode::PairingDamaged,
             format!("what this host recorded of {to} when they were paired is damaged"),
             format!("run `limosa host unpair {to}` here, then pair the two again"),
         )),
-        NoLink::Store(failure) => Err(failure),
+        NoPeer::Store(failure) => Err(failure),
     }
 }
 
@@ -236,12 +236,12 @@ mod tests {
 
     #[test]
     fn a_damaged_pairing_is_told_apart_from_none() {
-        let told = not_linked(&host(), NoLink::NotPaired).unwrap();
+        let told = not_linked(&host(), NoPeer::NotPaired).unwrap();
         assert_eq!(told.code, ProblemCode::NotPaired);
-        let told = not_linked(&host(), NoLink::Damaged).unwrap();
+        let told = not_linked(&host(), NoPeer::Damaged).unwrap();
         assert_eq!(told.code, ProblemCode::PairingDamaged);
         assert!(told.remedy.contains("host unpair host2"), "{told:?}");
-        let failed = NoLink::Store(Failure::internal("the store failed"));
+        let failed = NoPeer::Store(Failure::internal("the store failed"));
         assert!(not_linked(&host(), failed).is_err());
     }
 

@@ -26,7 +26,7 @@ use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result, chain};
 use crate::fault::{self, Edge, Kind};
 use crate::migration::outgoing::link_wait;
-use crate::peer_link::into_blocking;
+use crate::peer::into_blocking;
 
 /// Longest wait for the hello of a connection.
 const HELLO_MAX: Duration = Duration::from_secs(10);

@@ -27,9 +27,6 @@ use crate::failure::{Failure, OrFail, Result};
 const QEMU_ENDS_MAX: Duration = Duration::from_secs(10);
 /// How often QEMU is asked whether it has.
 const ENDED_LOOK_EVERY: Duration = Duration::from_millis(10);
-/// Longest time for the destination to fill the memory of another QEMU, in milliseconds;
-/// the guest runs meanwhile.
-const FILL_MS_MAX: u64 = 30 * 60_000;
 
 impl Source {
     /// Gives a switchover up and lets the guest run on, its disks mirrored.
@@ -80,14 +77,9 @@ impl Source {
     }
 
     async fn say_again(&self, attempt: u32) -> Result<RetryStarted> {
-        let (path, request) = (self.path("retry"), RetryRequest { attempt });
-        let mut patience = self.patience_since_loss();
-        loop {
-            match self.link.post_within(&path, &request, FILL_MS_MAX).await {
-                Ok(begun) => return Ok(begun),
-                Err(error) => patience.again(error).await?,
-            }
-        }
+        let request = RetryRequest { attempt };
+        let retry = self.retry_since_loss();
+        Ok(retry.run(|| self.link.retry(self.job.id(), &request)).await?)
     }
 
     /// Lets the guest run on after QEMU has ended its stream, its disks mirrored.

@@ -25,16 +25,15 @@ use super::Source;
 use crate::agent::Agent;
 use crate::failure::{Failure, Result, chain};
 use crate::migration::job::Job;
-use crate::peer_link::{PeerError, PeerLink, into_blocking};
+use crate::peer::{PeerClient, PeerError, into_blocking};
 
 /// A destination that has everything closes its connections; until the source
 /// hears that it is ready, it need not look after them.
 const THROUGH_GRACE: Duration = Duration::from_secs(1);
 /// Pause between two tries to have a link again.
 const TRY_EVERY: Duration = Duration::from_millis(500);
-/// Longest wait for the destination's word on a migration whose link is lost, in
-/// milliseconds.
-const WORD_MS_MAX: u64 = 5_000;
+/// Longest wait for the vote of a destination whose link is lost.
+const VOTE_MAX: Duration = Duration::from_secs(5);
 
 /// Where the link stands.
 #[derive(Debug, Clone)]
@@ -94,7 +93,7 @@ pub(super) fn take_event(
 /// Opens all connections of a plane, one set after the other.
 #[derive(Clone)]
 pub(super) struct Connector {
-    pub(super) link: Arc<PeerLink>,
+    pub(super) link: Arc<PeerClient>,
     pub(super) migration: MigrationId,
     pub(super) token: String,
     pub(super) channel_count: u8,
@@ -206,9 +205,8 @@ async fn have_again(
 /// Fails when the destination does not receive any more; one that does not
 /// answer may.
 async fn expect_receiving(connector: &Connector) -> Result<()> {
-    let path = format!("/peer/v1/migrations/{}", connector.migration);
     let host = connector.link.name();
-    match connector.link.get_within(&path, WORD_MS_MAX).await {
+    match connector.link.vote_within(connector.migration, VOTE_MAX).await {
         Ok(DestinationVote::Declined { reason, .. }) => {
             Err(Failure::peer(format!("{host} gave up: {reason}")))
         }
@@ -223,35 +221,60 @@ async fn expect_receiving(connector: &Connector) -> Result<()> {
     }
 }
 
-/// Repeats requests to a destination that cannot be reached, for as long as a
-/// lost link is waited for.
-pub(super) struct Patience<'a> {
+/// Repeats a request to a destination that cannot be reached, for as long as a migration
+/// waits for a lost link.
+pub(super) struct Retry<'a> {
     job: &'a Job,
     wait: Duration,
     lost: Option<Instant>,
 }
 
-impl Patience<'_> {
-    /// Whether it has waited enough.
-    pub(super) fn is_over(&self) -> bool {
-        self.lost.is_some_and(|lost| lost.elapsed() >= self.wait)
+/// Why a request that was repeated has no answer.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// The link was lost, and the wait is over
+    LinkLost(Failure),
+    /// Another try would change nothing
+    Failed(Failure),
+}
+
+impl From<NoAnswer> for Failure {
+    fn from(error: NoAnswer) -> Self {
+        match error {
+            NoAnswer::LinkLost(failure) | NoAnswer::Failed(failure) => failure,
+        }
+    }
+}
+
+impl Retry<'_> {
+    /// Sends the request until the destination answers.
+    pub(super) async fn run<R, F>(mut self, mut request: impl FnMut() -> F) -> Result<R, NoAnswer>
+    where
+        F: Future<Output = Result<R, PeerError>>,
+    {
+        loop {
+            match request().await {
+                Ok(answer) => return Ok(answer),
+                Err(PeerError::Unreachable(reason)) => self.wait(reason).await?,
+                Err(error) => return Err(NoAnswer::Failed(error.into())),
+            }
+        }
     }
 
-    /// Waits a moment before the next try; fails when it has waited enough, or
-    /// when another try would change nothing.
-    pub(super) async fn again(&mut self, error: PeerError) -> Result<()> {
-        let PeerError::Unreachable(why) = error else { return Err(error.into()) };
-        self.lost.get_or_insert_with(Instant::now);
-        if self.is_over() {
-            return Err(Failure::peer(format!("{why}, for {} s", self.wait.as_secs())));
+    /// Waits a moment before the next try; fails when the whole wait is over.
+    async fn wait(&mut self, reason: String) -> Result<(), NoAnswer> {
+        let lost = *self.lost.get_or_insert_with(Instant::now);
+        if lost.elapsed() >= self.wait {
+            let message = format!("{reason}, for {} s", self.wait.as_secs());
+            return Err(NoAnswer::LinkLost(Failure::peer(message)));
         }
-        self.job.tell_link_lost(why, self.wait);
+        self.job.tell_link_lost(reason, self.wait);
         tokio::time::sleep(TRY_EVERY).await;
         Ok(())
     }
 }
 
-impl Drop for Patience<'_> {
+impl Drop for Retry<'_> {
     fn drop(&mut self) {
         if self.lost.is_some() {
             self.job.tell_link_back();
@@ -260,22 +283,23 @@ impl Drop for Patience<'_> {
 }
 
 impl Source {
-    pub(super) fn patience(&self) -> Patience<'_> {
-        self.patience_of(link_wait(&self.agent))
+    /// Retries for as long as a migration waits for a lost link.
+    pub(super) fn retry(&self) -> Retry<'_> {
+        self.retry_for(link_wait(&self.agent))
     }
 
-    pub(super) fn patience_of(&self, wait: Duration) -> Patience<'_> {
-        Patience { job: &self.job, wait, lost: None }
+    pub(super) fn retry_for(&self, wait: Duration) -> Retry<'_> {
+        Retry { job: &self.job, wait, lost: None }
     }
 
-    /// With a link that is lost already, from that moment on: the destination counts from
-    /// there, too.
-    pub(super) fn patience_since_loss(&self) -> Patience<'_> {
+    /// Retries for what is left of the wait if the link is lost already: the destination
+    /// counts from that moment, too.
+    pub(super) fn retry_since_loss(&self) -> Retry<'_> {
         let lost = match &*self.link_state.borrow() {
             LinkState::Lost { since, .. } => Some(*since),
             _ => None,
         };
-        Patience { job: &self.job, wait: link_wait(&self.agent), lost }
+        Retry { job: &self.job, wait: link_wait(&self.agent), lost }
     }
 
     /// Ends with the reason when the link is given up.

@@ -42,7 +42,7 @@ use super::job::Job;
 use super::{Slot, compare};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
-use crate::peer_link::PeerLink;
+use crate::peer::PeerClient;
 use crate::store::MigrationRecord;
 use crate::vm::{Inner, Qemu, Vm, run};
 use link::{Connector, LinkKeeper, LinkState};
@@ -56,7 +56,7 @@ pub(crate) struct Source {
     agent: Arc<Agent>,
     vm: Arc<Vm>,
     job: Arc<Job>,
-    link: Arc<PeerLink>,
+    link: Arc<PeerClient>,
     offer: Offer,
     hand: Arc<SourceHand>,
     /// The guest's QEMU; for a VM that is off, one that only reads its disks.
@@ -241,10 +241,6 @@ impl Source {
             failure = link_ended => Err(failure),
             () = job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
         }
-    }
-
-    fn path(&self, what: &str) -> String {
-        format!("/peer/v1/migrations/{}/{what}", self.job.id())
     }
 
     fn plan(&self) -> &MigrationPlan {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hyper::body::Bytes;
 use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 use limosa_protocol::migration::{Note, Queued};
-use limosa_protocol::peer::{FILE_PART_BYTES_MAX, OfferAnswer, Receive, Receiving};
+use limosa_protocol::peer::{FILE_PART_BYTES_MAX, Receive};
 use limosa_qemu::launch::RAM_BACKEND_ID;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
@@ -19,10 +19,6 @@ use super::link::{self, Connector, link_wait};
 use super::{EVENT_COUNT_MAX, Source};
 use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, OrFail, Result};
-use crate::peer_link::PeerLink;
-
-/// Longest wait until the destination's QEMU is up, in milliseconds.
-const RECEIVE_MS_MAX: u64 = 60_000;
 
 /// Pause between two offers to a destination that is full.
 const OFFER_EVERY: Duration = Duration::from_secs(1);
@@ -36,34 +32,27 @@ impl Source {
         let channel_count = self.agent.config.migration.channels;
         let token = self.receive(channel_count).await?;
         let connector = Connector {
-            link: Arc::new(PeerLink::new(&self.agent, self.link.name())?),
+            link: Arc::clone(&self.link),
             migration: self.job.id(),
             token,
             channel_count,
             set: Arc::default(),
         };
-        let mut patience = self.patience();
-        let (channels, return_path) = loop {
-            match connector.open().await {
-                Ok(Some(opened)) => break opened,
-                Ok(None) => return Err(Failure::peer("the destination expects no channels")),
-                Err(error) => patience.again(error).await?,
-            }
-        };
-        drop(patience);
+        let opened = self.retry().run(|| connector.open()).await?;
+        let (channels, return_path) =
+            opened.ok_or_else(|| Failure::peer("the destination expects no channels"))?;
         self.start_plane(connector, channels, return_path)
     }
 
     /// Offers the VM. A destination that took the offer takes it again.
     async fn offer(&self) -> Result<()> {
-        let mut patience = self.patience();
-        let answer: OfferAnswer = loop {
-            match self.link.post("/peer/v1/migrations", &self.offer).await {
-                // It became full after preflight.
-                Ok(OfferAnswer { is_full: true, .. }) => self.wait_for_room().await,
-                Ok(answer) => break answer,
-                Err(error) => patience.again(error).await?,
+        let answer = loop {
+            let answer = self.retry().run(|| self.link.offer(&self.offer)).await?;
+            if !answer.is_full {
+                break answer;
             }
+            // It became full after preflight.
+            self.wait_for_room().await;
         };
         self.job.report_queued(None);
         if answer.problems.is_empty() {
@@ -98,16 +87,9 @@ impl Source {
                 .read_to_end(&mut part)
                 .await
                 .or_fail(&doing)?;
-            let to = self.path(&format!("files/{name}/{sent_bytes}"));
-            let part = Bytes::from(part);
-            let mut patience = self.patience();
-            let received = loop {
-                match self.link.put_part(&to, part.clone()).await {
-                    Ok(received) => break received.received_bytes,
-                    Err(error) => patience.again(error).await?,
-                }
-            };
-            match received {
+            let (id, part) = (self.job.id(), Bytes::from(part));
+            let send = || self.link.send_file_part(id, name, sent_bytes, part.clone());
+            match self.retry().run(send).await?.received_bytes {
                 all if all == size_bytes => return Ok(()),
                 more if more > sent_bytes && more < size_bytes => sent_bytes = more,
                 other => {
@@ -122,14 +104,9 @@ impl Source {
 
     /// Has the destination get ready for channels; gives their token.
     async fn receive(&self, channel_count: u8) -> Result<String> {
-        let (path, receive) = (self.path("receive"), Receive { channel_count });
-        let mut patience = self.patience();
-        loop {
-            match self.link.post_within::<_, Receiving>(&path, &receive, RECEIVE_MS_MAX).await {
-                Ok(receiving) => return Ok(receiving.token),
-                Err(error) => patience.again(error).await?,
-            }
-        }
+        let receive = Receive { channel_count };
+        let receiving = self.retry().run(|| self.link.receive(self.job.id(), &receive)).await?;
+        Ok(receiving.token)
     }
 
     fn start_plane(

@@ -23,13 +23,13 @@ use tokio::sync::broadcast;
 
 use super::super::handover::Handed;
 use super::super::incoming::verify;
-use super::link::link_wait;
+use super::link::{NoAnswer, link_wait};
 use super::memory::{memory_failure, qmp_failure};
 use super::mirror::mirror_name;
 use super::{Source, abort};
 use crate::failure::{Failure, OrFail, Result, chain};
 use crate::migration::job::millis;
-use crate::peer_link::PeerError;
+use crate::peer::PeerError;
 
 /// Longest a guest that ran is held stopped before the commit point, beyond its
 /// downtime limit; past that it runs on at the source. With the link lost it does
@@ -42,9 +42,6 @@ const READY_MIN: Duration = Duration::from_secs(2);
 const MIRRORS_END_MAX: Duration = Duration::from_secs(1);
 /// Pause before *ready?* is asked again over a lost link.
 const ASK_EVERY: Duration = Duration::from_millis(100);
-/// Longest time for reading everything again on both hosts, in milliseconds; the
-/// guest stands meanwhile, as its operator wished.
-const VERIFY_MS_MAX: u64 = 30 * 60_000;
 
 /// QEMU has stopped the guest and waits for the word to go on.
 pub(super) struct Stopped {
@@ -235,21 +232,19 @@ impl Source {
 
     async fn read_there(&self, part: Option<Part>) -> Result<Digests, Unread> {
         let attempt = self.hand.attempt().await;
-        let (path, request) = (self.path("verify"), VerifyRequest { attempt, part });
-        // It stands for its operator's wish, and not for a link.
-        let mut patience = match self.was_running {
-            true => self.patience_of(self.downtime_limit() + STOPPED_MAX),
-            false => self.patience(),
+        let request = VerifyRequest { attempt, part };
+        // The guest is paused because its operator asked for a full verification; a lost link
+        // must not pause the guest for longer.
+        let retry = if self.was_running {
+            self.retry_for(self.downtime_limit() + STOPPED_MAX)
+        } else {
+            self.retry()
         };
-        loop {
-            match self.link.post_within(&path, &request, VERIFY_MS_MAX).await {
-                Ok(digests) => return Ok(digests),
-                Err(PeerError::Unreachable(_)) if self.was_running && patience.is_over() => {
-                    return Err(Unread::LinkAway);
-                }
-                Err(error) => patience.again(error).await.map_err(Unread::Failed)?,
-            }
-        }
+        let read = retry.run(|| self.link.verify(self.job.id(), &request)).await;
+        read.map_err(|error| match error {
+            NoAnswer::LinkLost(_) if self.was_running => Unread::LinkAway,
+            error => Unread::Failed(error.into()),
+        })
     }
 
     /// *ready?*, the commit, and what follows. From here on the machine decides. Gives
@@ -372,12 +367,12 @@ impl Source {
         until: Instant,
         until_if_lost: Instant,
     ) -> Result<Option<DestinationVote>> {
-        let (path, paused) = (self.path("ready"), !self.was_running);
+        let paused = !self.was_running;
         let request = ReadyRequest { attempt, paused, addresses: self.vm.addresses.seen() };
-        let limit_ms = millis(until.saturating_duration_since(Instant::now()));
+        let limit = until.saturating_duration_since(Instant::now());
         let asking = async {
             loop {
-                match self.link.post_within(&path, &request, limit_ms).await {
+                match self.link.ready(self.job.id(), &request, limit).await {
                     Err(PeerError::Unreachable(_)) if Instant::now() >= until_if_lost => {
                         return Ok(None);
                     }

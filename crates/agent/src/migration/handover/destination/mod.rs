@@ -33,7 +33,7 @@ use crate::agent::Agent;
 use crate::failure::{Failure, Result};
 use crate::migration::incoming::{self, Set, let_run, stands};
 use crate::migration::job::Job;
-use crate::peer_link::PeerLink;
+use crate::peer::PeerClient;
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::announce::announce;
 use crate::vm::{Qemu, Vm, run};
@@ -51,7 +51,7 @@ pub(crate) struct DestinationHand {
     /// Ended when the copy is given up, whoever waits for it.
     plane: BlockingMutex<Option<Arc<DestinationPlane>>>,
     /// The connection that is kept for the next question.
-    link: BlockingMutex<Option<PeerLink>>,
+    link: BlockingMutex<Option<PeerClient>>,
 }
 
 struct Inner {

@@ -11,7 +11,7 @@ use super::DestinationHand;
 use crate::failure::Result;
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
 use crate::migration::handover::{ASK_EVERY, PeerStand};
-use crate::peer_link::{PeerError, PeerLink};
+use crate::peer::{PeerClient, PeerError};
 
 /// How often a source that sends is asked whether it still means to.
 const ASK_WHILE_RECEIVING_EVERY: Duration = Duration::from_secs(5);
@@ -93,17 +93,17 @@ impl DestinationHand {
         let kept = self.lock_link().take();
         let link = match kept {
             Some(link) => link,
-            None => PeerLink::new(&self.agent, &self.source)
+            None => PeerClient::new(&self.agent.store, &self.agent.identity, &self.source)
                 .map_err(|failure| PeerError::Unreachable(failure.to_string()))?,
         };
-        let answer = link.get(&format!("/peer/v1/offers/{}", self.id())).await?;
+        let answer = link.decision(self.id()).await?;
         // One that failed is not used again: paired anew, the source may have
         // another address.
         *self.lock_link() = Some(link);
         Ok(answer)
     }
 
-    fn lock_link(&self) -> std::sync::MutexGuard<'_, Option<PeerLink>> {
+    fn lock_link(&self) -> std::sync::MutexGuard<'_, Option<PeerClient>> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -26,7 +26,7 @@ use crate::agent::Agent;
 use crate::failure::{Failure, Result};
 use crate::migration::job::Job;
 use crate::migration::outgoing::{free_source, left_behind, let_run_again, undo_in_qemu};
-use crate::peer_link::PeerLink;
+use crate::peer::PeerClient;
 use crate::store::MigrationRecord;
 use crate::vm::{Qemu, Vm, run};
 
@@ -41,7 +41,7 @@ pub(crate) struct SourceHand {
     /// QEMU of the VM has ended.
     pub(super) gone: CancellationToken,
     /// The connection that is kept for the next word.
-    link: std::sync::Mutex<Option<Arc<PeerLink>>>,
+    link: std::sync::Mutex<Option<Arc<PeerClient>>>,
 }
 
 struct Inner {

@@ -10,26 +10,19 @@ use super::SourceHand;
 use crate::failure::Result;
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
 use crate::migration::handover::{ASK_EVERY, PeerStand, tell_unknown};
-use crate::peer_link::{PeerError, PeerLink};
-
-/// Longest wait for the destination's answer to *commit*, in milliseconds.
-/// After it the migration is in doubt and the word is repeated.
-const COMMIT_MS_MAX: u64 = 15_000;
-/// Longest wait for the answer to *stays* or *retired*, in milliseconds. It is
-/// repeated, or asked for.
-const WORD_MS_MAX: u64 = 10_000;
+use crate::peer::{PeerClient, PeerError};
 
 /// Most words that are said in a row; what is left is said at the next silence.
 const WORD_COUNT_MAX: u32 = 8;
 
 impl SourceHand {
     /// The connection to the destination, made when there is none.
-    pub(crate) fn link(&self) -> Result<Arc<PeerLink>, PeerError> {
+    pub(crate) fn link(&self) -> Result<Arc<PeerClient>, PeerError> {
         let mut kept = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(link) = kept.as_ref() {
             return Ok(Arc::clone(link));
         }
-        let made = PeerLink::new(&self.agent, &self.destination)
+        let made = PeerClient::new(&self.agent.store, &self.agent.identity, &self.destination)
             .map_err(|failure| PeerError::Unreachable(failure.to_string()))?;
         Ok(Arc::clone(kept.insert(Arc::new(made))))
     }
@@ -84,23 +77,15 @@ impl SourceHand {
 
     /// Says one word, and gives the answer to it.
     pub(crate) async fn ask_destination(&self, word: &Do) -> Result<DestinationVote, PeerError> {
-        let path = |what: &str| format!("/peer/v1/migrations/{}/{what}", self.job.id());
-        let link = self.link()?;
+        let (link, id) = (self.link()?, self.job.id());
         let answer = match word {
-            Do::SendCommit(committed) => {
-                let commit = Commit::of(committed);
-                link.post_within(&path("commit"), &commit, COMMIT_MS_MAX).await
-            }
+            Do::SendCommit(committed) => link.commit(id, &Commit::of(committed)).await,
             Do::SendStays { epoch } => {
                 let reason = self.inner.lock().await.reason.clone();
                 let reason = reason.unwrap_or_else(|| "the VM stays at its source".to_owned());
-                let stays = Stays { epoch: *epoch, reason };
-                link.post_within(&path("stays"), &stays, WORD_MS_MAX).await
+                link.stays(id, &Stays { epoch: *epoch, reason }).await
             }
-            Do::SendRetired { epoch } => {
-                let retired = Retired { epoch: *epoch };
-                link.post_within(&path("retired"), &retired, WORD_MS_MAX).await
-            }
+            Do::SendRetired { epoch } => link.retired(id, &Retired { epoch: *epoch }).await,
             // Asked by `outgoing`, which knows what goes with it; a state that
             // only repeats it has nothing to add.
             _ => return Ok(DestinationVote::Undecided),
@@ -227,6 +212,6 @@ impl SourceHand {
 
     /// Asks the destination how it stands.
     pub(crate) async fn look_at_peer(&self) -> Result<DestinationVote, PeerError> {
-        self.link()?.get(&format!("/peer/v1/migrations/{}", self.job.id())).await
+        self.link()?.vote(self.job.id()).await
     }
 }

@@ -20,6 +20,8 @@
 //! **Invariant.** Only [`DestinationVote::Ready`] allows the source to commit,
 //! only [`Commit`] or [`SourceDecision::Commit`] the destination to run.
 
+mod message;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -31,6 +33,8 @@ use crate::id::{Epoch, HostName, MigrationId, SwitchName};
 use crate::migration::Problem;
 use crate::plan::MigrationPlan;
 use crate::vm::{Accelerator, Mac, NIC_COUNT_MAX, VmDefinition};
+
+pub use message::{Message, Method, RetryPolicy};
 
 /// Name of the ALPN protocol of data channels and return paths.
 pub const CHANNEL_ALPN: &[u8] = b"limosa-channel/1";
