@@ -93,8 +93,8 @@ mod tests {
 
     #[test]
     fn lists_are_read_as_they_are_written() {
-        let amounts = list("# comment\nb.rs length 3\n\na.rs name:mend 2\n");
-        assert!(amounts.write().ends_with("a.rs name:mend 2\nb.rs length 3\n"));
+        let amounts = list("# comment\nb.rs length 3\n\na.rs name:hear 2\n");
+        assert!(amounts.write().ends_with("a.rs name:hear 2\nb.rs length 3\n"));
         assert_eq!(list(&amounts.write()), amounts);
         assert!(Amounts::read("a.rs length").is_err());
         assert!(Amounts::read("a.rs length 3 4").is_err());
