@@ -65,7 +65,6 @@ pub enum IdentityError {
         action: &'static str,
         /// With what.
         path: PathBuf,
-        /// Why it failed.
         source: io::Error,
     },
     /// One of the two files is gone.
@@ -85,12 +84,7 @@ pub enum IdentityError {
          `chmod 600 {path}`; else move both files away to make a new identity and remove the \
          old one from every peer", path = path.display()
     )]
-    KeyExposed {
-        /// The key's file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
+    KeyExposed { path: PathBuf, mode: u32 },
     /// A file does not hold what it should.
     #[error(
         "{} is damaged ({what}): restore it from a backup, or move {CERTIFICATE_FILE} and \
@@ -98,7 +92,6 @@ pub enum IdentityError {
         path.display()
     )]
     Damaged {
-        /// The damaged file.
         path: PathBuf,
         /// What is wrong with it.
         what: &'static str,
@@ -108,12 +101,7 @@ pub enum IdentityError {
         "{} is not the key of {}: restore the one that was replaced, or move both away to make a \
          new identity (every peer must then be paired again)", key.display(), certificate.display()
     )]
-    Mismatch {
-        /// The key's file.
-        key: PathBuf,
-        /// The certificate's file.
-        certificate: PathBuf,
-    },
+    Mismatch { key: PathBuf, certificate: PathBuf },
     /// The key or certificate could not be made.
     #[error("cannot make a certificate")]
     Generate(#[from] rcgen::Error),

@@ -48,7 +48,6 @@ pub const ALPN_PAIR: &[u8] = b"limosa-pair/1";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the host shows the certificate {found}, but {expected} was expected")]
 pub struct PinMismatch {
-    /// The pinned certificate.
     pub expected: Fingerprint,
     /// The certificate that came.
     pub found: Fingerprint,

@@ -100,7 +100,6 @@ pub enum TrustError {
     /// The record does not fit itself; the store it came from is damaged.
     #[error("the certificate kept for {name:?} does not have the fingerprint {fingerprint}")]
     Damaged {
-        /// The peer's name.
         name: String,
         /// The fingerprint in the record.
         fingerprint: Fingerprint,

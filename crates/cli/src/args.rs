@@ -139,10 +139,10 @@ pub(crate) enum Vm {
     ///
     /// Exit codes: 0 left, 1 failed, 2 wrong usage.
     Console(OneVm),
-    /// Show what is known of a VM whose hand-over waits for the other host; as a last resort, give
+    /// Show what is known of a VM whose handover waits for the other host; as a last resort, give
     /// the VM to this host
     ///
-    /// Two hosts settle a hand-over by themselves as soon as both answer. Only when one of them is
+    /// Two hosts settle a handover by themselves as soon as both answer. Only when one of them is
     /// gone for good must an operator decide.
     ///
     /// Exit codes: 0 shown or forced, 1 failed or not confirmed, 2 wrong usage.

@@ -50,7 +50,6 @@ pub const CONSOLE_PROTOCOL: &str = "limosa-console";
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
-    /// Which kind of failure
     pub code: FailureCode,
     /// What went wrong and what to do, in whole words
     pub message: String,
@@ -82,31 +81,25 @@ pub enum FailureCode {
 /// What a host is and can do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Host {
-    /// Its name
     pub name: HostName,
     /// Version of its agent
     pub version: String,
     /// Oldest and newest peer protocol it speaks
     pub peer_versions: (u32, u32),
-    /// Its certificate's fingerprint
     pub fingerprint: String,
-    /// QEMU in use
     pub qemu: Qemu,
     /// Memory of the host, in bytes
     pub memory_bytes: u64,
     /// Memory not in use, in bytes
     pub memory_free_bytes: u64,
-    /// Virtual switches
     pub switches: Vec<SwitchName>,
 }
 
 /// QEMU of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Qemu {
-    /// The program
     #[schema(value_type = String)]
     pub binary: PathBuf,
-    /// Its version
     pub version: String,
     /// Accelerator of new VMs
     pub accelerator: Accelerator,
@@ -128,7 +121,7 @@ pub enum Power {
     MovingOut,
     /// On its way from another host
     MovingIn,
-    /// A hand-over waits for the other host, which may run the VM; this copy is stopped
+    /// A handover waits for the other host, which may run the VM; this copy is stopped
     InDoubt,
     /// An operator gave the VM to another host; this old copy is never started
     GivenUp,
@@ -169,12 +162,10 @@ pub struct Vm {
     pub given_up_to: Option<HostName>,
 }
 
-/// What is known of a hand-over that is not settled.
+/// What is known of a handover that is not settled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Recovery {
-    /// The VM
     pub vm: VmName,
-    /// Its migration
     pub migration: MigrationId,
     /// Which half this host does
     pub role: Role,
@@ -185,7 +176,6 @@ pub struct Recovery {
     /// What cannot be settled now, and what would settle it
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub doubt: Option<String>,
-    /// The other host
     pub peer_name: HostName,
     /// What it says, asked just now
     pub peer: RecoveryPeer,
@@ -195,7 +185,7 @@ pub struct Recovery {
     pub may_force: bool,
 }
 
-/// What the other host says of a hand-over.
+/// What the other host says of a handover.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RecoveryPeer {
     /// Whether it answers at all
@@ -206,7 +196,7 @@ pub struct RecoveryPeer {
     pub says: String,
 }
 
-/// An operator's decision on a hand-over.
+/// An operator's decision on a handover.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecoverRequest {
@@ -233,7 +223,6 @@ fn default_stop_timeout() -> u32 {
 /// What stands against a move; empty when nothing does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Comparison {
-    /// The VM
     pub vm: VmName,
     /// The host it was compared with
     pub to: HostName,
@@ -248,7 +237,6 @@ pub struct Comparison {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Switch {
-    /// Its name
     pub name: SwitchName,
     /// Network interface of the host that joins it to a network
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -261,12 +249,10 @@ pub struct Switch {
 /// A host that this one trusts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PairedHost {
-    /// Its name
     pub name: HostName,
     /// Where its agent answers, `ADDRESS:PORT`; of one that called, where it called
     /// from, with the port it told
     pub address: String,
-    /// Its certificate's fingerprint
     pub fingerprint: String,
 }
 
@@ -302,8 +288,6 @@ pub struct OperatorRequest {
 /// An operator who may command this agent from afar.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Operator {
-    /// Name of the operator
     pub name: OperatorName,
-    /// The certificate's fingerprint
     pub fingerprint: String,
 }

@@ -53,7 +53,7 @@ impl Side {
 /// What is done between the two edges of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// A record of the hand-over is written and synced
+    /// A record of the handover is written and synced
     Record,
     /// A message to the other host, from asking to having its answer
     Send,

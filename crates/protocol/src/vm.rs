@@ -73,9 +73,7 @@ pub struct VmDefinition {
     /// Identity that stays when the VM moves or is renamed; made when missing
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<Uuid>,
-    /// Guest memory, in MiB
     pub memory_mib: u64,
-    /// Number of virtual CPUs
     #[serde(default = "one")]
     pub vcpus: u32,
     /// QEMU machine type with a version; "q35" and "pc" become the newest one at creation
@@ -112,7 +110,6 @@ fn default_cpu() -> String {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Boot {
-    /// Firmware of the machine
     #[serde(default)]
     pub firmware: Firmware,
     /// Kernel to start directly; copied into the VM's configuration folder
@@ -123,7 +120,6 @@ pub struct Boot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub append: String,
 }
@@ -155,7 +151,6 @@ pub struct Disk {
     /// Size in MiB of the image that is made when the file does not exist
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_mib: Option<u64>,
-    /// Host cache mode
     #[serde(default)]
     pub cache: Cache,
     /// Whether the guest's discards free space in the image
@@ -285,11 +280,9 @@ pub struct Places {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub disks: Option<PathBuf>,
-    /// Checkpoints
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub checkpoints: Option<PathBuf>,
-    /// Smart paging file
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub smart_paging: Option<PathBuf>,
@@ -300,16 +293,7 @@ pub struct Places {
 pub enum BadDefinition {
     /// A number is out of its range.
     #[error("{field} is {value}: it must be {least} to {most}")]
-    OutOfRange {
-        /// Which field
-        field: &'static str,
-        /// What it says
-        value: u64,
-        /// Smallest allowed
-        least: u64,
-        /// Largest allowed
-        most: u64,
-    },
+    OutOfRange { field: &'static str, value: u64, least: u64, most: u64 },
     /// Two disks share a name or a file.
     #[error("two disks share {0:?}: give each its own id and path")]
     DiskTwice(String),
@@ -318,20 +302,10 @@ pub enum BadDefinition {
     MacTwice(Mac),
     /// A path would depend on where the agent was started.
     #[error("{field} {path:?} is not an absolute path without '..'")]
-    BadPath {
-        /// Which field
-        field: &'static str,
-        /// What it says
-        path: PathBuf,
-    },
+    BadPath { field: &'static str, path: PathBuf },
     /// Text that would change the meaning of QEMU's command line.
     #[error("{field} {text:?} may hold only letters, digits and any of . _ - + , =")]
-    BadText {
-        /// Which field
-        field: &'static str,
-        /// What it says
-        text: String,
-    },
+    BadText { field: &'static str, text: String },
     /// An initial RAM disk or command line without a kernel.
     #[error("boot.{0} needs boot.kernel")]
     NeedsKernel(&'static str),

@@ -100,7 +100,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
 }
 
 /// Lets a request that has begun come to its end, also when whoever asked is
-/// gone: half a change of a VM or of a hand-over would be worse than an answer
+/// gone: half a change of a VM or of a handover would be worse than an answer
 /// that nobody reads.
 async fn to_the_end(request: Request, next: Next) -> Result<Response> {
     let work = tokio::spawn(next.run(request));

@@ -200,7 +200,7 @@ async fn vote(
     answer(&agent, id, caller, DestinationEvent::Asked).await
 }
 
-/// Gives the source's word to the hand-over and answers with the destination's;
+/// Gives the source's word to the handover and answers with the destination's;
 /// what has ended is answered from its record.
 async fn answer(
     agent: &Agent,

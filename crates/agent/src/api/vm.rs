@@ -174,7 +174,7 @@ async fn compare(
     Ok(Json(Comparison { vm: name, to: request.to, problems, notes }))
 }
 
-/// What is known of a hand-over that is not settled, on both hosts
+/// What is known of a handover that is not settled, on both hosts
 #[utoipa::path(get, path = "/v1/vms/{name}/recover", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Recovery), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn recovery(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Recovery>> {

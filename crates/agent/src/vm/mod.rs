@@ -261,7 +261,7 @@ impl Inner {
         }
     }
 
-    /// Forgets a hand-over that is settled.
+    /// Forgets a handover that is settled.
     pub(crate) fn leave_hand_over(&mut self, id: MigrationId) {
         if self.hand_over.as_ref().is_some_and(|hand_over| hand_over.id() == id) {
             self.hand_over = None;

@@ -107,7 +107,7 @@ async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Result<()> {
     )))
 }
 
-/// Why a guest stands that nobody paused.
+/// Why a guest is paused that nobody paused.
 pub(crate) fn stopped_by(status: RunState) -> Option<&'static str> {
     Some(match status {
         RunState::IoError => "was stopped by an error of its disk",

@@ -1,4 +1,4 @@
-//! Stories of hand-overs that two hosts cannot settle at once: told everywhere,
+//! Stories of handovers that two hosts cannot settle at once: told everywhere,
 //! started nowhere, settled by the other host's word or by an operator.
 //!
 //! ```text

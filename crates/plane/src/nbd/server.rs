@@ -3,7 +3,7 @@
 //! A write is acknowledged as soon as the sink took it, so that QEMU's mirror,
 //! which keeps 16 requests in flight, does not wait for the network's delay. A
 //! flush is answered when the sink says so. Nothing is promised by that: before
-//! a hand-over the plane proves, with a barrier of its own, that all of it is
+//! a handover the plane proves, with a barrier of its own, that all of it is
 //! durable at the destination, and a mirror is never pivoted to.
 //!
 //! **Invariants.** One thread calls the sink, in order of arrival, with ranges

@@ -22,7 +22,6 @@ pub enum DigestSubject {
 /// |      8 |     8 | place of the first digest in its table |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DigestsHeader {
-    /// Of what
     pub subject: DigestSubject,
     /// Nothing follows
     pub is_last: bool,

@@ -127,7 +127,6 @@ pub enum FrameError {
 /// A frame's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameHeader {
-    /// What it carries
     pub kind: FrameKind,
     /// Whether the payload is a zstd block
     pub packed: bool,
@@ -204,7 +203,6 @@ pub struct PageHeader {
     pub index: u32,
     /// Number of the RAM block
     pub block: u8,
-    /// How it is sent
     pub form: PageForm,
     /// Bytes that follow
     pub content_bytes: u16,
@@ -256,13 +254,10 @@ impl PageHeader {
 /// |     16 |     8 | `length_bytes` |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskHeader {
-    /// Number of the disk
     pub disk: u16,
     /// Whether zeroes may become a hole
     pub may_unmap: bool,
-    /// Where on the disk
     pub offset_bytes: u64,
-    /// How much of it
     pub length_bytes: u64,
 }
 
@@ -315,7 +310,6 @@ impl DiskHeader {
 /// |     56 |    40 | `disk`: [`Barrier`] |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Ack {
-    /// Number of the channel
     pub channel: u8,
     /// Frames of it that were taken over for good
     pub applied: u64,

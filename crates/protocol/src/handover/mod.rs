@@ -202,7 +202,7 @@ pub enum Ended {
 
 /// An event that must not happen in this state. The state is as before.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("hand-over: {event} cannot happen in state {state}")]
+#[error("handover: {event} cannot happen in state {state}")]
 pub struct IllegalEvent {
     /// The state's name
     pub state: &'static str,
@@ -212,7 +212,7 @@ pub struct IllegalEvent {
 
 /// A record from which a machine of this role cannot begin or go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("hand-over: the {role} cannot go on from the record {stage:?}")]
+#[error("handover: the {role} cannot go on from the record {stage:?}")]
 pub struct WrongRecord {
     /// Source or destination
     pub role: &'static str,

@@ -48,14 +48,14 @@ fn an_unlisted_pair_is_an_error_with_both_names() {
     source.on(SourceEvent::Recorded(receipt(record))).unwrap();
     let before = source.clone();
     let refused = source.on(SourceEvent::GiveUp).unwrap_err();
-    assert_eq!(refused.to_string(), "hand-over: give-up cannot happen in state handed-over");
+    assert_eq!(refused.to_string(), "handover: give-up cannot happen in state handed-over");
     assert_eq!(source, before);
     assert!(!source.may_give_up());
 
     let preparing = receipt(self::record(Stage::Preparing));
     let mut destination = Destination::begin(preparing, Guest::Stopped).unwrap();
     let refused = destination.on(DestinationEvent::Commit { epoch: Epoch(4) }).unwrap_err();
-    assert_eq!(refused.to_string(), "hand-over: commit cannot happen in state preparing");
+    assert_eq!(refused.to_string(), "handover: commit cannot happen in state preparing");
 }
 
 /// Goal: only the receipt of this very record passes the commit point.

@@ -11,11 +11,8 @@ use std::time::Duration;
 /// HTTP method of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Method {
-    /// Asks, and changes nothing
     Get,
-    /// Sends JSON
     Post,
-    /// Sends bytes
     Put,
 }
 
@@ -35,7 +32,6 @@ pub enum RetryPolicy {
 pub struct Message {
     /// Name in logs and of the fault points
     pub name: &'static str,
-    /// HTTP method
     pub method: Method,
     /// Path of the route; parameters are in braces
     pub path: &'static str,

@@ -62,9 +62,7 @@ pub const GUEST_ADDRESS_COUNT_MAX: usize = NIC_COUNT_MAX * NIC_ADDRESS_COUNT_MAX
 pub struct Offer {
     /// Peer protocol of the source
     pub peer_version: u32,
-    /// The migration
     pub migration: MigrationId,
-    /// Name of the source
     pub source: HostName,
     /// The epoch at which the source owns the VM
     pub epoch: Epoch,
@@ -115,7 +113,6 @@ pub struct Receiving {
 /// First message of a channel, after its TLS handshake: be16 length, then JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChannelHello {
-    /// The migration
     pub migration: MigrationId,
     /// The token of [`Receiving`]
     pub token: String,
@@ -144,7 +141,6 @@ pub enum ChannelRole {
 /// Read everything again, or a part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyRequest {
-    /// Of which attempt
     pub attempt: u32,
     /// Only this
     pub part: Option<Part>,
@@ -206,7 +202,6 @@ impl Part {
 /// Everything was sent: is it there?
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ReadyRequest {
-    /// In which attempt
     pub attempt: u32,
     /// The guest is to stay paused
     pub paused: bool,
@@ -219,7 +214,6 @@ pub struct ReadyRequest {
 /// destination's QEMU has loaded, or may have, is of no use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetryRequest {
-    /// The attempt that begins
     pub attempt: u32,
 }
 
@@ -235,7 +229,6 @@ pub struct RetryStarted {
 pub struct GuestAddress {
     /// The card that used it
     pub mac: Mac,
-    /// The address
     pub address: IpAddr,
 }
 
@@ -272,7 +265,6 @@ impl Commit {
 pub struct Stays {
     /// The epoch at which it owns the VM
     pub epoch: Epoch,
-    /// Why
     pub reason: String,
 }
 
@@ -283,7 +275,7 @@ pub struct Retired {
     pub epoch: Epoch,
 }
 
-/// What the destination has to say of the hand-over; see `docs/handover.md`.
+/// What the destination has to say of the handover; see `docs/handover.md`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "vote")]
 pub enum DestinationVote {
@@ -307,12 +299,11 @@ pub enum DestinationVote {
     Declined {
         /// Epoch it gave up
         epoch: Epoch,
-        /// Why
         reason: String,
     },
 }
 
-/// What the source has to say of the hand-over; see `docs/handover.md`.
+/// What the source has to say of the handover; see `docs/handover.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "decision")]
 pub enum SourceDecision {

@@ -24,7 +24,6 @@ use crate::vm::{DiskFormat, DiskKind, VmDefinition};
 pub struct MigrationPlan {
     /// Host that receives the VM; none if the VM stays at its host and only its disks move
     pub peer: Option<HostName>,
-    /// Guest RAM
     pub memory: MemoryItem,
     /// Disks, in the definition's order
     pub disks: Vec<DiskItem>,
@@ -35,7 +34,6 @@ pub struct MigrationPlan {
 /// Guest RAM as an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryItem {
-    /// Size in bytes
     pub bytes: u64,
     /// How it gets to the destination
     pub carrier: MemoryCarrier,

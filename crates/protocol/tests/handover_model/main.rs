@@ -1,4 +1,4 @@
-//! The hand-over, checked in every order of events: stateright walks through all
+//! The handover, checked in every order of events: stateright walks through all
 //! worlds that the real state machines of `limosa_protocol::handover` can get into.
 //!
 //! ```text

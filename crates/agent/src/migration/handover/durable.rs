@@ -1,4 +1,4 @@
-//! The agent's store as the hand-over sees it: a migration's record and the
+//! The agent's store as the handover sees it: a migration's record and the
 //! VM's, written in one step.
 
 use limosa_protocol::handover::{Record, Store as HandOverStore};

@@ -333,6 +333,6 @@ fn tell_unknown(record: &MigrationRecord, error: &StoreError) {
     tracing::error!(
         migration = %record.view.id,
         error = crate::failure::chain(error),
-        "a record of the hand-over may or may not be written; nothing more is done until a restart"
+        "a record of the handover may or may not be written; nothing more is done until a restart"
     );
 }

@@ -1,4 +1,4 @@
-//! What an operator is told of an unsettled hand-over, and the decision that
+//! What an operator is told of an unsettled handover, and the decision that
 //! only an operator can take.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::{HandOver, Standing};
 use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, Result};
 
-/// What is known of a VM's hand-over on both hosts, and what forcing it here
+/// What is known of a VM's handover on both hosts, and what forcing it here
 /// would risk.
 pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Result<Recovery> {
     let hand = unsettled(agent, vm).await?;
@@ -183,7 +183,7 @@ fn destination_text(word: &DestinationVote) -> &'static str {
     match word {
         DestinationVote::Unknown => "it has never heard of this migration: it has lost its records",
         DestinationVote::Undecided => "it is receiving, or just about to decide",
-        DestinationVote::Ready { .. } => "it holds the whole VM and waits for the hand-over",
+        DestinationVote::Ready { .. } => "it holds the whole VM and waits for the handover",
         DestinationVote::Running { .. } => "it owns the VM",
         DestinationVote::Declined { .. } => "it gave the VM up and never ran it",
     }

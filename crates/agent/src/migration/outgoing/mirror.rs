@@ -17,7 +17,7 @@ use crate::failure::{Failure, OrFail, Result};
 
 /// How often progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// The same while the guest stands.
+/// The same while the guest is paused.
 const STOPPED_LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Least time for QEMU to answer.
 const ANSWER_MIN: Duration = Duration::from_millis(100);
@@ -140,7 +140,7 @@ impl Source {
         }
     }
 
-    /// Waits for an answer of QEMU. It gives none, and its guest stands, while it waits for
+    /// Waits for an answer of QEMU. It gives none, and its guest is paused, while it waits for
     /// what its mirrors have under way: before it stops the guest, and when the guest
     /// resets a disk. With the link slow or lost that may take for ever, so it is taken
     /// from QEMU without room for it, as soon as the guest stood for its downtime limit.

@@ -319,7 +319,7 @@ impl Source {
         switched: &Switched,
     ) -> Result<Option<DestinationVote>> {
         let (began, limit) = (Instant::now(), self.downtime_limit());
-        // Until when the guest stands, whatever comes of it, and when the link is lost.
+        // Until when the guest is paused, whatever comes of it, and when the link is lost.
         let (until, until_if_lost) = match switched.stopped {
             Some(at) if !self.plan().verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
             Some(_) => (began + limit + STOPPED_MAX, began + limit),
