@@ -53,7 +53,7 @@ demo:
 	$(RELEASE)/limosa-lab demo
 
 test: root unit workload build
-	$(BIN)/limosa-lab stories
+	$(BIN)/limosa-lab scenarios
 
 # Said before anything is built.
 root:

@@ -340,7 +340,7 @@ fn pairing_connection(client: &Party, server: &Party) -> (Fingerprint, Fingerpri
     (seen_by_client, tls::peer_fingerprint(meeting.server.as_ref().unwrap()).unwrap())
 }
 
-/// Story: two hosts that never met pair over the network; then each lets the
+/// Scenario: two hosts that never met pair over the network; then each lets the
 /// other in.
 #[test]
 fn pairing_opens_both_ways() {
@@ -366,7 +366,7 @@ fn pairing_opens_both_ways() {
     }
 }
 
-/// Story: somebody between the hosts ends both TLS connections himself and
+/// Scenario: somebody between the hosts ends both TLS connections himself and
 /// relays every message. Both operators hold the right code.
 /// Expect: neither host trusts anybody.
 #[test]

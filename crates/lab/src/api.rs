@@ -1,6 +1,6 @@
 //! A small HTTP client for the agent's socket: blocking, one request a connection.
 //!
-//! Stories that look closely use it; what an operator would type goes through
+//! Scenarios that look closely use it; what an operator would type goes through
 //! the `limosa` command instead.
 
 use std::io::{Read, Write};

@@ -90,13 +90,13 @@ impl Lab {
     /// A host by its short name; panics when the plan had no such host.
     pub(crate) fn host(&self, name: &str) -> &Host {
         let found = self.hosts.iter().find(|host| host.name() == name);
-        found.expect("stories name only hosts of their own plan")
+        found.expect("scenarios name only hosts of their own plan")
     }
 
     /// Like [`Lab::host`], to start and stop its agent.
     pub(crate) fn host_mut(&mut self, name: &str) -> &mut Host {
         let found = self.hosts.iter_mut().find(|host| host.name() == name);
-        found.expect("stories name only hosts of their own plan")
+        found.expect("scenarios name only hosts of their own plan")
     }
 
     /// All hosts.

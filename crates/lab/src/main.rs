@@ -1,9 +1,9 @@
-//! `limosa-lab`: hosts from namespaces, real guests, stories from end to end.
+//! `limosa-lab`: hosts from namespaces, real guests, scenarios from end to end.
 //!
 //! ```text
 //! main ─► lab (net, host) ─► limosad, limosa      the product, only by its programs
 //!   │      └► capture, client                     the view from outside
-//!   ├► scenario   stories: make test
+//!   ├► scenario   scenarios: make test
 //!   └► report     terminal and timeline: make demo
 //! ```
 
@@ -84,19 +84,19 @@ enum Order {
     },
     /// Move a VM again and again while drawn faults strike
     Chaos(chaos::Wish),
-    /// Run all stories over and over
+    /// Run all scenarios over and over
     Soak {
         /// For how long
         #[arg(long, default_value_t = 120)]
         minutes: u32,
     },
-    /// Run one story
-    Story {
+    /// Run one scenario
+    Scenario {
         /// Its name
         name: String,
     },
-    /// Run all stories
-    Stories {
+    /// Run all scenarios
+    Scenarios {
         /// Only those whose name contains this
         #[arg(long)]
         only: Option<String>,
@@ -128,20 +128,20 @@ fn perform(order: Order) -> Result<ExitCode> {
             return Ok(if chaos::run(&wish)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Order::Soak { minutes } => soak::run(minutes)?,
-        Order::Stories { list: true, .. } => {
-            for story in scenario::all() {
-                print_line(&format!("{:<28} {}", story.name, story.proves));
+        Order::Scenarios { list: true, .. } => {
+            for scenario in scenario::all() {
+                print_line(&format!("{:<28} {}", scenario.name, scenario.proves));
             }
         }
-        Order::Stories { only, list: false } => {
+        Order::Scenarios { only, list: false } => {
             let count = scenario::run_all(only.as_deref())?;
             // No further line: the count is the last one.
             return Ok(if count.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        Order::Story { name } => {
-            let named = scenario::all().into_iter().find(|story| story.name == name);
-            let story = named.with_context(|| format!("there is no story {name}"))?;
-            scenario::run_one(story, &paths::lab_dir().join("failed").join(&name))?;
+        Order::Scenario { name } => {
+            let named = scenario::all().into_iter().find(|scenario| scenario.name == name);
+            let scenario = named.with_context(|| format!("there is no scenario {name}"))?;
+            scenario::run_one(scenario, &paths::lab_dir().join("failed").join(&name))?;
             print_line(&format!("{name}: passed"));
         }
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! .lab/work/ID/    files of one run, removed at its end
 //! .lab/cache/      guests and packages, kept
-//! .lab/failed/     logs of stories that failed, kept until the next run
+//! .lab/failed/     logs of scenarios that failed, kept until the next run
 //! .lab/report/     the last demo's and benchmark's reports
 //! /run/limosa-lab/ one record for each run that is alive
 //! ```

@@ -1,4 +1,4 @@
-//! `make soak`: stories over and over, with moves in between, until told to stop.
+//! `make soak`: scenarios over and over, with moves in between, until interrupted.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::{print_line, scenario};
 
-/// Runs all stories again and again for that long; each round is counted.
+/// Runs all scenarios again and again for that long; each round is counted.
 pub(crate) fn run(minutes: u32) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(u64::from(minutes) * 60);
     let mut failed = 0;
@@ -16,6 +16,6 @@ pub(crate) fn run(minutes: u32) -> Result<()> {
         print_line(&format!("round {round}"));
         failed += scenario::run_all(None)?.failed;
     }
-    ensure!(failed == 0, "{failed} stories failed in {round} rounds");
+    ensure!(failed == 0, "{failed} scenarios failed in {round} rounds");
     Ok(())
 }

@@ -389,7 +389,7 @@ fn provoke(dice: &mut Dice, when: When, begins: Begins) -> Option<Fault> {
 /// Whether such a move comes to a step, or does after faults that are drawn here.
 fn comes(step: &Step, begins: Begins, verifies_all: bool) -> bool {
     let is_all = verifies_all || step.name != "verify";
-    // What gives way to an operator's decision is the matter of stories.
+    // What gives way to an operator's decision is the matter of scenarios.
     let is_given_way = step.name == "superseded" || (step.kind == Kind::Qmp && step.name == "stop");
     let launches_here = step.side == Side::Source && step.name == "launch";
     // A guest that runs takes its disks by that.

@@ -142,7 +142,7 @@ fn series(wish: &Wish, first: u64, tally: &mut Tally) -> Result<u64> {
 /// A few dozen runs in a lab that is up, and further ones of each kind of fault that
 /// has not struck by then: a machine's timing decides whether some points are over
 /// before. Fails on the first that does not hold, and when a kind never struck.
-pub(crate) fn story(lab: &mut Lab, series: u64, runs: u64) -> Result<()> {
+pub(crate) fn scenario(lab: &mut Lab, series: u64, runs: u64) -> Result<()> {
     let mut tally = Tally::default();
     let mut stage = Stage::set(lab, draw::shape_of(series), 0)?;
     for index in 0..runs + FURTHER_COUNT_MAX {

@@ -57,7 +57,7 @@ const ROWS: [Row; 8] = [
 ];
 
 /// All rows, one after the other, with one VM that goes on from where it is.
-pub(crate) fn story(lab: &mut Lab) -> Result<()> {
+pub(crate) fn scenario(lab: &mut Lab) -> Result<()> {
     let mut tally = Tally::default();
     let mut stage = Stage::set(lab, shape_of(0), 0)?;
     for Row(side, record, ends) in &ROWS {

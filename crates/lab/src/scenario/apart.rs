@@ -1,4 +1,4 @@
-//! Stories of VMs of one host that must not touch each other's files or names.
+//! Scenarios of VMs of one host that must not touch each other's files or names.
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::api::Power;
@@ -6,14 +6,14 @@ use serde_json::{Value, json};
 
 use super::points::start_agent;
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
 /// The folder of the first VM.
 const FOLDER: &str = "/srv/web1";
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "vms-keep-apart",
     proves: "no VM is made in another one's folder, and one whose definition cannot be read keeps \
              its name and comes back with it",

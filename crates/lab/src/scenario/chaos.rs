@@ -1,6 +1,6 @@
 //! Faults that are drawn, a few dozen of them: see [`crate::chaos`].
 
-use super::Story;
+use super::Scenario;
 use crate::chaos;
 
 /// Seed of the series.
@@ -9,19 +9,19 @@ const SEED: u64 = 20;
 /// `make test` has time for; `make chaos` runs 300.
 const RUN_COUNT: u64 = 24;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "reboots",
         proves: "a host that restarts after any record, or both, leaves the VM where it is \
                  promised: one host has it, running or to be started, and the other refuses",
         plan: chaos::stage::plan,
-        run: chaos::reboots::story,
+        run: chaos::reboots::scenario,
     },
-    Story {
+    Scenario {
         name: "chaos",
         proves: "whatever fails at whatever step, the VM ends at exactly one host, whole, and nothing \
              is left at the other",
         plan: chaos::stage::plan,
-        run: |lab| chaos::story(lab, SEED, RUN_COUNT),
+        run: |lab| chaos::scenario(lab, SEED, RUN_COUNT),
     },
 ];

@@ -1,4 +1,4 @@
-//! The story of `limosa migration …`: what a person or a script types, what
+//! The scenario of `limosa migration …`: what a person or a script types, what
 //! comes back on which stream, and the exit code.
 //!
 //! ```text
@@ -20,7 +20,7 @@ use serde_json::Value;
 use super::points::wait;
 use super::scene::Scene;
 use super::steps;
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::{Host, LIMOSA_TIMEOUT_S};
 use crate::lab::{Lab, Plan};
 use crate::{exec, paths};
@@ -34,7 +34,7 @@ const WRONG_USAGE: i32 = 2;
 const STAYED: i32 = 3;
 const LEFT: i32 = 130;
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "migration-commands",
     proves: "moves are detached, listed, shown, watched and cancelled by commands; exit codes and \
              JSON say how they ended",
@@ -81,7 +81,7 @@ fn say(host: &Host, words: &[&str]) -> Result<Said> {
     })
 }
 
-/// A command that runs beside the story; what it says goes to the host's logs.
+/// A command that runs beside the scenario; what it says goes to the host's logs.
 struct Beside {
     child: Child,
     stdout: PathBuf,

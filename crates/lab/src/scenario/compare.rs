@@ -1,4 +1,4 @@
-//! Stories of what stands against a move: told before anything is touched, all at
+//! Scenarios of what stands against a move: told before anything is touched, all at
 //! once, each with its remedy.
 
 use anyhow::{Context, Result, ensure};
@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 
 use super::scene::Scene;
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::Storage;
 use crate::lab::{Lab, Plan};
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "move-compare-says-why-not",
         proves: "what stands against a move is said before anything is touched",
         plan: || Plan {
@@ -21,7 +21,7 @@ pub(super) const STORIES: &[Story] = &[
         },
         run: says_why_not,
     },
-    Story {
+    Scenario {
         name: "compare-names-all",
         proves: "names, switches, folders, files of the host, machine type and processor are all \
                  looked at, and what is wrong with them is told in one answer",

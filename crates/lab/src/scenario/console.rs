@@ -1,7 +1,7 @@
-//! The story of a serial console at a terminal.
+//! The scenario of a serial console at a terminal.
 //!
 //! ```text
-//! story ── master ═ pseudo terminal ═ slave ── limosa vm console ── agent ── QEMU ── guest
+//! scenario ── master ═ pseudo terminal ═ slave ── limosa vm console ── agent ── QEMU ── guest
 //!   types, sees                └─ its settings are looked at
 //! ```
 //!
@@ -23,7 +23,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use super::points::wait;
 use super::scene;
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::{Host, LIMOSA_TIMEOUT_S};
 use crate::lab::{Lab, Plan};
 use crate::{client, exec, net, paths};
@@ -33,7 +33,7 @@ const ESCAPE: u8 = 0x1d;
 /// Ctrl-C is the guest's.
 const INTERRUPT: u8 = 0x03;
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "console",
     proves: "a console shows the guest and takes every key; the terminal is as before on each way \
              out; a second console is told that there is one",

@@ -1,4 +1,4 @@
-//! Stories of handovers that two hosts cannot settle at once: told everywhere,
+//! Scenarios of handovers that two hosts cannot settle at once: told everywhere,
 //! started nowhere, settled by the other host's word or by an operator.
 //!
 //! ```text
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::points::{Point, start_agent, wait};
 use super::scene::Scene;
 use super::steps;
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::capture::Kind;
 use crate::host::{Host, Storage};
 use crate::lab::{Lab, Plan};
@@ -31,50 +31,50 @@ const LISTEN: Duration = Duration::from_secs(2);
 /// Code by which `limosa vm move` tells of a doubt.
 const IN_DOUBT_CODE: i32 = 4;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "in-doubt-settles",
         proves: "a commit that nobody answers is told as a doubt, nothing starts, and it settles \
                  by itself when the destination is back",
         plan: Plan::default,
         run: settles,
     },
-    Story {
+    Scenario {
         name: "in-doubt-forced-at-source",
         proves: "with the destination gone, an operator gives the VM back to its source, and the \
                  destination gives way when it comes back",
         plan: Plan::default,
         run: forced_at_source,
     },
-    Story {
+    Scenario {
         name: "in-doubt-forced-at-destination",
         proves: "with the source gone, an operator gives the VM to its destination, and the \
                  source keeps its old copy without ever starting it",
         plan: Plan::default,
         run: forced_at_destination,
     },
-    Story {
+    Scenario {
         name: "delete-needs-the-last-word",
         proves: "a VM whose source died before its last word is not deleted until the source has \
                  said it",
         plan: Plan::default,
         run: is_deleted,
     },
-    Story {
+    Scenario {
         name: "forced-while-the-source-runs",
         proves: "a destination that an operator forces although the source's guest runs on: once \
                  the hosts hear each other, the source stops its guest and gives way",
         plan: Plan::default,
         run: forced_while_source_runs,
     },
-    Story {
+    Scenario {
         name: "destination-store-lost",
         proves: "a destination that lost its records while a commit was unanswered leaves the VM \
                  in doubt, told everywhere, and `vm move` ends with its own code",
         plan: Plan::default,
         run: store_lost,
     },
-    Story {
+    Scenario {
         name: "next-move-needs-the-last-word",
         proves: "a VM whose source died before its last word moves on to a third host only with \
                  the operator's word, and the source gives way when it comes back",

@@ -1,4 +1,4 @@
-//! Stories of moves that something ends early: the VM runs at exactly one
+//! Scenarios of moves that something ends early: the VM runs at exactly one
 //! place, its checks pass, and nothing is left behind at the other.
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::points::{Point, start_agent, wait};
 use super::scene::{self, Scene};
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::Storage;
 use crate::lab::{Lab, Plan};
 
@@ -25,12 +25,16 @@ pub(super) fn slow() -> Plan {
     Plan { links_mbit: vec![Some(SLOW_LINK_MBIT)], ..Plan::default() }
 }
 
-/// A story of one fault in one phase.
-const fn fault(name: &'static str, proves: &'static str, run: fn(&mut Lab) -> Result<()>) -> Story {
-    Story { name, proves, plan: slow, run }
+/// A scenario of one fault in one phase.
+const fn fault(
+    name: &'static str,
+    proves: &'static str,
+    run: fn(&mut Lab) -> Result<()>,
+) -> Scenario {
+    Scenario { name, proves, plan: slow, run }
 }
 
-pub(super) const STORIES: &[Story] = &[
+pub(super) const SCENARIOS: &[Scenario] = &[
     fault(
         "cancel",
         "cancelled in each phase before the commit point, the VM stays as if nothing was, and \
@@ -64,7 +68,7 @@ pub(super) const STORIES: &[Story] = &[
          once it was handed over, it runs at the destination",
         source_qemu_dies,
     ),
-    Story {
+    Scenario {
         name: "destination-full",
         proves: "the destination's disk becomes full meanwhile: the VM goes on at the source",
         plan: || Plan {

@@ -1,4 +1,4 @@
-//! Stories about the lab itself: they run without the product, with a guest
+//! Scenarios about the lab itself: they run without the product, with a guest
 //! that is only a few threads in a host's namespace.
 
 use std::io::{Read, Write};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Story;
+use super::Scenario;
 use crate::capture::Capture;
 use crate::client::{self, Client, Talk};
 use crate::heartbeat;
@@ -24,14 +24,14 @@ const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x1a, 0xb0, 0x01];
 /// Pause between two of its heartbeats.
 const BEAT: Duration = Duration::from_millis(2);
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "lab-links",
         proves: "links join the hosts, can be slowed, cut in two ways and repaired",
         plan: || Plan { links_mbit: vec![Some(1000), Some(100)], ..Plan::default() },
         run: links,
     },
-    Story {
+    Scenario {
         name: "lab-hosts",
         proves: "hosts have names, folders and file systems of their own",
         plan: || Plan {
@@ -40,7 +40,7 @@ pub(super) const STORIES: &[Story] = &[
         },
         run: hosts,
     },
-    Story {
+    Scenario {
         name: "lab-outside-view",
         proves: "client and capture see answers, heartbeats, losses and silence as they are",
         plan: Plan::default,

@@ -1,4 +1,4 @@
-//! The one story with KVM: a boot sector, which runs also where KVM is itself
+//! The one scenario with KVM: a boot sector, which runs also where KVM is itself
 //! emulated and no Linux comes up in it.
 
 use std::io::Read;
@@ -10,7 +10,7 @@ use limosa_protocol::migration::Outcome;
 use serde_json::{Value, json};
 
 use super::steps;
-use super::{Skipped, Story};
+use super::{Scenario, Skipped};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
@@ -42,7 +42,7 @@ const CODE: &[u8] = &[
     0xa0, 0x02, 0x80, 0x24, 0x3f, 0x04, 0x30, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xe7,
 ];
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "kvm-boot-sector-moves",
     proves: "a guest under KVM moves with its memory and counts on",
     plan: Plan::default,

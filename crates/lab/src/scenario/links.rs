@@ -1,4 +1,4 @@
-//! Stories of links between hosts that break: before the commit point a migration
+//! Scenarios of links between hosts that break: before the commit point a migration
 //! waits for them, and only for so long.
 //!
 //! ```text
@@ -17,7 +17,7 @@ use super::faults::{self, moved, point_in, slow, stayed};
 use super::points::{Point, wait};
 use super::scene::{BOOT_TIMEOUT, Scene};
 use super::steps;
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::client;
 use crate::lab::{Lab, Plan};
 use crate::net::{self, Cut};
@@ -28,35 +28,35 @@ const AWAY: Duration = Duration::from_secs(7);
 /// is acknowledged.
 const RESENT_BYTES_MAX: u64 = 16 << 20;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "link-lost-in-prepare",
         proves: "a link that comes back while the destination prepares is waited for",
         plan: slow,
         run: |lab| comes_back(lab, Phase::Prepare, Cut::Cable),
     },
-    Story {
+    Scenario {
         name: "link-lost-in-mirror",
         proves: "a link that falls silent while disks are mirrored is waited for, and what has \
                  arrived is not sent again",
         plan: slow,
         run: |lab| comes_back(lab, Phase::Mirror, Cut::Silent),
     },
-    Story {
+    Scenario {
         name: "link-lost-in-pre-copy",
         proves: "a link that is pulled while memory is copied is waited for, and what has \
                  arrived is not sent again",
         plan: slow,
         run: |lab| comes_back(lab, Phase::PreCopy, Cut::Cable),
     },
-    Story {
+    Scenario {
         name: "link-lost-in-switchover",
         proves: "a guest that is stopped when the link is lost soon runs on at the source, and \
                  moves once the link is back",
         plan: slow,
         run: in_switchover,
     },
-    Story {
+    Scenario {
         name: "link-lost-when-all-is-there",
         proves: "a link that is lost when the destination is ready, or reads again what it has \
                  loaded: the guest runs on at the source, and moves in another attempt, which \
@@ -64,13 +64,13 @@ pub(super) const STORIES: &[Story] = &[
         plan: Plan::default,
         run: when_all_is_there,
     },
-    Story {
+    Scenario {
         name: "link-cut",
         proves: "the cable is pulled for good: the VM goes on at the source",
         plan: slow,
         run: |lab| is_gone(lab, Cut::Cable),
     },
-    Story {
+    Scenario {
         name: "link-silent",
         proves: "the link drops everything silently for good: the VM goes on at the source, and can \
                  be started anew there at once",

@@ -1,4 +1,4 @@
-//! A story that holds the list of points of failure against what agents pass.
+//! A scenario that holds the list of points of failure against what agents pass.
 //!
 //! ```text
 //! both trace ─► moves of each kind ─► passed = listed, but for what only faults reach
@@ -20,12 +20,12 @@ use serde_json::{Value, json};
 use super::faults::SETTLE_TIMEOUT;
 use super::points::wait;
 use super::scene::BOOT_TIMEOUT;
-use super::{Story, steps, tiny};
+use super::{Scenario, steps, tiny};
 use crate::lab::{Lab, Plan};
 use crate::net::{self, Cut};
 use crate::{client, host};
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "points-are-listed",
     proves: "each point of failure that an agent passes in a move is listed, and each one that is \
              listed is passed, but for those that only another fault reaches",

@@ -1,4 +1,4 @@
-//! The story of a VM whose files and switches are others at the destination.
+//! The scenario of a VM whose files and switches are others at the destination.
 //!
 //! ```text
 //!  a: lan, back             b: front, store            a                     b
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::scene::{self, Scene};
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
@@ -26,7 +26,7 @@ const DISK_MIB: u64 = 192;
 /// its journal, whose ring has 16 MiB.
 const GROWTH_BYTES_MAX: u64 = 20 << 20;
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "move-mapped",
     proves: "a VM with two disks and two NICs goes where --storage-path, --disk and --switch say; \
              holes stay holes",

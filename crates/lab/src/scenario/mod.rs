@@ -1,10 +1,10 @@
-//! Stories: each one builds a lab, does something to it and says what must hold.
+//! Scenarios: each one builds a lab, does something to it and says what must hold.
 //!
 //! ```text
-//! story ─► Lab::up(plan) ─► run(&mut lab) ─► passed, or logs kept and shown ─► down
+//! scenario ─► Lab::up(plan) ─► run(&mut lab) ─► passed, or logs kept and shown ─► down
 //! ```
 //!
-//! **Invariant.** A story never asserts how long something takes; it asserts
+//! **Invariant.** A scenario never asserts how long something takes; it asserts
 //! what is there, what is gone and what a user noticed.
 
 mod apart;
@@ -43,12 +43,12 @@ use crate::{exec, guest, paths};
 
 /// Longest time to fetch a QEMU, in seconds.
 const FETCH_TIMEOUT_S: u32 = 300;
-/// Longest part of one log that is shown for a story that failed, in bytes.
+/// Longest part of one log that is shown for a scenario that failed, in bytes.
 const SHOWN_LOG_BYTES_MAX: usize = 3_000;
 
-/// One story.
+/// One scenario.
 #[derive(Debug)]
-pub(crate) struct Story {
+pub(crate) struct Scenario {
     /// By which it is chosen
     pub name: &'static str,
     /// What it proves, in one sentence
@@ -59,46 +59,46 @@ pub(crate) struct Story {
     pub run: fn(&mut Lab) -> Result<()>,
 }
 
-/// All stories of `make test`, in their order.
-pub(crate) fn all() -> Vec<&'static Story> {
+/// All scenarios of `make test`, in their order.
+pub(crate) fn all() -> Vec<&'static Scenario> {
     [
-        itself::STORIES,
-        apart::STORIES,
-        strangers::STORIES,
-        operator::STORIES,
-        console::STORIES,
-        moves::STORIES,
-        compare::STORIES,
-        mapped::STORIES,
-        kvm::STORIES,
-        postgres::STORIES,
-        faults::STORIES,
-        commands::STORIES,
-        queue::STORIES,
-        links::STORIES,
-        verify::STORIES,
-        doubt::STORIES,
-        space::STORIES,
-        listed::STORIES,
-        chaos::STORIES,
+        itself::SCENARIOS,
+        apart::SCENARIOS,
+        strangers::SCENARIOS,
+        operator::SCENARIOS,
+        console::SCENARIOS,
+        moves::SCENARIOS,
+        compare::SCENARIOS,
+        mapped::SCENARIOS,
+        kvm::SCENARIOS,
+        postgres::SCENARIOS,
+        faults::SCENARIOS,
+        commands::SCENARIOS,
+        queue::SCENARIOS,
+        links::SCENARIOS,
+        verify::SCENARIOS,
+        doubt::SCENARIOS,
+        space::SCENARIOS,
+        listed::SCENARIOS,
+        chaos::SCENARIOS,
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// How a run of stories ended.
+/// How a run of scenarios ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Count {
-    /// Stories whose assertions all held
+    /// Scenarios whose assertions all held
     pub passed: usize,
-    /// Stories that ended with an error or a panic
+    /// Scenarios that ended with an error or a panic
     pub failed: usize,
-    /// Stories that this machine cannot tell
+    /// Scenarios that this machine cannot run
     pub skipped: usize,
 }
 
-/// Why a story cannot be told on this machine. It counts neither as passed nor
+/// Why a scenario cannot run on this machine. It counts neither as passed nor
 /// as failed.
 #[derive(Debug)]
 pub(crate) struct Skipped(pub String);
@@ -132,37 +132,37 @@ fn start_with_other_qemu(lab: &mut Lab, at: &str, qemu: &Path) -> Result<()> {
     steps::join(lab)
 }
 
-/// Runs those stories whose name contains `only`, one after the other.
+/// Runs those scenarios whose name contains `only`, one after the other.
 pub(crate) fn run_all(only: Option<&str>) -> Result<Count> {
     let chosen: Vec<_> = all()
         .into_iter()
-        .filter(|story| only.is_none_or(|only| story.name.contains(only)))
+        .filter(|scenario| only.is_none_or(|only| scenario.name.contains(only)))
         .collect();
     anyhow::ensure!(
         !chosen.is_empty(),
-        "no story is called like that; see `limosa-lab stories --list`"
+        "no scenario has that name; see `limosa-lab scenarios --list`"
     );
     let failed_dir = paths::lab_dir().join("failed");
     if failed_dir.exists() {
         std::fs::remove_dir_all(&failed_dir).context("removing the logs of the last run")?;
     }
     let mut count = Count::default();
-    for story in chosen {
+    for scenario in chosen {
         let started = Instant::now();
-        let kept = failed_dir.join(story.name);
-        match run_one(story, &kept) {
+        let kept = failed_dir.join(scenario.name);
+        match run_one(scenario, &kept) {
             Ok(()) => {
                 count.passed += 1;
-                say(story, "passed", started.elapsed());
+                say(scenario, "passed", started.elapsed());
             }
             Err(error) if error.is::<Skipped>() => {
                 count.skipped += 1;
-                say(story, "skipped", started.elapsed());
+                say(scenario, "skipped", started.elapsed());
                 crate::print_line(&format!("      {error}"));
             }
             Err(error) => {
                 count.failed += 1;
-                say(story, "FAILED", started.elapsed());
+                say(scenario, "FAILED", started.elapsed());
                 crate::print_line(&format!("      {error:#}"));
                 show_logs(&kept);
             }
@@ -173,11 +173,11 @@ pub(crate) fn run_all(only: Option<&str>) -> Result<Count> {
     Ok(count)
 }
 
-/// Runs one story in a lab of its own. Logs go to `kept` when it fails.
-pub(crate) fn run_one(story: &Story, kept: &Path) -> Result<()> {
-    let mut lab = Lab::up(&(story.plan)())?;
-    // A panic must not leave the lab standing, nor end the other stories.
-    let ended = std::panic::catch_unwind(AssertUnwindSafe(|| (story.run)(&mut lab)))
+/// Runs one scenario in a lab of its own. Logs go to `kept` when it fails.
+pub(crate) fn run_one(scenario: &Scenario, kept: &Path) -> Result<()> {
+    let mut lab = Lab::up(&(scenario.plan)())?;
+    // A panic must not leave the lab standing, nor end the other scenarios.
+    let ended = std::panic::catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut lab)))
         .unwrap_or_else(|cause| Err(anyhow!("panicked: {}", panic_text(cause.as_ref()))));
     if ended.as_ref().is_err_and(|error| !error.is::<Skipped>()) {
         lab.save_logs(kept).context("keeping the logs")?;
@@ -192,8 +192,8 @@ fn panic_text(cause: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
-fn say(story: &Story, ended: &str, took: Duration) {
-    crate::print_line(&format!("{ended} {:>6.1} s  {}", took.as_secs_f64(), story.name));
+fn say(scenario: &Scenario, ended: &str, took: Duration) {
+    crate::print_line(&format!("{ended} {:>6.1} s  {}", took.as_secs_f64(), scenario.name));
 }
 
 fn show_logs(dir: &Path) {

@@ -1,4 +1,4 @@
-//! Stories of moves that go well.
+//! Scenarios of moves that go well.
 
 use anyhow::{Context, Result, ensure};
 use limosa_protocol::api::Power;
@@ -8,12 +8,12 @@ use super::faults;
 use super::process;
 use super::scene::{self, Scene};
 use super::steps::{self, Boot, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::capture::{How, Kind, Trace};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
-/// How often the VM goes there and back in the long story.
+/// How often the VM goes there and back in the long scenario.
 const ROUND_TRIPS: usize = 10;
 
 /// Bytes of a whole page with its head.
@@ -23,26 +23,26 @@ const MEMORY_GROWTH_BYTES: u64 = 64 << 20;
 /// What pages of zeroes and framing may cost of 4 GiB.
 const NOTHING_BYTES: u64 = 16 << 20;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "move-there-and-back",
         proves: "a working VM moves with its disk and comes back; no user notices more than a pause",
         plan: Plan::default,
         run: |lab| there_and_back(lab, tiny::working, 1),
     },
-    Story {
+    Scenario {
         name: "move-ten-times",
         proves: "a VM under load moves there and back ten times without a wrong byte or a reset",
         plan: Plan::default,
         run: |lab| there_and_back(lab, tiny::working, ROUND_TRIPS),
     },
-    Story {
+    Scenario {
         name: "move-raw-disk",
         proves: "a raw disk moves as a qcow2 disk does, and what was a hole stays one",
         plan: Plan::default,
         run: raw_disk,
     },
-    Story {
+    Scenario {
         name: "move-three-disks-four-vcpus",
         proves: "several disks of both formats and several vCPUs move together",
         plan: Plan::default,
@@ -51,50 +51,50 @@ pub(super) const STORIES: &[Story] = &[
             there_and_back(lab, || Ok(Wanted { disks, vcpus: 4, ..tiny::working()? }), 1)
         },
     },
-    Story {
+    Scenario {
         name: "move-uefi",
         proves: "a VM with UEFI moves with its variables, to and fro",
         plan: Plan::default,
         run: |lab| there_and_back(lab, uefi, 1),
     },
-    Story {
+    Scenario {
         name: "move-4-gib",
         proves: "a large memory moves, and what was never touched costs nothing",
         plan: Plan::default,
         run: large_memory,
     },
-    Story {
+    Scenario {
         name: "move-two-links-unused",
         proves: "a second network between the hosts does not disturb a move",
         plan: || Plan { links_mbit: vec![Some(1000), Some(1000)], ..Plan::default() },
         run: |lab| there_and_back(lab, tiny::working, 1),
     },
-    Story {
+    Scenario {
         name: "move-paused",
         proves: "a paused VM is paused after its move, moves on as it is, and resumes as if nothing \
                  was; one whose move failed late is refused until it has run again",
         plan: Plan::default,
         run: paused,
     },
-    Story {
+    Scenario {
         name: "move-off",
         proves: "a VM that is off moves with all that its disks hold, and starts at the destination",
         plan: Plan::default,
         run: off,
     },
-    Story {
+    Scenario {
         name: "move-by-command",
         proves: "one command moves a VM and reads all of it again on both sides; lists agree about it",
         plan: Plan::default,
         run: by_command,
     },
-    Story {
+    Scenario {
         name: "move-qemu-7-and-10",
         proves: "a VM moves between QEMU 7.2 and 10.x and back, also while it is paused",
         plan: Plan::default,
         run: other_qemu,
     },
-    Story {
+    Scenario {
         name: "agent-restart-keeps-vms",
         proves: "a VM goes on while its agent is stopped or killed, is found again, and moves",
         plan: Plan::default,

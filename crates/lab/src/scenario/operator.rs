@@ -1,4 +1,4 @@
-//! The story of an operator who commands hosts from a machine of their own.
+//! The scenario of an operator who commands hosts from a machine of their own.
 //!
 //! ```text
 //! pc: limosa, a certificate ── HTTPS ──► a, b: limosad
@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::points::start_agent;
 use super::scene::{self, Scene};
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::{Host, LIMOSA_TIMEOUT_S, Storage};
 use crate::lab::{Lab, Plan};
 use crate::{exec, net, paths};
@@ -25,7 +25,7 @@ const CONFIG_HOME: &str = "/etc/limosa/ann";
 /// What a host's `/run/limosa` is called within it.
 const RUN: &str = "/run/limosa";
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "remote-operator",
     proves: "an operator whose certificate was entered commands hosts from afar; without one, or \
              after its removal, nothing is answered",

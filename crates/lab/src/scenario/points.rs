@@ -1,4 +1,4 @@
-//! Points at which a story holds or kills an agent, so that what it does next
+//! Points at which a scenario holds or kills an agent, so that what it does next
 //! meets a migration exactly there.
 
 use std::path::PathBuf;

@@ -10,7 +10,7 @@ use limosa_protocol::migration::Outcome;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use super::Story;
+use super::Scenario;
 use super::steps::{self, Boot, Wanted};
 use crate::guest::{self, FullGuest};
 use crate::lab::{Lab, Plan};
@@ -31,7 +31,7 @@ const CLIENTS: &str = "4";
 const IMAGE: &str = "/var/lib/limosa/images/db.qcow2";
 const VM: &str = "db1";
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "postgres-moves-under-load",
     proves: "no connection of pgbench breaks, no committed row is lost, tables and disk are whole",
     plan: Plan::default,

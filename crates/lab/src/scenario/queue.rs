@@ -6,21 +6,21 @@ use serde_json::{Value, json};
 
 use super::points::wait;
 use super::steps::{self, MOVE_TIMEOUT, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
 
 /// A link on which mirroring takes long enough for the others to wait.
 const HELD_LINK_MBIT: u32 = 40;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "queue-source-full",
         proves: "moves beyond a source's limit wait, outlive its agent, can be cancelled, and start",
         plan: || Plan { links_mbit: vec![Some(HELD_LINK_MBIT)], ..Plan::default() },
         run: |lab| queue(lab, "a", QueueReason::SourceFull),
     },
-    Story {
+    Scenario {
         name: "queue-destination-full",
         proves: "moves to a full destination wait, outlive their agent, can be cancelled, and start",
         plan: || Plan { links_mbit: vec![Some(HELD_LINK_MBIT)], ..Plan::default() },

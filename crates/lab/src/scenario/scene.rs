@@ -1,7 +1,7 @@
-//! The usual beginning and end of a story: a VM that works, watched from outside.
+//! The usual beginning and end of a scenario: a VM that works, watched from outside.
 //!
 //! ```text
-//! Scene::set ─► agents, pair, VM, client, capture ─► story ─► Scene::end: all must be well
+//! Scene::set ─► agents, pair, VM, client, capture ─► scenario ─► Scene::end: all must be well
 //! ```
 
 use std::time::Duration;

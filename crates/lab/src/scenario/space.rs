@@ -19,7 +19,7 @@ use super::faults::SETTLE_TIMEOUT;
 use super::points::{Point, start_agent, wait};
 use super::scene::{self, Scene};
 use super::steps;
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::api;
 use crate::host::Host;
 use crate::lab::{Lab, Plan};
@@ -33,7 +33,7 @@ const RECORDS: [(&str, &str); 5] =
 /// Least of them in whose move a write must have failed.
 const STRUCK_MIN: usize = 3;
 
-pub(super) const STORIES: &[Story] = &[Story {
+pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "store-full",
     proves: "a host whose state store finds no room for a record hands nothing over by guess: it \
              says so, and settles once there is room and its agent is started again",

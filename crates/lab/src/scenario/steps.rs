@@ -1,7 +1,7 @@
-//! What stories do with the product, in steps of one line each.
+//! What scenarios do with the product, in steps of one line each.
 //!
 //! Setting up goes through the API, because its answers are exact; moving goes
-//! through whichever way the story is about.
+//! through whichever way the scenario is about.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,18 +16,18 @@ use crate::lab::Lab;
 use crate::net;
 use crate::report::gather::Gathered;
 
-/// Longest time for one migration, unless a story says otherwise.
+/// Longest time for one migration, unless a scenario says otherwise.
 pub(crate) const MOVE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Pause between two looks at a migration.
 const LOOK_PAUSE: Duration = Duration::from_millis(25);
 /// Switch on which all VMs of the lab are.
 pub(crate) const SWITCH: &str = "lan";
-/// How long agents wait for a lost link, in seconds: stories do not wait a minute.
+/// How long agents wait for a lost link, in seconds: scenarios do not wait a minute.
 const LINK_WAIT_S: u32 = 12;
 /// Unprivileged user of Debian as whom QEMU runs in the lab.
 pub(crate) const QEMU_USER: &str = "nobody";
 
-/// A virtual machine that a story wants.
+/// A virtual machine that a scenario wants.
 #[derive(Debug, Clone)]
 pub(crate) struct Wanted {
     /// Its name
@@ -83,7 +83,7 @@ impl Wanted {
     }
 }
 
-/// Hardware address of the stories' VM.
+/// Hardware address of the scenarios' VM.
 pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x11, 0x05, 0x01];
 
 /// An Ethernet address as people write it.

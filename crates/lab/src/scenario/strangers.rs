@@ -1,4 +1,4 @@
-//! Stories of those who are not paired.
+//! Scenarios of those who are not paired.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,19 +9,19 @@ use limosa_protocol::api::{Invitation, PORT};
 use serde_json::{Value, json};
 
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::host::Storage;
 use crate::lab::{Lab, Plan};
 use crate::net;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "stranger-gets-nothing",
         proves: "whoever has no certificate of a paired host gets no byte of an answer",
         plan: Plan::default,
         run: stranger,
     },
-    Story {
+    Scenario {
         name: "pairing-needs-the-code",
         proves: "a wrong or used code pairs nobody, and a third host learns nothing from it",
         plan: || Plan {
@@ -30,7 +30,7 @@ pub(super) const STORIES: &[Story] = &[
         },
         run: pairing,
     },
-    Story {
+    Scenario {
         name: "paired-host-with-another-certificate",
         proves: "a paired host that comes with another certificate gets nothing, and is given nothing",
         plan: Plan::default,

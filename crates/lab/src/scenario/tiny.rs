@@ -1,4 +1,4 @@
-//! The tiny guest as stories want it.
+//! The tiny guest as scenarios want it.
 
 use anyhow::Result;
 

@@ -1,4 +1,4 @@
-//! Stories of hosts that hold different contents: the move ends before its commit
+//! Scenarios of hosts that hold different contents: the move ends before its commit
 //! point, and the place of the first difference is named.
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use super::points::Point;
 use super::process;
 use super::scene::Scene;
 use super::steps::{self, Wanted};
-use super::{Story, tiny};
+use super::{Scenario, tiny};
 use crate::lab::{Lab, Plan};
 
 /// Longest time until a migration has ended.
@@ -27,15 +27,15 @@ const DISK_OFFSET_BYTES: u64 = 37 * (64 << 10) + 5;
 /// Where a byte of RAM is changed: in a page that a Linux guest leaves alone.
 const RAM_OFFSET_BYTES: u64 = 0x0500_0123;
 
-pub(super) const STORIES: &[Story] = &[
-    Story {
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
         name: "verify-names-what-differs",
         proves: "with full verification a byte that is another one at the destination, on a disk \
                  or in memory, ends the move and is named; the VM stays",
         plan: Plan::default,
         run: names_what_differs,
     },
-    Story {
+    Scenario {
         name: "digests-name-what-differs",
         proves: "without it, pages that the destination makes from wrong ones end the move and \
                  the first is named; the VM stays",

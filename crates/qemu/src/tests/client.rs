@@ -33,7 +33,7 @@ async fn answer(heard: &mut DuplexStream, value: &Value) {
     heard.write_all(format!("{value}\n").as_bytes()).await.expect("it listens");
 }
 
-/// Story: answers come in another order than the questions, with events and
+/// Scenario: answers come in another order than the questions, with events and
 /// nonsense in between.
 #[tokio::test]
 async fn answers_find_their_questions() {
@@ -62,7 +62,7 @@ async fn answers_find_their_questions() {
     assert_eq!((&*event.name, event.at_us), ("STOP", 7_000_009));
 }
 
-/// Story: an asker gives up; the next command is whole and gets its answer.
+/// Scenario: an asker gives up; the next command is whole and gets its answer.
 #[tokio::test]
 async fn one_who_gives_up_leaves_no_half_a_line() {
     let (qmp, mut said, mut heard) = fake().await;
@@ -98,7 +98,7 @@ async fn the_end_of_the_connection_ends_every_wait() {
     assert!(matches!(qmp.execute("two", json!({})).await, Err(QmpError::Closed)));
 }
 
-/// Story: a peer sends a line without an end, or what is not JSON.
+/// Scenario: a peer sends a line without an end, or what is not JSON.
 #[tokio::test]
 async fn what_is_not_qmp_ends_the_connection() {
     for hostile in [vec![b' '; 1 << 20], b"not json\n".to_vec()] {

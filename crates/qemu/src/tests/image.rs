@@ -44,7 +44,7 @@ async fn what_an_image_keeps_inside_is_named() {
     );
 }
 
-/// Story: images name other files of the host, as a stranger's may.
+/// Scenario: images name other files of the host, as a stranger's may.
 #[tokio::test]
 async fn images_that_name_other_files_are_noticed() {
     let folder = folder();
@@ -84,7 +84,7 @@ async fn images_that_name_other_files_are_noticed() {
     assert!(matches!(absent, Err(ImageError::Refused { .. })), "{absent:?}");
 }
 
-/// Story: a disk is read as the guest sees it, while nobody or a QEMU holds it.
+/// Scenario: a disk is read as the guest sees it, while nobody or a QEMU holds it.
 #[tokio::test]
 async fn content_is_what_the_guest_sees() {
     let folder = folder();

@@ -39,7 +39,7 @@ async fn a_binary_says_what_it_can_do() {
     assert!(told.contains("cat: invalid option"), "{told}");
 }
 
-/// Story: a QEMU runs as another user, in a session of its own; it is found
+/// Scenario: a QEMU runs as another user, in a session of its own; it is found
 /// again by its number and start time, and nobody else is taken for it.
 #[tokio::test]
 async fn a_qemu_is_known_again_until_it_ends() {
@@ -113,7 +113,7 @@ async fn guest_ram_is_the_inherited_memfd() {
     }
 }
 
-/// Story: the agent goes and comes back; QEMU runs on, and another process that
+/// Scenario: the agent goes and comes back; QEMU runs on, and another process that
 /// answers at its socket is not taken for it.
 #[tokio::test]
 async fn only_the_process_itself_is_spoken_to_again() {
@@ -164,7 +164,7 @@ async fn a_qemu_that_does_not_start_says_why() {
     assert!(matches!(process::spawn(&spec).await, Err(ProcessError::TooMany { .. })));
 }
 
-/// Story: a child gets the descriptors it was given, at the promised numbers,
+/// Scenario: a child gets the descriptors it was given, at the promised numbers,
 /// and no other; one that cannot start writes nothing into them.
 #[tokio::test]
 async fn a_child_inherits_what_it_was_given_and_nothing_else() {

@@ -134,7 +134,7 @@ fn assert_equal_images(format: ImageFormat, one: &Path, other: &Path) {
     assert!(compared.status.success(), "{compared:?}");
 }
 
-/// Story: a disk is mirrored into another QEMU's export, the mirror is ended
+/// Scenario: a disk is mirrored into another QEMU's export, the mirror is ended
 /// well, and both images hold the same, also after a first mirror was cancelled.
 #[tokio::test]
 async fn a_mirror_that_is_ended_well_leaves_equal_images() {
@@ -176,7 +176,7 @@ async fn mirrors(qemus: &Qemus) {
     }
 }
 
-/// Story: the destination dies under a mirror. The mirror's end is a failure,
+/// Scenario: the destination dies under a mirror. The mirror's end is a failure,
 /// and the source's guest goes on.
 #[tokio::test]
 async fn a_mirror_whose_destination_dies_has_failed() {
@@ -203,7 +203,7 @@ async fn loses_the_destination(qemus: &Qemus) {
     assert_eq!(state(&pair.source).await, RunState::Running);
 }
 
-/// Story: a running guest moves, disk and memory; the source could take it back
+/// Scenario: a running guest moves, disk and memory; the source could take it back
 /// after its migration completed, and the destination can run it.
 #[tokio::test]
 async fn a_guest_moves_and_could_still_come_back() {
@@ -253,7 +253,7 @@ async fn moves(qemus: &Qemus) {
     drop(folders);
 }
 
-/// Story: a migration is cancelled when the guest is stopped already. It goes
+/// Scenario: a migration is cancelled when the guest is stopped already. It goes
 /// on at the source, and a second try to another destination succeeds.
 #[tokio::test]
 async fn a_cancelled_migration_leaves_the_guest_and_another_can_follow() {
