@@ -91,7 +91,7 @@ pub(crate) fn check(bytes: &[u8]) {
     let (qemu, qemu_incoming) = UnixStream::pair().expect("a socket");
     // Whatever comes is taken: QEMU is not what is tried here.
     let qemu = std::thread::spawn(move || io::copy(&mut &qemu, &mut io::sink()));
-    let (tell, events) = channel();
+    let (sender, events) = channel();
     let plane = DestinationPlane::start(DestinationSpec {
         channels: vec![Peer::channel(bytes)],
         return_path: Peer::channel(&[]),
@@ -100,7 +100,7 @@ pub(crate) fn check(bytes: &[u8]) {
         qemu_incoming: Some(qemu_incoming),
         settings: PlaneSettings::default(),
         read_back: true,
-        on_event: Arc::new(move |event| drop(tell.send(event))),
+        on_event: Arc::new(move |event| drop(sender.send(event))),
     });
     let plane = plane.expect("it starts");
     let mut told = Vec::new();

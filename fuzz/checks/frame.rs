@@ -47,12 +47,12 @@ fn payload(kind: FrameKind, content: &[u8]) {
             }
         }
         FrameKind::Resume => {
-            let again = Resume::decode(content).map(|resume| resume.encode());
-            assert!(again.is_err() || again.is_ok_and(|again| again == content));
+            let repeated = Resume::decode(content).map(|resume| resume.encode());
+            assert!(repeated.is_err() || repeated.is_ok_and(|repeated| repeated == content));
         }
         FrameKind::RamStart => {
-            let again = RamStart::decode(content).map(|start| start.encode());
-            assert!(again.is_err() || again.is_ok_and(|again| again == content));
+            let repeated = RamStart::decode(content).map(|start| start.encode());
+            assert!(repeated.is_err() || repeated.is_ok_and(|repeated| repeated == content));
         }
         FrameKind::Stream
         | FrameKind::StreamEnd
@@ -66,15 +66,15 @@ fn payload(kind: FrameKind, content: &[u8]) {
 
 fn pages(content: &[u8]) {
     let mut rest = content;
-    let mut again = Vec::new();
+    let mut repeated = Vec::new();
     let error = loop {
         let before = rest;
         match PageHeader::decode(&mut rest) {
             Ok((head, page)) => {
                 assert_eq!(page.len(), usize::from(head.content_bytes));
                 assert!(head.form != PageForm::Zero || page.is_empty());
-                head.encode_into(&mut again);
-                again.extend_from_slice(page);
+                head.encode_into(&mut repeated);
+                repeated.extend_from_slice(page);
             }
             Err(error) => {
                 assert_eq!(rest, before, "nothing is taken off by an error");
@@ -82,7 +82,7 @@ fn pages(content: &[u8]) {
             }
         }
     };
-    assert_eq!(content[..again.len()], again[..]);
+    assert_eq!(content[..repeated.len()], repeated[..]);
     assert!(!rest.is_empty() || error == FrameError::Short);
 }
 

@@ -110,8 +110,8 @@ fn damage(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
             }
             2 => {
                 let end = (at + 1 + numbers.below(64)).min(bytes.len());
-                let again = bytes[at..end].to_vec();
-                bytes.splice(at..at, again);
+                let repeated = bytes[at..end].to_vec();
+                bytes.splice(at..at, repeated);
             }
             3 => blow_up(bytes, at, numbers),
             _ => {

@@ -92,9 +92,9 @@ pub(crate) fn check(bytes: &[u8]) {
         assert_eq!(whole.ends, cut.ends);
         if whole.is_followed {
             assert_eq!(whole.inline, cut.inline);
-            let again = parse(&whole.inline, usize::MAX, backend);
-            assert!(again.is_followed && again.pages.is_empty());
-            assert_eq!(again.inline, whole.inline);
+            let repeated = parse(&whole.inline, usize::MAX, backend);
+            assert!(repeated.is_followed && repeated.pages.is_empty());
+            assert_eq!(repeated.inline, whole.inline);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 
 use limosa_protocol::frame::{FrameHeader, FrameKind, HEADER_BYTES, WIRE_BYTES_MAX};
 
-use crate::halt::PlaneError;
+use crate::shutdown::PlaneError;
 
 /// zstd's fastest ordinary level: a level more costs more time than it saves on
 /// the links Limosa is made for.

@@ -2,17 +2,17 @@
 //!
 //! ```text
 //! 64 bytes: one bit for each word of 8 bytes that changed, word 0 is bit 0 of byte 0
-//! then the changed words, in order
+//! then the changed chunks, in order
 //! ```
 //!
-//! Counters and pointers change a few words of a page: 64 bytes and those words
+//! Counters and pointers change a few chunks of a page: 64 bytes and those chunks
 //! replace 4096. The bitmap is mostly zero, which zstd shrinks to almost nothing.
 
 use crate::PAGE_BYTES;
 
-const WORD_BYTES: usize = 8;
-const WORD_COUNT: usize = PAGE_BYTES / WORD_BYTES;
-const BITMAP_BYTES: usize = WORD_COUNT / 8;
+const CHUNK_BYTES: usize = 8;
+const CHUNK_COUNT: usize = PAGE_BYTES / CHUNK_BYTES;
+const BITMAP_BYTES: usize = CHUNK_COUNT / 8;
 /// A difference longer than this is no gain over the whole page, compressed.
 const DIFFERENCE_BYTES_MAX: usize = PAGE_BYTES * 3 / 4;
 
@@ -26,8 +26,8 @@ pub(crate) fn encode(
 ) -> Option<usize> {
     let start = out.len();
     out.resize(start + BITMAP_BYTES, 0);
-    let words = old.as_chunks::<WORD_BYTES>().0.iter().zip(new.as_chunks::<WORD_BYTES>().0);
-    for (index, (old, new)) in words.enumerate() {
+    let chunks = old.as_chunks::<CHUNK_BYTES>().0.iter().zip(new.as_chunks::<CHUNK_BYTES>().0);
+    for (index, (old, new)) in chunks.enumerate() {
         if old != new {
             out[start + index / 8] |= 1 << (index % 8);
             out.extend_from_slice(new);
@@ -48,17 +48,17 @@ pub(crate) struct BadDifference;
 
 /// Applies a difference to the version before; on `Err` nothing was changed.
 pub(crate) fn apply(page: &mut [u8; PAGE_BYTES], difference: &[u8]) -> Result<(), BadDifference> {
-    let (bitmap, words) = difference.split_at_checked(BITMAP_BYTES).ok_or(BadDifference)?;
+    let (bitmap, chunks) = difference.split_at_checked(BITMAP_BYTES).ok_or(BadDifference)?;
     let changed: usize = bitmap.iter().map(|byte| byte.count_ones() as usize).sum();
-    if words.len() != changed * WORD_BYTES {
+    if chunks.len() != changed * CHUNK_BYTES {
         return Err(BadDifference);
     }
-    let mut words = words.chunks_exact(WORD_BYTES);
-    for (index, place) in page.as_chunks_mut::<WORD_BYTES>().0.iter_mut().enumerate() {
+    let mut chunks = chunks.chunks_exact(CHUNK_BYTES);
+    for (index, place) in page.as_chunks_mut::<CHUNK_BYTES>().0.iter_mut().enumerate() {
         if bitmap[index / 8] & (1 << (index % 8)) != 0
-            && let Some(word) = words.next()
+            && let Some(chunk) = chunks.next()
         {
-            place.copy_from_slice(word);
+            place.copy_from_slice(chunk);
         }
     }
     Ok(())
@@ -95,7 +95,7 @@ mod tests {
 
         #[test]
         fn no_bytes_break_it(
-            set in prop::collection::vec(0..WORD_COUNT, 0..40),
+            set in prop::collection::vec(0..CHUNK_COUNT, 0..40),
             cut in -9..9isize,
         ) {
             // Words that fit the bitmap, then as many bytes less or more.
@@ -104,7 +104,7 @@ mod tests {
                 bytes[index / 8] |= 1 << (index % 8);
             }
             let count: u32 = bytes.iter().map(|byte| byte.count_ones()).sum();
-            let fitting = BITMAP_BYTES + count as usize * WORD_BYTES;
+            let fitting = BITMAP_BYTES + count as usize * CHUNK_BYTES;
             bytes.resize(fitting.saturating_add_signed(cut), 1);
             let mut page = [7; PAGE_BYTES];
             let applied = apply(&mut page, &bytes);

@@ -25,7 +25,6 @@ mod destination;
 mod difference;
 mod digest;
 mod disk;
-mod halt;
 mod link;
 mod meter;
 pub mod nbd;
@@ -34,6 +33,7 @@ mod ram;
 mod replay;
 mod route;
 mod settings;
+mod shutdown;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -43,8 +43,8 @@ pub use channel::{ChannelIo, ReadWrite};
 pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, PagePlace, RamTarget};
 pub use digest::ram_digests;
 pub use disk::{DiskTarget, RawTarget};
-pub use halt::{Place, PlaneError, PlaneEvent};
 pub use settings::{PlaneSettings, SILENCE_MAX};
+pub use shutdown::{Place, PlaneError, PlaneEvent};
 pub use source::{RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 
 /// Bytes of a guest page.

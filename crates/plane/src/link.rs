@@ -18,11 +18,11 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::channel::{ChannelIo, ReadWrite};
-use crate::halt::{Halt, PlaneError, PlaneEvent};
+use crate::shutdown::{PlaneError, PlaneEvent, Shutdown};
 
 /// The link of a plane. Roles are numbered: the data channels, then the return path.
 pub(crate) struct Link {
-    halt: Arc<Halt>,
+    shutdown: Arc<Shutdown>,
     role_count: usize,
     set: Mutex<Set>,
     changed: Condvar,
@@ -66,18 +66,18 @@ impl Write for Connection {
 impl Link {
     /// A link with its first connections.
     pub(crate) fn new(
-        halt: &Arc<Halt>,
+        shutdown: &Arc<Shutdown>,
         channels: Vec<ChannelIo>,
         return_path: ChannelIo,
     ) -> Arc<Self> {
         let link = Arc::new(Self {
-            halt: Arc::clone(halt),
+            shutdown: Arc::clone(shutdown),
             role_count: channels.len() + 1,
             set: Mutex::default(),
             changed: Condvar::new(),
         });
         let own = Arc::downgrade(&link);
-        halt.on_halt(Box::new(move || {
+        shutdown.on_shutdown(Box::new(move || {
             if let Some(link) = own.upgrade() {
                 link.lock().close();
                 link.changed.notify_all();
@@ -116,7 +116,7 @@ impl Link {
             .chain([return_path])
             .map(|channel| (Some(channel.io), channel.shutdown))
             .unzip();
-        if self.halt.is_halted() {
+        if self.shutdown.is_shut_down() {
             set.close();
         }
         self.changed.notify_all();
@@ -127,7 +127,7 @@ impl Link {
     pub(crate) fn take(&self, role: usize, after: u64) -> Option<Connection> {
         let mut set = self.lock();
         loop {
-            if self.halt.is_halted() {
+            if self.shutdown.is_shut_down() {
                 return None;
             }
             if set.is_up
@@ -154,7 +154,7 @@ impl Link {
         }
         set.behind = set.behind.saturating_sub(1);
         if set.behind == 0 && set.why_lost.take().is_some() {
-            self.halt.tell(PlaneEvent::LinkBack);
+            self.shutdown.emit(PlaneEvent::LinkBack);
         }
     }
 
@@ -169,7 +169,7 @@ impl Link {
         if set.is_up && set.number == number {
             set.close();
             set.why_lost = Some(error.clone());
-            self.halt.tell(PlaneEvent::LinkLost(error));
+            self.shutdown.emit(PlaneEvent::LinkLost(error));
         }
     }
 

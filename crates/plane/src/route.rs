@@ -13,7 +13,7 @@ pub(crate) const REGION_PAGES: u64 = REGION_BYTES / PAGE_BYTES as u64;
 
 /// Channel of a page.
 pub(crate) fn page_channel(page: u64, channel_count: usize) -> usize {
-    deal(page / REGION_PAGES, channel_count)
+    shard(page / REGION_PAGES, channel_count)
 }
 
 /// Place of a page among those of its channel.
@@ -37,7 +37,7 @@ pub(crate) fn slot_count(size_bytes: u64, channel_count: usize) -> usize {
 
 /// Channel of a byte of a disk.
 pub(crate) fn disk_channel(disk: u16, offset_bytes: u64, channel_count: usize) -> usize {
-    deal(offset_bytes / REGION_BYTES + u64::from(disk), channel_count)
+    shard(offset_bytes / REGION_BYTES + u64::from(disk), channel_count)
 }
 
 /// Whether a range of a disk lies within one region, so that it has one channel.
@@ -45,7 +45,7 @@ pub(crate) fn is_in_one_region(offset_bytes: u64, length_bytes: u64) -> bool {
     offset_bytes % REGION_BYTES + length_bytes <= REGION_BYTES
 }
 
-fn deal(region: u64, channel_count: usize) -> usize {
+fn shard(region: u64, channel_count: usize) -> usize {
     usize::try_from(region % channel_count as u64).unwrap_or(0)
 }
 

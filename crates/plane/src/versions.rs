@@ -31,7 +31,7 @@ pub(crate) struct Versions {
     /// Contents by place, in pieces: one `Vec` would hold twice the memory while it grows.
     pieces: Vec<Box<[[u8; PAGE_BYTES]]>>,
     place_count_max: usize,
-    hand: usize,
+    cursor: usize,
     /// Pages sent so far
     sent_count: u64,
     /// Pages that are sent until a kept one is sent again, on average of late; 0 at first
@@ -45,11 +45,11 @@ struct Owner {
     /// Count of pages sent when it was sent last
     sent_at: u64,
     /// It was sent more than once
-    is_again: bool,
+    is_repeat: bool,
 }
 
 impl Owner {
-    const NOBODY: Self = Self { key: NOBODY, sent_at: 0, is_again: false };
+    const EMPTY: Self = Self { key: EMPTY, sent_at: 0, is_repeat: false };
 }
 
 impl Versions {
@@ -61,7 +61,7 @@ impl Versions {
             owners: Vec::new(),
             pieces: Vec::new(),
             place_count_max,
-            hand: 0,
+            cursor: 0,
             sent_count: 0,
             round_pages: 0,
         }
@@ -75,24 +75,24 @@ impl Versions {
 
     /// Keeps a version, in the place of the one before.
     ///
-    /// - `is_again`: the page was sent before.
-    pub(crate) fn put(&mut self, key: u64, page: &[u8; PAGE_BYTES], is_again: bool) {
+    /// - `is_repeat`: the page was sent before.
+    pub(crate) fn put(&mut self, key: u64, page: &[u8; PAGE_BYTES], is_repeat: bool) {
         self.sent_count += 1;
         let known = self.places.get(&key).copied();
-        let Some(place) = known.or_else(|| self.free_place(is_again)) else { return };
+        let Some(place) = known.or_else(|| self.free_place(is_repeat)) else { return };
         if known.is_some() {
             self.note_round(self.sent_count - self.owners[place].sent_at);
         } else {
             self.places.insert(key, place);
         }
-        self.owners[place] = Owner { key, sent_at: self.sent_count, is_again };
+        self.owners[place] = Owner { key, sent_at: self.sent_count, is_repeat };
         self.pieces[place / PIECE_PAGES][place % PIECE_PAGES] = *page;
     }
 
     /// Forgets a page, which is zero now.
     pub(crate) fn forget(&mut self, key: u64) {
         if let Some(place) = self.places.remove(&key) {
-            self.owners[place] = Owner::NOBODY;
+            self.owners[place] = Owner::EMPTY;
         }
     }
 
@@ -104,22 +104,22 @@ impl Versions {
         };
     }
 
-    fn free_place(&mut self, is_again: bool) -> Option<usize> {
+    fn free_place(&mut self, is_repeat: bool) -> Option<usize> {
         if self.owners.len() < self.place_count_max {
             if self.owners.len() == self.pieces.len() * PIECE_PAGES {
                 self.pieces.push(vec![[0; PAGE_BYTES]; PIECE_PAGES].into_boxed_slice());
             }
-            self.owners.push(Owner::NOBODY);
+            self.owners.push(Owner::EMPTY);
             return Some(self.owners.len() - 1);
         }
         // A round is at least as long as what is kept.
         let long_ago = FORGOTTEN_AFTER_ROUNDS * self.round_pages.max(self.owners.len() as u64);
         for _ in 0..HAND_STEPS.min(self.owners.len()) {
-            let place = self.hand;
-            self.hand = (self.hand + 1) % self.owners.len();
-            let Owner { key, sent_at, is_again: was_again } = self.owners[place];
-            let is_unused = !was_again || self.sent_count - sent_at > long_ago;
-            if key == NOBODY || is_again && is_unused {
+            let place = self.cursor;
+            self.cursor = (self.cursor + 1) % self.owners.len();
+            let Owner { key, sent_at, is_repeat: was_repeat } = self.owners[place];
+            let is_unused = !was_repeat || self.sent_count - sent_at > long_ago;
+            if key == EMPTY || is_repeat && is_unused {
                 self.places.remove(&key);
                 return Some(place);
             }
@@ -129,7 +129,7 @@ impl Versions {
 }
 
 /// Owner of a place that nobody has; no page has this key.
-const NOBODY: u64 = u64::MAX;
+const EMPTY: u64 = u64::MAX;
 
 #[cfg(test)]
 mod tests {

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use limosa_protocol::frame::{Ack, Barrier, FrameKind};
 
 use crate::channel::{FrameMaker, bare_frame};
-use crate::halt::{Halt, PlaneError};
 use crate::link::{Connection, Link};
+use crate::shutdown::{PlaneError, Shutdown};
 
 /// Bytes that are applied before they are acknowledged: a small part of the
 /// source's window.
@@ -105,13 +105,14 @@ impl Board {
         link: &Link,
         role: usize,
         keep_alive_every: Duration,
-        halt: &Halt,
+        shutdown: &Shutdown,
     ) -> Result<(), PlaneError> {
         let mut frames = FrameMaker::new("return path".to_owned(), false)?;
         let mut tried = 0;
         while let Some(mut connection) = link.take(role, tried) {
             tried = connection.number;
-            let Err(error) = self.tell(&mut connection, link, &mut frames, keep_alive_every, halt)
+            let Err(error) =
+                self.send_reports(&mut connection, link, &mut frames, keep_alive_every, shutdown)
             else {
                 return Ok(());
             };
@@ -121,26 +122,26 @@ impl Board {
     }
 
     /// Tells over one connection until it fails, or the plane ends.
-    fn tell(
+    fn send_reports(
         &self,
         connection: &mut Connection,
         link: &Link,
         frames: &mut FrameMaker,
         keep_alive_every: Duration,
-        halt: &Halt,
+        shutdown: &Shutdown,
     ) -> Result<(), PlaneError> {
         let lost = |error| PlaneError::lost("return path", error);
         // Whoever opened the connection waits for a sign.
         let mut last_write: Option<Instant> = None;
         let mut said = Vec::new();
-        while !halt.is_halted() {
+        while !shutdown.is_shut_down() {
             if !link.is_up(connection.number) {
                 let replaced = std::io::ErrorKind::ConnectionReset.into();
                 return Err(lost(replaced));
             }
             let is_due = last_write.is_none_or(|at| at.elapsed() >= keep_alive_every);
             let news = self.next(&said);
-            if halt.is_halted() {
+            if shutdown.is_shut_down() {
                 return Ok(());
             }
             if news.is_empty() && !is_due {

@@ -15,9 +15,9 @@ use super::tail::TailError;
 use crate::PAGE_BYTES;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
-use crate::halt::{Place, PlaneError};
 use crate::ram::Ram;
 use crate::route::{disk_channel, is_in_one_region, page_channel, page_slot, slot_page};
+use crate::shutdown::{Place, PlaneError};
 
 /// What is done with frames.
 pub(super) struct Apply {

@@ -26,7 +26,7 @@ use limosa_protocol::frame::Barrier;
 
 use super::Shared;
 use crate::disk::DiskTarget;
-use crate::halt::PlaneError;
+use crate::shutdown::PlaneError;
 
 /// Unflushed bytes of a disk at which it is flushed early, so that the last
 /// flush, which is blackout, is short.
@@ -230,7 +230,7 @@ impl Disks {
         let number = due.brought[channel];
         let overtaken = due.waiting[channel].map_or(0, |waiting| waiting.count);
         due.waiting[channel] = Some(Waiting { number, barrier, count: overtaken + 1 });
-        due.tell(shared);
+        due.report(shared);
         drop(due);
         self.changed.notify_all();
     }
@@ -250,7 +250,7 @@ impl Disks {
                     lock(&self.targets[disk]).flush().map_err(failed)?;
                     let mut due = lock(&self.due);
                     due.disks[disk].passed = count;
-                    due.tell(shared);
+                    due.report(shared);
                 }
             }
         }
@@ -261,7 +261,7 @@ impl Disks {
     fn next(&self, shared: &Shared, disk: usize, may_be_early: bool) -> Option<Work> {
         let mut due = lock(&self.due);
         loop {
-            if shared.halt.is_halted() {
+            if shared.shutdown.is_shut_down() {
                 return None;
             }
             let count = due.whole_count();
@@ -294,7 +294,7 @@ impl Due {
 
     /// Tells of the barriers that all disks have passed. Under the lock: of two
     /// barriers of a channel, the later one is told last.
-    fn tell(&mut self, shared: &Shared) {
+    fn report(&mut self, shared: &Shared) {
         let passed = self.disks.iter().map(|disk| disk.passed).min();
         let passed = passed.unwrap_or(self.whole_count());
         for (channel, waiting) in self.waiting.iter_mut().enumerate() {

@@ -15,10 +15,10 @@
 //! receiver says how many it has, and the source goes on there.
 
 mod acks;
-mod again;
 mod apply;
 mod disks;
 mod receiver;
+mod retry;
 mod tail;
 
 use std::fs::File;
@@ -32,15 +32,15 @@ use std::time::Duration;
 use crate::PAGE_BYTES;
 use crate::channel::ChannelIo;
 use crate::digest::PageDigests;
-use crate::halt::{self, Halt, PlaneError, PlaneEvent};
 use crate::link::Link;
 use crate::ram::Ram;
 use crate::route::slot_count;
 use crate::settings::PlaneSettings;
+use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
 use acks::Board;
-pub use again::PagePlace;
 pub use disks::DestinationDisk;
 use disks::Disks;
+pub use retry::PagePlace;
 use tail::{Tail, TailError};
 
 /// How often a wait for the other channels looks whether the plane has ended.
@@ -79,7 +79,7 @@ pub struct DestinationSpec {
 
 /// The plane of a destination, running.
 pub struct DestinationPlane {
-    halt: Arc<Halt>,
+    shutdown: Arc<Shutdown>,
     link: Arc<Link>,
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -97,7 +97,7 @@ struct Shared {
     progress: Mutex<Progress>,
     changed: Condvar,
     read_back: bool,
-    halt: Arc<Halt>,
+    shutdown: Arc<Shutdown>,
 }
 
 /// Which barriers the channels passed.
@@ -118,10 +118,10 @@ impl DestinationPlane {
     /// # Errors
     /// Memory that cannot be mapped, threads that cannot be made.
     pub fn start(spec: DestinationSpec) -> Result<Self, PlaneError> {
-        let halt = Halt::new(spec.on_event);
+        let shutdown = Shutdown::new(spec.on_event);
         let ram = map(spec.ram)?;
         if let Some(stream) = &spec.qemu_incoming {
-            close_with(&halt, stream)?;
+            close_with(&shutdown, stream)?;
         }
         let channel_count = spec.channels.len();
         let digests = || {
@@ -144,35 +144,37 @@ impl DestinationPlane {
             }),
             changed: Condvar::new(),
             read_back: spec.read_back,
-            halt: Arc::clone(&halt),
+            shutdown: Arc::clone(&shutdown),
         });
         let woken = Arc::downgrade(&shared);
-        halt.on_halt(Box::new(move || {
+        shutdown.on_shutdown(Box::new(move || {
             if let Some(shared) = woken.upgrade() {
                 shared.board.wake();
                 shared.disks.wake();
             }
         }));
-        let link = Link::new(&halt, spec.channels, spec.return_path);
+        let link = Link::new(&shutdown, spec.channels, spec.return_path);
         let failed = |error| PlaneError::local("starting a thread", error);
         let mut threads = Vec::new();
         for index in 0..channel_count {
             let receiver = receiver::Receiver::new(index, Arc::clone(&link), Arc::clone(&shared))?;
-            let thread = halt::spawn(format!("receive-{index}"), &halt, move || receiver.run());
+            let thread =
+                shutdown::spawn(format!("receive-{index}"), &shutdown, move || receiver.run());
             threads.push(thread.map_err(failed)?);
         }
         for disk in 0..shared.disks.count() {
             let own = Arc::clone(&shared);
             let flush = move || own.disks.flush_when_due(&own, disk);
-            threads.push(halt::spawn(format!("flush-{disk}"), &halt, flush).map_err(failed)?);
+            threads
+                .push(shutdown::spawn(format!("flush-{disk}"), &shutdown, flush).map_err(failed)?);
         }
         let (own, told) = (Arc::clone(&link), Arc::clone(&shared));
         let keep_alive_every = spec.settings.keep_alive_every;
-        let thread = halt::spawn("acks".to_owned(), &halt, move || {
-            told.board.run(&own, channel_count, keep_alive_every, &told.halt)
+        let thread = shutdown::spawn("acks".to_owned(), &shutdown, move || {
+            told.board.run(&own, channel_count, keep_alive_every, &told.shutdown)
         });
         threads.push(thread.map_err(failed)?);
-        Ok(Self { halt, link, shared, threads: Mutex::new(threads) })
+        Ok(Self { shutdown, link, shared, threads: Mutex::new(threads) })
     }
 
     /// Goes on over new connections, as many as before; the source is told what
@@ -198,7 +200,7 @@ impl DestinationPlane {
 
     /// Ends everything at once.
     pub fn abort(&self) {
-        self.halt.fail(PlaneError::Aborted);
+        self.shutdown.fail(PlaneError::Aborted);
     }
 
     /// Ends everything, and waits for all threads; then nothing of the disks is
@@ -210,7 +212,7 @@ impl DestinationPlane {
         self.abort();
         let threads =
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        let ended = halt::join(threads, &self.halt);
+        let ended = shutdown::join(threads, &self.shutdown);
         self.shared.disks.close();
         drop(std::mem::take(&mut *self.shared.write_ram()));
         ended
@@ -228,10 +230,10 @@ fn map(targets: Vec<RamTarget>) -> Result<Vec<Ram>, PlaneError> {
 }
 
 /// Has QEMU's socket closed when the plane ends.
-fn close_with(halt: &Halt, qemu: &UnixStream) -> Result<(), PlaneError> {
+fn close_with(shutdown: &Shutdown, qemu: &UnixStream) -> Result<(), PlaneError> {
     let closer =
         qemu.try_clone().map_err(|error| PlaneError::local("QEMU's incoming socket", error))?;
-    halt.on_halt(Box::new(move || {
+    shutdown.on_shutdown(Box::new(move || {
         // QEMU may have closed it before.
         closer.shutdown(std::net::Shutdown::Both).ok();
     }));
@@ -296,7 +298,7 @@ impl Shared {
             }
         }
         match self.lock_tail().give() {
-            Ok(true) => self.halt.tell(PlaneEvent::RamDelivered),
+            Ok(true) => self.shutdown.emit(PlaneEvent::RamDelivered),
             Ok(false) => {}
             Err(TailError::Order(what)) => return Err(PlaneError::protocol(0, what)),
             Err(TailError::Qemu(error)) => {
@@ -313,7 +315,7 @@ impl Shared {
         let passed = progress.disk_passed[channel];
         if progress.disk_passed.iter().all(|other| *other == passed) {
             drop(progress);
-            self.halt.tell(PlaneEvent::DisksEqual(passed));
+            self.shutdown.emit(PlaneEvent::DisksEqual(passed));
         }
     }
 
@@ -322,7 +324,7 @@ impl Shared {
     fn wait_for_ram(&self, stream: u32) -> bool {
         let mut progress = self.lock_progress();
         while progress.ram_is_in != stream {
-            if self.halt.is_halted() {
+            if self.shutdown.is_shut_down() {
                 return false;
             }
             let waited = self.changed.wait_timeout(progress, LOOK_EVERY);

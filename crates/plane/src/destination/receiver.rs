@@ -8,8 +8,8 @@ use limosa_protocol::frame::{FrameKind, Resume};
 use super::Shared;
 use super::apply::Apply;
 use crate::channel::{FrameMaker, FrameReader};
-use crate::halt::PlaneError;
 use crate::link::{Connection, Link};
+use crate::shutdown::PlaneError;
 
 pub(super) struct Receiver {
     index: usize,
@@ -44,7 +44,7 @@ impl Receiver {
         while let Some(mut connection) = self.link.take(self.index, tried) {
             tried = connection.number;
             let error = self.receive(&mut connection);
-            if self.shared.halt.is_halted() {
+            if self.shared.shutdown.is_shut_down() {
                 return Ok(());
             }
             if !error.is_lost() {

@@ -66,7 +66,7 @@ impl Tail {
     }
 
     /// Takes another QEMU, which gets the stream that begins next.
-    pub(super) fn begin_again(&mut self, qemu: UnixStream) {
+    pub(super) fn begin_retry(&mut self, qemu: UnixStream) {
         *self = Self { is_over: true, ..Self::new(Some(qemu)) };
     }
 

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use limosa_protocol::frame::{Ack, Barrier};
 
-use crate::halt::{Place, PlaneError};
+use crate::shutdown::{Place, PlaneError};
 
 pub(super) struct Delivery(Mutex<Inner>);
 
@@ -107,7 +107,7 @@ impl Delivery {
 
     /// The destination begins again: what it had of streams and disk barriers counts no
     /// more.
-    pub(super) fn begin_again(&self) {
+    pub(super) fn begin_retry(&self) {
         let mut inner = self.lock();
         inner.stream = Stream::GivenUp;
         inner.disk_awaited = 0;
@@ -221,7 +221,7 @@ mod tests {
         assert_eq!(delivery.take(&ack(0, 7, 5)).unwrap(), [Met::Ram]);
         assert_eq!(delivery.take(&ack(0, 7, 5)).unwrap(), [], "it is said again, and told once");
         assert!(!delivery.give_up(), "too late");
-        delivery.begin_again();
+        delivery.begin_retry();
         assert!(delivery.is_given_up(stream));
         let second = delivery.begin_stream().unwrap();
         delivery.expect_end(second, 20);
@@ -245,10 +245,10 @@ mod tests {
         delivery.expect_ram(0, second, barrier(10));
         delivery.expect_end(second, 11);
         assert_eq!(delivery.take(&ack(0, 11, 10)).unwrap(), [Met::Ram]);
-        let again = delivery.begin_disks();
-        delivery.expect_disks(0, again, barrier(12));
+        let next = delivery.begin_disks();
+        delivery.expect_disks(0, next, barrier(12));
         let all = Ack { disk: barrier(12), ..ack(0, 12, 10) };
-        assert_eq!(delivery.take(&all).unwrap(), [Met::Disks(again)]);
+        assert_eq!(delivery.take(&all).unwrap(), [Met::Disks(next)]);
     }
 
     #[test]

@@ -35,8 +35,8 @@ impl ChannelSink {
         meter: Arc<Meter>,
     ) -> Self {
         let bits = disk.size_bytes.div_ceil(TOUCHED_BYTES);
-        let words = usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX);
-        Self { disk, queues, is_urgent, meter, touched: vec![0; words] }
+        let units = usize::try_from(bits.div_ceil(64)).unwrap_or(usize::MAX);
+        Self { disk, queues, is_urgent, meter, touched: vec![0; units] }
     }
 
     fn send(&self, kind: FrameKind, head: DiskHeader, bytes: Vec<u8>) -> io::Result<()> {
@@ -57,13 +57,13 @@ impl ChannelSink {
     }
 
     fn touch(&mut self, offset: u64, length: u64) {
-        for (word, bit) in Self::bits(offset, length) {
-            self.touched[word] |= bit;
+        for (unit, bit) in Self::bits(offset, length) {
+            self.touched[unit] |= bit;
         }
     }
 
     fn is_touched(&self, offset: u64, length: u64) -> bool {
-        Self::bits(offset, length).any(|(word, bit)| self.touched[word] & bit != 0)
+        Self::bits(offset, length).any(|(unit, bit)| self.touched[unit] & bit != 0)
     }
 
     /// Sends a range piece by piece, without those that change nothing.

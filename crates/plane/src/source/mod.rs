@@ -12,9 +12,9 @@
 
 mod delivery;
 mod disk;
-mod outlet;
 mod reader;
 mod sender;
+mod writer;
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -28,7 +28,6 @@ use limosa_protocol::migration::Moved;
 use crate::PAGE_BYTES;
 use crate::channel::{ChannelIo, FrameReader};
 use crate::destination::PagePlace;
-use crate::halt::{self, Halt, PlaneError, PlaneEvent};
 use crate::link::{Connection, Link};
 use crate::meter::Meter;
 use crate::nbd::server::DiskSink;
@@ -36,9 +35,10 @@ use crate::queue::Queue;
 use crate::replay::Replay;
 use crate::route::page_channel;
 use crate::settings::PlaneSettings;
+use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
 use delivery::{Delivery, Met};
-use outlet::Outlet;
 use sender::Work;
+use writer::FrameWriter;
 
 /// Bytes of a piece of work in a queue, at most: a batch of pages or a piece of
 /// a disk write.
@@ -85,7 +85,7 @@ pub struct SourceSpec {
 
 /// The plane of a source, running.
 pub struct SourcePlane {
-    halt: Arc<Halt>,
+    shutdown: Arc<Shutdown>,
     link: Arc<Link>,
     meter: Arc<Meter>,
     queues: Queues,
@@ -104,7 +104,7 @@ impl SourcePlane {
     /// # Errors
     /// When threads or compressors cannot be made.
     pub fn start(spec: SourceSpec) -> Result<Self, PlaneError> {
-        let halt = Halt::new(spec.on_event);
+        let shutdown = Shutdown::new(spec.on_event);
         let meter = Arc::new(Meter::default());
         let (count, settings) = (spec.channels.len(), spec.settings);
         // Half of a channel's window waits in its queue; the rest is the piece
@@ -112,31 +112,31 @@ impl SourcePlane {
         let depth = (settings.window_bytes / count / WORK_BYTES_MAX / 2).max(1);
         let queues: Queues = (0..count).map(|_| Queue::new(depth)).collect();
         let closed = Arc::clone(&queues);
-        halt.on_halt(Box::new(move || closed.iter().for_each(Queue::close)));
-        let link = Link::new(&halt, spec.channels, spec.return_path);
+        shutdown.on_shutdown(Box::new(move || closed.iter().for_each(Queue::close)));
+        let link = Link::new(&shutdown, spec.channels, spec.return_path);
         let delivery = Arc::new(Delivery::new(count));
         let replays: Arc<[Arc<Replay>]> =
             (0..count).map(|_| Arc::new(Replay::new(settings.replay_bytes_max / count))).collect();
         let mut threads = Vec::new();
         let mut spawn = |name: String, work: Box<dyn FnOnce() -> Result<(), PlaneError> + Send>| {
-            let thread = halt::spawn(name, &halt, work);
+            let thread = shutdown::spawn(name, &shutdown, work);
             thread
                 .map(|thread| threads.push(thread))
                 .map_err(|error| PlaneError::local("starting a thread", error))
         };
         for (index, replay) in replays.iter().enumerate() {
             let (link, replay, own) = (Arc::clone(&link), Arc::clone(replay), Arc::clone(&meter));
-            let outlet = Outlet::new(index, link, replay, own, &settings)?;
+            let writer = FrameWriter::new(index, link, replay, own, &settings)?;
             let sender = sender::Sender::new(
                 count,
-                outlet,
+                writer,
                 &spec.ram,
                 &spec.disks,
                 settings,
                 Arc::clone(&meter),
                 Arc::clone(&delivery),
             );
-            let (watch, queues) = (Arc::clone(&halt), Arc::clone(&queues));
+            let (watch, queues) = (Arc::clone(&shutdown), Arc::clone(&queues));
             spawn(format!("send-{index}"), Box::new(move || sender.run(&queues[index], &watch)))?;
         }
         let acks = Acks {
@@ -144,13 +144,13 @@ impl SourcePlane {
             replays,
             delivery: Arc::clone(&delivery),
             queues: Arc::clone(&queues),
-            halt: Arc::clone(&halt),
+            shutdown: Arc::clone(&shutdown),
             differs: false,
         };
         let own = Arc::clone(&link);
         spawn("acks".to_owned(), Box::new(move || acks.run(&own)))?;
         Ok(Self {
-            halt,
+            shutdown,
             link,
             meter,
             queues,
@@ -194,13 +194,13 @@ impl SourcePlane {
             queues: Arc::clone(&self.queues),
             delivery: Arc::clone(&self.delivery),
             head: Arc::clone(&self.head),
-            halt: Arc::clone(&self.halt),
+            shutdown: Arc::clone(&self.shutdown),
             meter: Arc::clone(&self.meter),
         };
         let mut own = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let before = own.take();
         let work = move || reader.run(&listener, before);
-        *own = Some(halt::spawn("read-ram".to_owned(), &self.halt, work)?);
+        *own = Some(shutdown::spawn("read-ram".to_owned(), &self.shutdown, work)?);
         Ok(())
     }
 
@@ -216,14 +216,14 @@ impl SourcePlane {
     }
 
     /// Undoes a switchover that the destination's QEMU may have loaded, once the
-    /// destination has begun again ([`crate::DestinationPlane::begin_again`]): another
+    /// destination has begun again ([`crate::DestinationPlane::begin_retry`]): another
     /// stream may follow, and only pages that are not there are sent.
     ///
     /// - `changed`: pages that are zero there now.
     ///
     /// # Errors
     /// A page that there is not; a plane that has ended.
-    pub fn begin_again(&self, changed: &[PagePlace]) -> io::Result<()> {
+    pub fn begin_retry(&self, changed: &[PagePlace]) -> io::Result<()> {
         let is_page = |at: &PagePlace| {
             let block = self.ram.get(usize::from(at.block));
             block.is_some_and(|block| u64::from(at.page) < block.size_bytes / PAGE_BYTES as u64)
@@ -231,7 +231,7 @@ impl SourcePlane {
         if !changed.iter().all(is_page) {
             return Err(io::Error::other("the destination tells of a page that there is not"));
         }
-        self.delivery.begin_again();
+        self.delivery.begin_retry();
         // Another QEMU needs it, too.
         *self.head.lock().unwrap_or_else(PoisonError::into_inner) = None;
         for (channel, queue) in self.queues.iter().enumerate() {
@@ -289,12 +289,12 @@ impl SourcePlane {
     /// Why the plane ended, if it did.
     #[must_use]
     pub fn failure(&self) -> Option<PlaneError> {
-        self.halt.result().err()
+        self.shutdown.result().err()
     }
 
     /// Ends everything at once.
     pub fn abort(&self) {
-        self.halt.fail(PlaneError::Aborted);
+        self.shutdown.fail(PlaneError::Aborted);
     }
 
     /// Ends everything, and waits for all threads.
@@ -306,7 +306,7 @@ impl SourcePlane {
         let threads = &mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         let mut threads = std::mem::take(threads);
         threads.extend(self.reader.lock().unwrap_or_else(PoisonError::into_inner).take());
-        halt::join(threads, &self.halt)
+        shutdown::join(threads, &self.shutdown)
     }
 }
 
@@ -327,7 +327,7 @@ struct Acks {
     replays: Arc<[Arc<Replay>]>,
     delivery: Arc<Delivery>,
     queues: Queues,
-    halt: Arc<Halt>,
+    shutdown: Arc<Shutdown>,
     /// The destination has been told what is here
     differs: bool,
 }
@@ -337,7 +337,7 @@ impl Acks {
     fn differ(&mut self, ack: &Ack, error: PlaneError) {
         if !std::mem::replace(&mut self.differs, true) {
             // First of all: the destination closes its link once it has the digests.
-            self.halt.tell(PlaneEvent::Different(error));
+            self.shutdown.emit(PlaneEvent::Different(error));
             // One whose queue is closed has ended.
             self.queues[usize::from(ack.channel)].put_at_once(Work::Digests).ok();
         }
@@ -348,7 +348,7 @@ impl Acks {
         while let Some(mut connection) = link.take(self.replays.len(), tried) {
             tried = connection.number;
             let error = self.listen(&mut connection, link);
-            if self.halt.is_halted() {
+            if self.shutdown.is_shut_down() {
                 return Ok(());
             }
             if !error.is_lost() {
@@ -397,9 +397,9 @@ impl Acks {
                 Met::Ram => {
                     // One whose queue is closed has ended.
                     self.queues[0].put_at_once(Work::Release).ok();
-                    self.halt.tell(PlaneEvent::RamDelivered);
+                    self.shutdown.emit(PlaneEvent::RamDelivered);
                 }
-                Met::Disks(number) => self.halt.tell(PlaneEvent::DisksEqual(number)),
+                Met::Disks(number) => self.shutdown.emit(PlaneEvent::DisksEqual(number)),
             }
         }
         Ok(())

@@ -24,9 +24,9 @@ use super::delivery::Delivery;
 use super::sender::{Batch, Work};
 use super::{Queues, RamBlockSpec, WORK_BYTES_MAX, ended};
 use crate::PAGE_BYTES;
-use crate::halt::{Halt, PlaneError};
 use crate::meter::{Meter, add};
 use crate::route::page_channel;
+use crate::shutdown::{PlaneError, Shutdown};
 
 /// Bytes read from QEMU at a time.
 const READ_BYTES: usize = 256 << 10;
@@ -44,7 +44,7 @@ pub(super) struct Reader {
     pub(super) queues: Queues,
     pub(super) delivery: Arc<Delivery>,
     pub(super) head: Arc<Head>,
-    pub(super) halt: Arc<Halt>,
+    pub(super) shutdown: Arc<Shutdown>,
     pub(super) meter: Arc<Meter>,
 }
 
@@ -69,7 +69,7 @@ impl Reader {
         before.map(JoinHandle::join);
         let Some(mut stream) = self.accept(listener).map_err(failed)? else { return Ok(()) };
         match self.follow(&mut stream) {
-            _ if self.halt.is_halted() => Ok(()),
+            _ if self.shutdown.is_shut_down() => Ok(()),
             Ok(End::Whole) => Ok(()),
             Ok(End::GivenUp) => drain(&mut stream).or_else(|error| {
                 tracing::debug!(%error, "the end of a stream that was given up");
@@ -85,9 +85,9 @@ impl Reader {
         let names = self.ram.iter().map(|block| block.name.clone()).collect();
         let mut parser = StreamParser::new(names);
         let batches = (0..self.queues.len()).map(|_| Batch::default()).collect();
-        let mut dealer = Dealer { reader: self, batches };
+        let mut dispatcher = Dispatcher { reader: self, batches };
         let mut buffer = vec![0; READ_BYTES];
-        let mut result = dealer.begin().map(|()| false).map_err(failed);
+        let mut result = dispatcher.begin().map(|()| false).map_err(failed);
         loop {
             if self.is_given_up() {
                 return Ok(End::GivenUp);
@@ -104,14 +104,14 @@ impl Reader {
                 Err(error) => return Err(failed(error)),
             };
             result = if length > 0 {
-                parser.feed(&buffer[..length], &mut dealer).map(|()| false)
+                parser.feed(&buffer[..length], &mut dispatcher).map(|()| false)
             } else {
                 parser.finish().map(|()| true)
             }
             .map_err(|error| PlaneError::Stream(Arc::new(error)))
             .and_then(|ended| {
                 if ended {
-                    dealer.put(0, Work::StreamEnd).map_err(failed)?;
+                    dispatcher.put(0, Work::StreamEnd).map_err(failed)?;
                 }
                 Ok(ended)
             });
@@ -119,7 +119,7 @@ impl Reader {
     }
 
     fn is_given_up(&self) -> bool {
-        self.halt.is_halted() || self.delivery.is_given_up(self.stream)
+        self.shutdown.is_shut_down() || self.delivery.is_given_up(self.stream)
     }
 
     /// Waits for QEMU; `None` when the stream is not wanted any more.
@@ -130,7 +130,7 @@ impl Reader {
                 Ok((stream, _)) => {
                     stream.set_nonblocking(false)?;
                     let closer = stream.try_clone()?;
-                    self.halt.on_halt(Box::new(move || {
+                    self.shutdown.on_shutdown(Box::new(move || {
                         // QEMU may have closed it before.
                         closer.shutdown(std::net::Shutdown::Both).ok();
                     }));
@@ -154,12 +154,12 @@ fn drain(stream: &mut UnixStream) -> Result<(), PlaneError> {
 }
 
 /// Gathers pages by channel.
-struct Dealer<'a> {
+struct Dispatcher<'a> {
     reader: &'a Reader,
     batches: Vec<Batch>,
 }
 
-impl Dealer<'_> {
+impl Dispatcher<'_> {
     fn begin(&self) -> io::Result<()> {
         (0..self.batches.len())
             .try_for_each(|channel| self.put(channel, Work::RamStart(self.reader.stream)))
@@ -212,7 +212,7 @@ impl Dealer<'_> {
     }
 }
 
-impl StreamSink for Dealer<'_> {
+impl StreamSink for Dispatcher<'_> {
     fn block_list(&mut self, blocks: &[RamBlock]) -> io::Result<()> {
         for ours in &self.reader.ram {
             let same = |block: &&RamBlock| block.name == ours.name;

@@ -8,17 +8,17 @@ use limosa_protocol::frame::{
 };
 
 use super::delivery::Delivery;
-use super::outlet::Outlet;
+use super::writer::FrameWriter;
 use super::{RamBlockSpec, SourceDisk};
 use crate::PAGE_BYTES;
 use crate::destination::PagePlace;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
-use crate::halt::{Halt, PlaneError};
 use crate::meter::{Meter, add};
 use crate::queue::{Queue, Taken};
 use crate::route::{page_slot, slot_count};
 use crate::settings::PlaneSettings;
+use crate::shutdown::{PlaneError, Shutdown};
 use crate::versions::Versions;
 
 /// How often an idle sender looks at its link.
@@ -64,7 +64,7 @@ pub(crate) enum Work {
 pub(super) struct Sender {
     index: usize,
     channel_count: usize,
-    outlet: Outlet,
+    writer: FrameWriter,
     digests: PageDigests,
     versions: Versions,
     disks: DiskDigests,
@@ -80,7 +80,7 @@ pub(super) struct Sender {
 impl Sender {
     pub(super) fn new(
         channel_count: usize,
-        outlet: Outlet,
+        writer: FrameWriter,
         ram: &[RamBlockSpec],
         disks: &[SourceDisk],
         settings: PlaneSettings,
@@ -89,9 +89,9 @@ impl Sender {
     ) -> Self {
         let slots = ram.iter().map(|block| slot_count(block.size_bytes, channel_count));
         Self {
-            index: outlet.channel(),
+            index: writer.channel(),
             channel_count,
-            outlet,
+            writer,
             digests: PageDigests::new(slots),
             versions: Versions::new(settings.page_versions_bytes_max / channel_count as u64),
             disks: DiskDigests::new(disks.iter().map(|disk| disk.size_bytes)),
@@ -103,16 +103,20 @@ impl Sender {
         }
     }
 
-    pub(super) fn run(mut self, queue: &Queue<Work>, halt: &Halt) -> Result<(), PlaneError> {
-        let result = self.outlet.connect().and_then(|()| self.send_all(queue));
-        if halt.is_halted() { Ok(()) } else { result }
+    pub(super) fn run(
+        mut self,
+        queue: &Queue<Work>,
+        shutdown: &Shutdown,
+    ) -> Result<(), PlaneError> {
+        let result = self.writer.connect().and_then(|()| self.send_all(queue));
+        if shutdown.is_shut_down() { Ok(()) } else { result }
     }
 
     fn send_all(&mut self, queue: &Queue<Work>) -> Result<(), PlaneError> {
         loop {
             match queue.take(LOOK_EVERY) {
                 Taken::Item(work) => self.take(work)?,
-                Taken::Nothing => self.outlet.idle()?,
+                Taken::Nothing => self.writer.idle()?,
                 Taken::Closed => return Ok(()),
             }
         }
@@ -129,7 +133,7 @@ impl Sender {
             Work::Stream(bytes) => self.send(FrameKind::Stream, &bytes).map(drop),
             Work::Tail(bytes) => self.send(FrameKind::Tail, &bytes).map(drop),
             Work::StreamEnd => {
-                self.delivery.expect_end(self.stream, self.outlet.next_number());
+                self.delivery.expect_end(self.stream, self.writer.next_number());
                 self.send_now(FrameKind::StreamEnd)
             }
             Work::Release => self.send_now(FrameKind::Release),
@@ -151,18 +155,18 @@ impl Sender {
                 self.delivery.expect_disks(self.index, number, barrier);
                 self.send_now(FrameKind::DiskBarrier)
             }
-            Work::Digests => self.tell_digests(),
+            Work::Digests => self.send_digests(),
         }
     }
 
     /// The barrier that the next frame is.
     fn barrier(&self, digest: [u8; 32]) -> Barrier {
-        Barrier { at: self.outlet.next_number(), digest }
+        Barrier { at: self.writer.next_number(), digest }
     }
 
     fn send_now(&mut self, kind: FrameKind) -> Result<(), PlaneError> {
         self.send(kind, &[])?;
-        self.outlet.flush()
+        self.writer.flush()
     }
 
     fn pages(&mut self, batch: &Batch) -> Result<(), PlaneError> {
@@ -210,9 +214,9 @@ impl Sender {
         let known = if before == 0 { None } else { self.versions.get(key) };
         let difference = known.and_then(|old| difference::encode(old, content, &mut self.payload));
         if let Some(bytes) = difference {
-            let mut again = Vec::with_capacity(PageHeader::BYTES);
-            head(PageForm::Difference, bytes).encode_into(&mut again);
-            self.payload[head_at..head_at + PageHeader::BYTES].copy_from_slice(&again);
+            let mut corrected = Vec::with_capacity(PageHeader::BYTES);
+            head(PageForm::Difference, bytes).encode_into(&mut corrected);
+            self.payload[head_at..head_at + PageHeader::BYTES].copy_from_slice(&corrected);
             add(&self.meter.difference_pages, 1);
             self.kinds_bytes.0 += (self.payload.len() - head_at) as u64;
         } else {
@@ -262,29 +266,29 @@ impl Sender {
     }
 
     /// Sends all digests of this channel.
-    fn tell_digests(&mut self) -> Result<(), PlaneError> {
+    fn send_digests(&mut self) -> Result<(), PlaneError> {
         for (number, table) in (0..).zip(self.digests.tables()) {
-            tell_table(&mut self.outlet, DigestSubject::Ram, number, table)?;
+            send_table(&mut self.writer, DigestSubject::Ram, number, table)?;
         }
         for (number, table) in (0..).zip(self.disks.tables()) {
-            tell_table(&mut self.outlet, DigestSubject::Disk, number, table)?;
+            send_table(&mut self.writer, DigestSubject::Disk, number, table)?;
         }
         let last =
             DigestsHeader { subject: DigestSubject::Disk, is_last: true, number: 0, first: 0 };
-        self.outlet.send(FrameKind::Digests, &last.encode())?;
-        self.outlet.flush()
+        self.writer.send(FrameKind::Digests, &last.encode())?;
+        self.writer.flush()
     }
 
     /// Sends a frame; returns the bytes of its payload on the wire.
     fn send(&mut self, kind: FrameKind, payload: &[u8]) -> Result<u64, PlaneError> {
-        self.outlet.send(kind, payload)
+        self.writer.send(kind, payload)
     }
 }
 
 /// Sends one table of digests, a piece at a time: those of a large VM are not
 /// copied whole.
-fn tell_table(
-    outlet: &mut Outlet,
+fn send_table(
+    writer: &mut FrameWriter,
     subject: DigestSubject,
     number: u16,
     table: &[u128],
@@ -294,7 +298,7 @@ fn tell_table(
         let head = DigestsHeader { subject, is_last: false, number, first };
         let mut payload = head.encode().to_vec();
         payload.extend(piece.iter().flat_map(|digest| digest.to_le_bytes()));
-        outlet.send(FrameKind::Digests, &payload)?;
+        writer.send(FrameKind::Digests, &payload)?;
     }
     Ok(())
 }

@@ -192,7 +192,7 @@ impl Both {
             keep_alive_every: SILENCE / 8,
             ..PlaneSettings::default()
         };
-        let (tell, source_events) = channel();
+        let (sender, source_events) = channel();
         let source = SourcePlane::start(SourceSpec {
             channels: ours,
             return_path: ack_in,
@@ -200,7 +200,7 @@ impl Both {
             disks: vec![SourceDisk { index: 0, size_bytes: DISK_BYTES, fresh: true }],
             settings,
             on_event: Arc::new(move |event| {
-                tell.send(event).ok();
+                sender.send(event).ok();
             }),
         });
         let memory = tempfile::tempfile().unwrap();
@@ -222,7 +222,7 @@ impl Both {
             early: Some(noted_disk(&Arc::default(), &early_flush_count)),
         };
         let (qemu, qemu_incoming) = UnixStream::pair().unwrap();
-        let (tell, destination_events) = channel();
+        let (sender, destination_events) = channel();
         let destination = DestinationPlane::start(DestinationSpec {
             channels: theirs,
             return_path: ack_out,
@@ -236,7 +236,7 @@ impl Both {
             settings,
             read_back: true,
             on_event: Arc::new(move |event| {
-                tell.send(event).ok();
+                sender.send(event).ok();
             }),
         });
         Self {
@@ -268,7 +268,7 @@ impl Both {
 
     /// Has both begin again, with another QEMU at the destination; returns what the old
     /// one got.
-    fn begin_again(&mut self) -> (Vec<u8>, Vec<PagePlace>) {
+    fn begin_retry(&mut self) -> (Vec<u8>, Vec<PagePlace>) {
         self.destination.rest().unwrap();
         let memory = tempfile::tempfile().unwrap();
         memory.set_len(RAM_BYTES).unwrap();
@@ -285,8 +285,8 @@ impl Both {
         };
         let disk = DestinationDisk { target: Box::new(disk), early: None };
         let (qemu, qemu_incoming) = UnixStream::pair().unwrap();
-        let changed = self.destination.begin_again(vec![ram], vec![disk], qemu_incoming).unwrap();
-        self.source.begin_again(&changed).unwrap();
+        let changed = self.destination.begin_retry(vec![ram], vec![disk], qemu_incoming).unwrap();
+        self.source.begin_retry(&changed).unwrap();
         self.memory = memory;
         let old = std::mem::replace(&mut self.qemu, read_all(qemu));
         (old.join().unwrap(), changed)
@@ -381,8 +381,8 @@ fn read_all(mut qemu: UnixStream) -> JoinHandle<Vec<u8>> {
 struct Stream(Vec<u8>);
 
 impl Stream {
-    fn be(&mut self, word: u64) {
-        self.0.extend_from_slice(&word.to_be_bytes());
+    fn be(&mut self, number: u64) {
+        self.0.extend_from_slice(&number.to_be_bytes());
     }
 
     fn new() -> Self {

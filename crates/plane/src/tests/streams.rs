@@ -229,7 +229,7 @@ fn a_switchover_that_was_loaded_is_tried_again() {
         }
         let before = both.source.moved();
         assert!(!both.source.give_up_switchover(), "it is released");
-        let (first, changed) = both.begin_again();
+        let (first, changed) = both.begin_retry();
         let pages: Vec<u32> = changed.iter().map(|at| at.page).collect();
         assert_eq!(pages, if loads { vec![20, 21, 700] } else { vec![] });
         assert!(!loads || read(&first).tail.ends_with(b"device state 1"));
@@ -261,7 +261,7 @@ fn a_switchover_that_was_loaded_is_tried_again() {
 fn a_changed_page_must_be_one() {
     let both = Both::new();
     for (block, page) in [(1, 0), (0, u32::try_from(RAM_PAGES).unwrap()), (255, u32::MAX)] {
-        both.source.begin_again(&[PagePlace { block, page }]).unwrap_err();
+        both.source.begin_retry(&[PagePlace { block, page }]).unwrap_err();
     }
     both.end();
 }

@@ -104,7 +104,7 @@ impl Incoming {
         let plane = self.hand.plane().ok_or_else(|| Failure::conflict("nothing is received"))?;
         let incoming =
             parts.qemu_incoming.ok_or_else(|| Failure::internal("there is no RAM to be filled"))?;
-        let begin = move || plane.begin_again(parts.ram, parts.disks, incoming);
+        let begin = move || plane.begin_retry(parts.ram, parts.disks, incoming);
         let changed = tokio::task::spawn_blocking(begin).await.or_fail(doing)?.or_fail(doing)?;
         // What was told is of the attempt before.
         if let Some(events) = &mut inner.events {

@@ -68,7 +68,7 @@ impl Source {
         let begun = self.say_again(*attempt).await?;
         let changed = begun.changed.into_iter().map(|(block, page)| PagePlace { block, page });
         let changed: Vec<_> = changed.collect();
-        self.plane()?.begin_again(&changed).or_fail("beginning the switchover again")?;
+        self.plane()?.begin_retry(&changed).or_fail("beginning the switchover again")?;
         self.through.store(false, Ordering::Release);
         self.keep_link();
         self.wait_for_link().await;

@@ -18,9 +18,9 @@ use std::os::unix::net::UnixStream;
 
 use super::{DestinationDisk, DestinationPlane, RamTarget, Shared, close_with, map};
 use crate::digest::{PageDigests, page_digest};
-use crate::halt::PlaneError;
 use crate::ram::Ram;
 use crate::route::{REGION_PAGES, page_channel, page_slot};
+use crate::shutdown::PlaneError;
 
 /// Most pages that QEMU may have changed while it loaded devices: 256 MiB. It changes a
 /// few; a host that finds more is better off with a new migration.
@@ -37,7 +37,7 @@ pub struct PagePlace {
 
 impl DestinationPlane {
     /// Makes all disks durable, lets go of them and of QEMU, and closes the connections
-    /// without a word. Nothing more is taken, unless [`Self::begin_again`] follows.
+    /// without a word. Nothing more is taken, unless [`Self::begin_retry`] follows.
     ///
     /// # Errors
     /// A disk that cannot be flushed.
@@ -52,25 +52,25 @@ impl DestinationPlane {
 
     /// Goes on with another QEMU, when the old one has ended after [`Self::rest`], over connections that are still to
     /// come. Returns the pages that the old QEMU changed: they are zero here, and the
-    /// source must take them for that ([`crate::SourcePlane::begin_again`]).
+    /// source must take them for that ([`crate::SourcePlane::begin_retry`]).
     ///
     /// - `ram`, `disks`: the same as before, of the new QEMU.
     ///
     /// # Errors
     /// Memory that cannot be mapped or does not fit; more changed pages than
     /// [`CHANGED_PAGES_MAX`]. The plane is of no use then.
-    pub fn begin_again(
+    pub fn begin_retry(
         &self,
         ram: Vec<RamTarget>,
         disks: Vec<DestinationDisk>,
         qemu_incoming: UnixStream,
     ) -> Result<Vec<PagePlace>, PlaneError> {
         let failed = |error| PlaneError::local("filling the memory of another QEMU", error);
-        close_with(&self.halt, &qemu_incoming)?;
+        close_with(&self.shutdown, &qemu_incoming)?;
         let filled = map(ram)?;
         let changed = self.shared.fill(filled).map_err(failed)?;
         self.shared.lock_progress().ram_digests = None;
-        self.shared.lock_tail().begin_again(qemu_incoming);
+        self.shared.lock_tail().begin_retry(qemu_incoming);
         self.shared.disks.take_up(disks).map_err(failed)?;
         Ok(changed)
     }
@@ -98,7 +98,7 @@ impl Shared {
                     fill_page(block, page, (old, new), (digests, slot), &mut changed);
                 }
                 old.clear(first, end - first)?;
-                if self.halt.is_halted() {
+                if self.shutdown.is_shut_down() {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
                 if changed.len() > CHANGED_PAGES_MAX {

@@ -142,17 +142,17 @@ type OnEvent = Arc<dyn Fn(PlaneEvent) + Send + Sync>;
 type Closer = Box<dyn Fn() + Send + Sync>;
 
 /// Shared by all threads of a plane.
-pub(crate) struct Halt {
-    halted: AtomicBool,
+pub(crate) struct Shutdown {
+    is_shut_down: AtomicBool,
     error: Mutex<Option<PlaneError>>,
     closers: Mutex<Vec<Closer>>,
     on_event: OnEvent,
 }
 
-impl Halt {
+impl Shutdown {
     pub(crate) fn new(on_event: OnEvent) -> Arc<Self> {
         Arc::new(Self {
-            halted: AtomicBool::new(false),
+            is_shut_down: AtomicBool::new(false),
             error: Mutex::default(),
             closers: Mutex::default(),
             on_event,
@@ -160,17 +160,17 @@ impl Halt {
     }
 
     /// Has something closed when the plane ends.
-    pub(crate) fn on_halt(&self, closer: Closer) {
+    pub(crate) fn on_shutdown(&self, closer: Closer) {
         let mut closers = self.closers.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.is_halted() {
+        if self.is_shut_down() {
             closer();
         } else {
             closers.push(closer);
         }
     }
 
-    pub(crate) fn is_halted(&self) -> bool {
-        self.halted.load(Ordering::Acquire)
+    pub(crate) fn is_shut_down(&self) -> bool {
+        self.is_shut_down.load(Ordering::Acquire)
     }
 
     /// Ends the plane with an error, unless it has ended.
@@ -182,7 +182,7 @@ impl Halt {
 
     fn stop(&self, error: PlaneError) -> bool {
         let mut closers = self.closers.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.halted.swap(true, Ordering::AcqRel) {
+        if self.is_shut_down.swap(true, Ordering::AcqRel) {
             return false;
         }
         *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
@@ -192,8 +192,8 @@ impl Halt {
         true
     }
 
-    pub(crate) fn tell(&self, event: PlaneEvent) {
-        if !self.is_halted() {
+    pub(crate) fn emit(&self, event: PlaneEvent) {
+        if !self.is_shut_down() {
             (self.on_event)(event);
         }
     }
@@ -210,13 +210,13 @@ impl Halt {
 /// Starts a thread of a plane; its error ends the plane.
 pub(crate) fn spawn(
     name: String,
-    halt: &Arc<Halt>,
+    shutdown: &Arc<Shutdown>,
     work: impl FnOnce() -> Result<(), PlaneError> + Send + 'static,
 ) -> io::Result<std::thread::JoinHandle<()>> {
-    let halt = Arc::clone(halt);
+    let shutdown = Arc::clone(shutdown);
     std::thread::Builder::new().name(name).spawn(move || {
         if let Err(error) = work() {
-            halt.fail(error);
+            shutdown.fail(error);
         }
     })
 }
@@ -224,12 +224,12 @@ pub(crate) fn spawn(
 /// Waits for threads, then says what ended the plane.
 pub(crate) fn join(
     threads: Vec<std::thread::JoinHandle<()>>,
-    halt: &Halt,
+    shutdown: &Shutdown,
 ) -> Result<(), PlaneError> {
     for thread in threads {
         if thread.join().is_err() {
-            halt.fail(PlaneError::local("a thread", io::Error::other("it panicked")));
+            shutdown.fail(PlaneError::local("a thread", io::Error::other("it panicked")));
         }
     }
-    halt.result()
+    shutdown.result()
 }

@@ -14,16 +14,16 @@ use std::time::{Duration, Instant};
 use limosa_protocol::frame::{FrameKind, HEADER_BYTES, Resume};
 
 use crate::channel::{FrameMaker, FrameReader, bare_frame};
-use crate::halt::PlaneError;
 use crate::link::{Connection, Link};
 use crate::meter::{Meter, add};
 use crate::replay::Replay;
 use crate::settings::PlaneSettings;
+use crate::shutdown::PlaneError;
 
 /// How often one who waits for room looks at the link.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-pub(super) struct Outlet {
+pub(super) struct FrameWriter {
     role: usize,
     link: Arc<Link>,
     replay: Arc<Replay>,
@@ -37,7 +37,7 @@ pub(super) struct Outlet {
     keep_alive_every: Duration,
 }
 
-impl Outlet {
+impl FrameWriter {
     pub(super) fn new(
         role: usize,
         link: Arc<Link>,
@@ -161,12 +161,12 @@ impl Outlet {
         }
         let Resume { received } =
             Resume::decode(payload).map_err(|error| PlaneError::frame(self.role, error))?;
-        let again =
+        let resent =
             self.replay.after(received).map_err(|error| PlaneError::protocol(self.role, error))?;
-        add(&self.meter.wire_bytes, (again.len() + HEADER_BYTES) as u64);
-        add(&self.meter.resent_bytes, again.len() as u64);
+        add(&self.meter.wire_bytes, (resent.len() + HEADER_BYTES) as u64);
+        add(&self.meter.resent_bytes, resent.len() as u64);
         let lost = |error| PlaneError::lost(self.role, error);
-        connection.write_all(&again).map_err(lost)?;
+        connection.write_all(&resent).map_err(lost)?;
         say_alive(&mut connection).map_err(lost)?;
         self.last_write = Instant::now();
         Ok(connection)
