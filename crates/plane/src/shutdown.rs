@@ -207,14 +207,15 @@ impl Shutdown {
     }
 }
 
-/// Starts a thread of a plane; its error ends the plane.
+/// Starts a thread of a plane, within the span of its maker; its error ends the plane.
 pub(crate) fn spawn(
     name: String,
     shutdown: &Arc<Shutdown>,
     work: impl FnOnce() -> Result<(), PlaneError> + Send + 'static,
 ) -> io::Result<std::thread::JoinHandle<()>> {
-    let shutdown = Arc::clone(shutdown);
+    let (shutdown, span) = (Arc::clone(shutdown), tracing::Span::current());
     std::thread::Builder::new().name(name).spawn(move || {
+        let _entered = span.entered();
         if let Err(error) = work() {
             shutdown.fail(error);
         }

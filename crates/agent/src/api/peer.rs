@@ -15,6 +15,7 @@ use limosa_protocol::peer::{
     SourceDecision, Stays, VerifyRequest,
 };
 use serde_json::Value;
+use tracing::Instrument;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
@@ -113,7 +114,8 @@ async fn take_file(
     Named((id, name, offset)): Named<(MigrationId, String, u64)>,
     part: axum::body::Bytes,
 ) -> Result<Json<FileReceived>> {
-    incoming(&agent, id, caller)?.take_file(&name, offset, part).await.map(Json)
+    let incoming = incoming(&agent, id, caller)?;
+    incoming.take_file(&name, offset, part).instrument(incoming.span()).await.map(Json)
 }
 
 async fn receive(
@@ -122,7 +124,8 @@ async fn receive(
     Named(id): Named<MigrationId>,
     Body(request): Body<Receive>,
 ) -> Result<Json<Receiving>> {
-    incoming(&agent, id, caller)?.receive(&request).await.map(Json)
+    let incoming = incoming(&agent, id, caller)?;
+    incoming.receive(&request).instrument(incoming.span()).await.map(Json)
 }
 
 async fn verify(
@@ -131,7 +134,8 @@ async fn verify(
     Named(id): Named<MigrationId>,
     Body(request): Body<VerifyRequest>,
 ) -> Result<Json<Digests>> {
-    incoming(&agent, id, caller)?.verify(&request).await.map(Json)
+    let incoming = incoming(&agent, id, caller)?;
+    incoming.verify(&request).instrument(incoming.span()).await.map(Json)
 }
 
 async fn ready(
@@ -141,7 +145,7 @@ async fn ready(
     Body(request): Body<ReadyRequest>,
 ) -> Result<Json<DestinationVote>> {
     match incoming(&agent, id, caller.clone()) {
-        Ok(incoming) => Ok(Json(incoming.ready(&request).await)),
+        Ok(incoming) => Ok(Json(incoming.ready(&request).instrument(incoming.span()).await)),
         Err(_) => answer(&agent, id, caller, DestinationEvent::Asked).await,
     }
 }
@@ -153,7 +157,7 @@ async fn retry(
     Body(request): Body<RetryRequest>,
 ) -> Result<Json<RetryStarted>> {
     if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
-        return incoming.begin_again(request.attempt).await.map(Json);
+        return incoming.begin_again(request.attempt).instrument(incoming.span()).await.map(Json);
     }
     let reason = format!("limosad on {} was restarted: the move cannot go on", agent.name);
     if let Some(hand) = hand(&agent, id, caller)? {

@@ -1,7 +1,7 @@
 //! A migration as a job: its phase, progress and end, told to whoever watches.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use limosa_protocol::id::{HostName, MigrationId, VmName};
@@ -9,7 +9,9 @@ use limosa_protocol::migration::{
     Downtime, LinkLoss, Migration, Outcome, Phase, Progress, Queued, Role, Summary,
 };
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 
 use crate::agent::now_unix_ms;
 use crate::failure::{Failure, Result};
@@ -19,6 +21,7 @@ pub(crate) struct Job {
     view: watch::Sender<Migration>,
     cancelled: CancellationToken,
     clock: Mutex<Clock>,
+    span: Span,
 }
 
 /// Where the time goes.
@@ -58,7 +61,12 @@ impl Job {
     /// A job that goes on after a restart of the agent.
     pub(crate) fn of_view(view: Migration) -> Self {
         let now = Instant::now();
+        // A log of many moves is read by these three.
+        let span = tracing::info_span!(
+            parent: None, "migration", id = %view.id, vm = %view.vm, role = view.role.as_str()
+        );
         Self {
+            span,
             view: watch::Sender::new(view),
             cancelled: CancellationToken::new(),
             clock: Mutex::new(Clock {
@@ -72,6 +80,34 @@ impl Job {
 
     pub(crate) fn id(&self) -> MigrationId {
         self.view.borrow().id
+    }
+
+    /// The span of everything that is done for this migration.
+    pub(crate) fn span(&self) -> Span {
+        self.span.clone()
+    }
+
+    /// Spawns a task of this migration, within its span.
+    pub(crate) fn spawn<F>(&self, work: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
+        tokio::spawn(work.instrument(self.span()))
+    }
+
+    /// Spawns `work`, and `on_panic` if it panics: a fault in limosad ends a migration as any
+    /// failure does.
+    pub(crate) fn supervise(
+        self: &Arc<Self>,
+        work: impl Future<Output = ()> + Send + 'static,
+        on_panic: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let worker = self.spawn(work);
+        self.spawn(async move {
+            if worker.await.is_err_and(|error| error.is_panic()) {
+                on_panic.await;
+            }
+        });
     }
 
     pub(crate) fn view(&self) -> Migration {

@@ -109,7 +109,9 @@ pub fn serve(
     let (own, accepting) = (Arc::clone(&shared), listener.try_clone()?);
     // The only character that a thread's name cannot have.
     let thread_name = format!("nbd-{}", export.name).replace('\0', "");
+    let span = tracing::Span::current();
     let thread = std::thread::Builder::new().name(thread_name).spawn(move || {
+        let _entered = span.entered();
         while !own.is_stopped() {
             match accepting.accept() {
                 Ok((stream, _)) => {

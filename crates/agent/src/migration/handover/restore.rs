@@ -229,7 +229,11 @@ async fn end_unless_owner(vm: &Vm, record: &MigrationRecord, process: &ProcessId
 /// Lets restored machines go on; peers may be asked, and ask back, from here.
 pub(crate) fn settle(restored: Vec<Restored>) {
     for one in restored {
-        tokio::spawn(async move {
+        let job = Arc::clone(match &one {
+            Restored::Source(source, _) => source.job(),
+            Restored::Destination(destination, _) => destination.job(),
+        });
+        job.spawn(async move {
             match one {
                 Restored::Source(hand, actions) => {
                     let words = hand.go_on(actions).await;

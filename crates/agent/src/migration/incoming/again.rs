@@ -22,7 +22,7 @@ impl Incoming {
     pub(crate) async fn begin_again(self: &Arc<Self>, attempt: u32) -> Result<RetryStarted> {
         let incoming = Arc::clone(self);
         // Whoever asks may be cut off: it is done to its end.
-        let work = tokio::spawn(async move { incoming.begin_attempt(attempt).await });
+        let work = self.job.spawn(async move { incoming.begin_attempt(attempt).await });
         work.await.or_fail("beginning the switchover again")?
     }
 

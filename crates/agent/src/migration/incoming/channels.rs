@@ -20,6 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::server::TlsStream;
+use tracing::Instrument;
 
 use super::Incoming;
 use crate::agent::Agent;
@@ -217,7 +218,7 @@ impl Incoming {
             None => Ok(()),
             Some(set) => match self.hand.reconnect(set) {
                 None => Ok(()),
-                Some(set) => self.start_plane(set).await,
+                Some(set) => self.start_plane(set).instrument(self.job.span()).await,
             },
         }
     }
@@ -226,7 +227,7 @@ impl Incoming {
     pub(super) fn spawn_channel_watch(self: &Arc<Self>) {
         let incoming = Arc::clone(self);
         let attempt = *self.attempt.borrow();
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             tokio::time::sleep(link_wait(&incoming.agent) + WAIT_LONGER).await;
             let is_last = *incoming.attempt.borrow() == attempt;
             if is_last && !incoming.connections.have_come() {
@@ -243,7 +244,7 @@ impl Incoming {
     ) {
         let (incoming, job) = (Arc::downgrade(self), Arc::clone(&self.job));
         let wait = link_wait(&self.agent) + WAIT_LONGER;
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             loop {
                 let why = lost.wait_for(Option::is_some).await.map(|why| why.clone());
                 let Ok(Some(why)) = why else { return };

@@ -29,6 +29,7 @@ use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::ram;
 use tokio::sync::{Mutex, mpsc, watch};
+use tracing::{Instrument, Span};
 
 pub(crate) use channels::{Set, accept_channel};
 pub(crate) use place::{free, removable};
@@ -167,7 +168,7 @@ impl Incoming {
             return Ok(OfferAnswer { problems, is_full: true });
         };
         let incoming = Self::take(agent, offer, slot).await?;
-        if let Err(failure) = incoming.make_place().await {
+        if let Err(failure) = incoming.make_place().instrument(incoming.span()).await {
             incoming.hand.give_up(&failure.to_string()).await;
             return Err(failure);
         }
@@ -238,10 +239,15 @@ impl Incoming {
         Ok(incoming)
     }
 
+    /// The span of this migration.
+    pub(crate) fn span(&self) -> Span {
+        self.job.span()
+    }
+
     /// An operator at this host may cancel, too.
     fn spawn_cancel_watch(self: &Arc<Self>) {
         let incoming = Arc::clone(self);
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             incoming.job.cancelled().await;
             incoming.hand.give_up("cancelled by an operator of the destination").await;
         });

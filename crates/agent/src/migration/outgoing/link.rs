@@ -20,6 +20,7 @@ use limosa_protocol::id::MigrationId;
 use limosa_protocol::peer::{ChannelHello, ChannelRole, DestinationVote};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use super::Source;
 use crate::agent::Agent;
@@ -146,7 +147,7 @@ pub(super) fn keep(
     through: Arc<AtomicBool>,
 ) -> LinkKeeper {
     let plane = Arc::clone(plane);
-    LinkKeeper(tokio::spawn(async move {
+    let keeping = async move {
         let mut changes = state.subscribe();
         loop {
             // The sender is ours: it is never gone.
@@ -169,7 +170,8 @@ pub(super) fn keep(
             };
             state.send_replace(LinkState::Ended(ended));
         }
-    }))
+    };
+    LinkKeeper(tokio::spawn(keeping.in_current_span()))
 }
 
 /// Tries until the link is there again, or cannot come back; `false` when it is

@@ -178,13 +178,10 @@ fn first_record(
 
 /// Runs a source in a task of its own; a panic in it ends the move as any failure does.
 fn supervise(source: Source) {
-    let hand = Arc::clone(&source.hand);
-    tokio::spawn(async move {
-        let ended = tokio::spawn(source.run()).await;
-        if ended.is_err_and(|error| error.is_panic()) {
-            hand.give_up("a fault in limosad ended the move; its log says which".to_owned(), false)
-                .await;
-        }
+    let (job, hand) = (Arc::clone(&source.job), Arc::clone(&source.hand));
+    job.supervise(source.run(), async move {
+        let reason = "a fault in limosad ended the move; its log says which";
+        hand.give_up(reason.to_owned(), false).await;
     });
 }
 

@@ -399,7 +399,7 @@ impl DestinationHand {
     /// restart is then not let run. Nobody waits for that.
     fn spawn_note_of_run(self: &Arc<Self>) {
         let (hand, mut standing) = (Arc::downgrade(self), self.standing.subscribe());
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             // The sender is the half's own: once that is gone, nothing is left to do.
             standing.wait_for(|now| now.is_ours || now.ended.is_some()).await.ok();
             let Some(hand) = hand.upgrade() else { return };

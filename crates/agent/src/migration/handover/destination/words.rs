@@ -6,6 +6,7 @@ use std::time::Duration;
 use limosa_protocol::handover::{DestinationAction as Do, DestinationEvent as On};
 use limosa_protocol::id::Epoch;
 use limosa_protocol::peer::{DestinationVote, SourceDecision};
+use tracing::Instrument;
 
 use super::DestinationHand;
 use crate::failure::Result;
@@ -43,7 +44,7 @@ impl DestinationHand {
 
     /// Takes the source's word, and answers it.
     pub(crate) async fn hear(&self, word: On) -> DestinationVote {
-        let words = self.feed(word).await;
+        let words = self.feed(word).instrument(self.job.span()).await;
         let answer = self.word_of(&words).await;
         match answer {
             DestinationVote::Undecided => self.word().await,
@@ -166,7 +167,7 @@ impl DestinationHand {
     /// Asks the source, again and again, whenever the machine wants to know.
     pub(crate) fn spawn_settling(self: &Arc<Self>) {
         let hand = Arc::clone(self);
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             while hand.standing().ended.is_none() {
                 let is_receiving = hand.standing().is_receiving;
                 let pause = if is_receiving { ASK_WHILE_RECEIVING_EVERY } else { ASK_EVERY };
@@ -183,7 +184,7 @@ impl DestinationHand {
     pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
         let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
         let mut standing = self.standing.subscribe();
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             let has_gone = tokio::select! {
                 () = gone.cancelled() => true,
                 // Settled, or never begun.

@@ -165,7 +165,7 @@ impl SourceHand {
     /// Repeats what has to be heard until it is.
     pub(crate) fn spawn_settling(self: &Arc<Self>) {
         let hand = Arc::clone(self);
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             while hand.standing().ended.is_none() {
                 tokio::time::sleep(ASK_EVERY).await;
                 let words = hand.feed(On::Silence).await;
@@ -180,7 +180,7 @@ impl SourceHand {
     pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
         let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
         let mut standing = self.standing.subscribe();
-        tokio::spawn(async move {
+        self.job.spawn(async move {
             let has_gone = tokio::select! {
                 () = gone.cancelled() => true,
                 // Settled, or never begun.
