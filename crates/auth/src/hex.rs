@@ -68,30 +68,3 @@ impl<'de, const N: usize> Deserialize<'de> for HexArray<N> {
         Ok(Self(bytes))
     }
 }
-
-/// For `#[serde(with)]`: at most [`DER_BYTES_MAX`](crate::trust::DER_BYTES_MAX) bytes.
-pub(crate) mod der {
-    use super::{Deserialize, Deserializer, Serializer, fill, push};
-    use crate::trust::DER_BYTES_MAX;
-    use serde::de::Error as _;
-
-    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        let mut text = String::with_capacity(2 * bytes.len());
-        push(&mut text, bytes);
-        serializer.serialize_str(&text)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Vec<u8>, D::Error> {
-        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-        if text.len() > 2 * DER_BYTES_MAX {
-            return Err(D::Error::custom(format_args!(
-                "a certificate has at most {DER_BYTES_MAX} bytes"
-            )));
-        }
-        let mut bytes = vec![0; text.len() / 2];
-        fill(text.as_bytes(), &mut bytes).ok_or_else(|| D::Error::custom("expected hex digits"))?;
-        Ok(bytes)
-    }
-}

@@ -31,7 +31,8 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::{Fingerprint, tls};
+use crate::Fingerprint;
+use crate::provider::provider;
 
 /// The certificate's file, in PEM.
 pub const CERTIFICATE_FILE: &str = "identity.crt";
@@ -267,7 +268,7 @@ fn load(certificate_path: &Path, key_path: &Path) -> Result<Identity, IdentityEr
     }
     let key_der = PrivateKeyDer::from_pem_slice(&pem)
         .map_err(|_| damaged(key_path, "it holds no private key in PEM"))?;
-    let key = tls::provider()
+    let key = provider()
         .key_provider
         .load_private_key(key_der.clone_key())
         .map_err(|_| damaged(key_path, "its key is not valid"))?;

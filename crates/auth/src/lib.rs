@@ -16,10 +16,12 @@
 //! alone: never for its issuer, its names or its dates. Nothing here makes a
 //! new identity where an old one stands.
 
+mod der;
 mod fingerprint;
 mod hex;
 pub mod identity;
 pub mod pairing;
+mod provider;
 pub mod tls;
 pub mod trust;
 

@@ -17,14 +17,11 @@
 //! certificate: a refused client learns it from its first read, as an alert
 //! (`AccessDenied`), and has received nothing until then.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ClientConfig, Resumption};
-use rustls::crypto::ring::cipher_suite::{
-    TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
-};
-use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
+use rustls::crypto::verify_tls13_signature;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ServerConfig};
 use rustls::sign::SingleCertAndKey;
@@ -35,11 +32,12 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
+use crate::provider::provider;
 use crate::{Fingerprint, Identity, TrustStore};
 
-/// Application protocol of data channels and control links between hosts.
+/// Application protocol of data channels between hosts.
 pub const ALPN_CHANNEL: &[u8] = limosa_protocol::peer::CHANNEL_ALPN;
-/// Application protocol of the API.
+/// Application protocol of the API and of the control link between hosts.
 pub const ALPN_HTTP: &[u8] = b"http/1.1";
 /// Application protocol of pairing, the only one that strangers may speak.
 pub const ALPN_PAIR: &[u8] = b"limosa-pair/1";
@@ -127,31 +125,6 @@ pub fn peer_certificate(connection: &CommonState) -> Option<&CertificateDer<'sta
         return None;
     }
     connection.peer_certificates()?.first()
-}
-
-/// Ring's algorithms, for TLS 1.3 alone, the fastest first.
-pub(crate) fn provider() -> &'static Arc<CryptoProvider> {
-    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-        // All three are safe. Guest memory goes through them, so speed decides:
-        // the client, which is the source, sets the order.
-        let cipher_suites = if has_aes_instructions() {
-            vec![TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256]
-        } else {
-            vec![TLS13_CHACHA20_POLY1305_SHA256, TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384]
-        };
-        Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() })
-    });
-    &PROVIDER
-}
-
-fn has_aes_instructions() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    let has = std::arch::is_x86_feature_detected!("aes");
-    #[cfg(target_arch = "aarch64")]
-    let has = std::arch::is_aarch64_feature_detected!("aes");
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let has = false;
-    has
 }
 
 fn server(identity: &Identity, verifier: Clients, alpn: &[&[u8]]) -> Arc<ServerConfig> {

@@ -1,9 +1,9 @@
 //! The peers that may come in, by the fingerprint of their certificate.
 //!
 //! ```text
-//! agent's durable store ──replace_all──► TrustStore ◄──lookup── TLS handshakes
-//! pairing ──────────────────insert─────►     │
-//! operator ─────────────────remove─────►     └─ clones share one set
+//! agent's durable store ──insert──► TrustStore ◄──lookup── TLS handshakes
+//! pairing ──────────────────insert──►     │
+//! operator ─────────────────remove──►     └─ clones share one set
 //! ```
 //!
 //! In memory only: the agent keeps the list durably and fills this at its start.
@@ -20,9 +20,7 @@ use rustls_pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 
 use crate::Fingerprint;
-
-/// Longest certificate that is kept, in bytes; ours have about 500.
-pub const DER_BYTES_MAX: usize = 64 << 10;
+pub use crate::der::DER_BYTES_MAX;
 
 /// What a peer may do. See `docs/security.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,7 +42,7 @@ pub struct TrustedPeer {
     /// What it may do.
     pub role: PeerRole,
     /// Its certificate, for display and export; trust comes from the fingerprint.
-    #[serde(with = "crate::hex::der")]
+    #[serde(with = "crate::der")]
     pub certificate_der: Vec<u8>,
 }
 
@@ -122,19 +120,6 @@ impl TrustStore {
         Self::default()
     }
 
-    /// Puts these peers in place of all former ones; on an error nothing changes.
-    pub fn replace_all(
-        &self,
-        peers: impl IntoIterator<Item = TrustedPeer>,
-    ) -> Result<(), TrustError> {
-        let mut fresh = Peers::new();
-        for peer in peers {
-            add(&mut fresh, peer)?;
-        }
-        *self.peers.write().unwrap_or_else(PoisonError::into_inner) = fresh;
-        Ok(())
-    }
-
     /// Trusts a peer from now on. A peer that is known already (by its
     /// fingerprint) takes the new name; its role stays.
     pub fn insert(&self, peer: TrustedPeer) -> Result<(), TrustError> {
@@ -158,13 +143,6 @@ impl TrustStore {
     #[must_use]
     pub fn contains(&self, fingerprint: &Fingerprint) -> bool {
         self.peers.read().unwrap_or_else(PoisonError::into_inner).contains_key(fingerprint)
-    }
-
-    /// The peer with this name, if there is one.
-    #[must_use]
-    pub fn by_name(&self, name: &str) -> Option<TrustedPeer> {
-        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
-        peers.values().find(|peer| peer.name == name).cloned()
     }
 
     /// All peers, sorted by name.
@@ -217,7 +195,7 @@ mod tests {
         assert_eq!(store.peers(), [peer("one", b"first")]);
 
         store.insert(peer("uno", b"first")).unwrap();
-        assert_eq!(store.by_name("one"), None);
+        assert_eq!(store.peers(), [peer("uno", b"first")]);
         store.insert(peer("one", b"second")).unwrap();
         assert_eq!(store.remove("uno"), Some(peer("uno", b"first")));
         assert_eq!(store.lookup(&Fingerprint::of_certificate(b"first")), None);
@@ -233,18 +211,14 @@ mod tests {
         assert_eq!(store.peers(), [peer("one", b"first")]);
     }
 
-    /// Goal: a damaged list is refused as a whole and leaves the old one.
+    /// Goal: a damaged record is refused and changes nothing.
     #[test]
-    fn a_damaged_list_changes_nothing() {
+    fn a_damaged_record_changes_nothing() {
         let store = TrustStore::new();
         store.insert(peer("one", b"first")).unwrap();
         let mut damaged = peer("two", b"second");
         damaged.certificate_der.push(0);
-        assert!(matches!(
-            store.replace_all([peer("three", b"third"), damaged]),
-            Err(TrustError::Damaged { .. })
-        ));
-        assert!(store.replace_all([peer("x", b"third"), peer("x", b"fourth")]).is_err());
+        assert!(matches!(store.insert(damaged), Err(TrustError::Damaged { .. })));
         assert_eq!(store.peers(), [peer("one", b"first")]);
     }
 

@@ -48,7 +48,9 @@ impl Party {
 /// A host, and those that it trusts.
 fn host_trusting(peers: &[TrustedPeer]) -> (Party, TrustStore) {
     let trust = TrustStore::new();
-    trust.replace_all(peers.to_vec()).unwrap();
+    for peer in peers {
+        trust.insert(peer.clone()).unwrap();
+    }
     (Party::new("server"), trust)
 }
 
