@@ -7,8 +7,9 @@
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 
-use limosa_plane::nbd::client::NbdClient;
-use limosa_plane::nbd::server::{DiskSink, Export, converse};
+use limosa_nbd::Export;
+use limosa_nbd::client::NbdClient;
+use limosa_nbd::server::{DiskSink, converse};
 
 const SIZE_BYTES: u64 = 1 << 20;
 /// Fits a socket, so that nobody has to read at the same time.

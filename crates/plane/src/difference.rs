@@ -8,7 +8,7 @@
 //! Counters and pointers change a few chunks of a page: 64 bytes and those chunks
 //! replace 4096. The bitmap is mostly zero, which zstd shrinks to almost nothing.
 
-use crate::PAGE_BYTES;
+use crate::page::PAGE_BYTES;
 
 const CHUNK_BYTES: usize = 8;
 const CHUNK_COUNT: usize = PAGE_BYTES / CHUNK_BYTES;

@@ -20,7 +20,7 @@ use std::os::unix::fs::FileExt;
 use limosa_protocol::peer::Part;
 use rustix::fs::SeekFrom;
 
-use crate::PAGE_BYTES;
+use crate::page::PAGE_BYTES;
 use crate::route::REGION_BYTES;
 
 /// Most ranges of a disk.

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::FallocateFlags;
 
-use crate::nbd::client::NbdClient;
+use limosa_nbd::client::NbdClient;
 
 /// A disk at the destination. Operations are applied in the order of the calls,
 /// where they overlap.

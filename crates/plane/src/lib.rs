@@ -27,7 +27,7 @@ mod digest;
 mod disk;
 mod link;
 mod meter;
-pub mod nbd;
+mod page;
 mod queue;
 mod ram;
 mod replay;
@@ -43,9 +43,7 @@ pub use channel::{ChannelIo, ReadWrite};
 pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, PagePlace, RamTarget};
 pub use digest::ram_digests;
 pub use disk::{DiskTarget, RawTarget};
+pub use page::PAGE_BYTES;
 pub use settings::{PlaneSettings, SILENCE_MAX};
 pub use shutdown::{Place, PlaneError, PlaneEvent};
 pub use source::{RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
-
-/// Bytes of a guest page.
-pub const PAGE_BYTES: usize = limosa_qemu::stream::PAGE_BYTES;

@@ -7,8 +7,8 @@ use limosa_protocol::peer::Part;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FallocateFlags;
 
-use crate::PAGE_BYTES;
 use crate::digest::ram_digests;
+use crate::page::PAGE_BYTES;
 
 /// A block of guest RAM. Threads may work on different pages at a time; which
 /// thread has which page is decided by [`crate::route`] and checked by the

@@ -4,7 +4,7 @@
 //! All versions of a page cross on one channel, in order, and one thread has all
 //! that is known of it: no locks, and a difference always meets its base.
 
-use crate::PAGE_BYTES;
+use crate::page::PAGE_BYTES;
 
 /// Bytes of a region.
 pub(crate) const REGION_BYTES: u64 = 1 << 20;

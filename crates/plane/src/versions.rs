@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 
-use crate::PAGE_BYTES;
+use crate::page::PAGE_BYTES;
 
 /// Pages of a piece: 1 MiB. Huge pages were tried for larger ones, and took longer.
 const PIECE_PAGES: usize = 256;

@@ -12,9 +12,9 @@ use limosa_protocol::frame::{
 
 use super::Shared;
 use super::tail::TailError;
-use crate::PAGE_BYTES;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
+use crate::page::PAGE_BYTES;
 use crate::ram::Ram;
 use crate::route::{disk_channel, is_in_one_region, page_channel, page_slot, slot_page};
 use crate::shutdown::{Place, PlaneError};

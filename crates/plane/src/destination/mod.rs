@@ -29,10 +29,10 @@ use std::sync::{
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::PAGE_BYTES;
 use crate::channel::ChannelIo;
 use crate::digest::PageDigests;
 use crate::link::Link;
+use crate::page::PAGE_BYTES;
 use crate::ram::Ram;
 use crate::route::slot_count;
 use crate::settings::PlaneSettings;

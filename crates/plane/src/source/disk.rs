@@ -9,8 +9,8 @@ use limosa_protocol::frame::{DiskHeader, FrameKind};
 use super::sender::{DiskOperation, Work};
 use super::{Queues, SourceDisk, WORK_BYTES_MAX, ended};
 use crate::meter::{Meter, add};
-use crate::nbd::server::DiskSink;
 use crate::route::{REGION_BYTES, disk_channel};
+use limosa_nbd::server::DiskSink;
 
 /// Bytes for which it is remembered whether anything was written there.
 const TOUCHED_BYTES: u64 = 64 << 10;
@@ -110,7 +110,7 @@ impl DiskSink for ChannelSink {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // Durability is proven before the commit, see `nbd::server`.
+        // Durability is proven before the commit, see `limosa_nbd::server`.
         Ok(())
     }
 }

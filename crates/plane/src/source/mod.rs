@@ -25,18 +25,18 @@ use std::thread::JoinHandle;
 use limosa_protocol::frame::{Ack, FrameKind};
 use limosa_protocol::migration::Moved;
 
-use crate::PAGE_BYTES;
 use crate::channel::{ChannelIo, FrameReader};
 use crate::destination::PagePlace;
 use crate::link::{Connection, Link};
 use crate::meter::Meter;
-use crate::nbd::server::DiskSink;
+use crate::page::PAGE_BYTES;
 use crate::queue::Queue;
 use crate::replay::Replay;
 use crate::route::page_channel;
 use crate::settings::PlaneSettings;
 use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
 use delivery::{Delivery, Met};
+use limosa_nbd::server::DiskSink;
 use sender::Work;
 use writer::FrameWriter;
 

@@ -23,8 +23,8 @@ use limosa_qemu::stream::{RamBlock, RamSection, StreamParser, StreamPart, Stream
 use super::delivery::Delivery;
 use super::sender::{Batch, Work};
 use super::{Queues, RamBlockSpec, WORK_BYTES_MAX, ended};
-use crate::PAGE_BYTES;
 use crate::meter::{Meter, add};
+use crate::page::PAGE_BYTES;
 use crate::route::page_channel;
 use crate::shutdown::{PlaneError, Shutdown};
 

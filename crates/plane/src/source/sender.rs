@@ -10,11 +10,11 @@ use limosa_protocol::frame::{
 use super::delivery::Delivery;
 use super::writer::FrameWriter;
 use super::{RamBlockSpec, SourceDisk};
-use crate::PAGE_BYTES;
 use crate::destination::PagePlace;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::meter::{Meter, add};
+use crate::page::PAGE_BYTES;
 use crate::queue::{Queue, Taken};
 use crate::route::{page_slot, slot_count};
 use crate::settings::PlaneSettings;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hyper::body::Bytes;
-use limosa_plane::nbd::client::NbdClient;
+use limosa_nbd::client::NbdClient;
 use limosa_plane::{
     DestinationDisk, DestinationPlane, DestinationSpec, Place, PlaneError, PlaneEvent, RamTarget,
 };

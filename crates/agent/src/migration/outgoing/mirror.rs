@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use limosa_nbd::Export;
+use limosa_nbd::server;
 use limosa_plane::PlaneEvent;
-use limosa_plane::nbd::server::{self, Export};
 use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::Transfer;
 use limosa_protocol::plan::DiskItem;

@@ -79,7 +79,7 @@ pub(crate) struct Source {
     /// Disks whose mirror has ended well, with both sides equal.
     mirrored: BTreeSet<DiskId>,
     events: Option<mpsc::Receiver<PlaneEvent>>,
-    exports: Vec<limosa_plane::nbd::server::ServerHandle>,
+    exports: Vec<limosa_nbd::server::ServerHandle>,
 }
 
 /// Begins a migration that has passed preflight: records it, and leaves the rest to a task.

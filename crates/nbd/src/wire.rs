@@ -1,12 +1,4 @@
-//! NBD over unix sockets: the server into which the source's QEMU mirrors a
-//! disk, and the client that writes into the destination's QEMU.
-//!
-//! ```text
-//! source QEMU, mirror job ─► server ─► DiskSink ═ channels ═► client ─► destination QEMU's export
-//! ```
-//!
-//! The protocol is that of the NBD project's `doc/proto.md`: fixed newstyle
-//! handshake, simple replies. All numbers are big-endian.
+//! Numbers, heads and options of the NBD protocol. All numbers are big-endian.
 //!
 //! | a request | bytes | | a simple reply | bytes |
 //! |-----------|------:|-|----------------|------:|
@@ -17,14 +9,6 @@
 //! | offset    |     8 | |                |       |
 //! | length    |     4 | |                |       |
 //! | payload of a write | length | |      |       |
-//!
-//! **Invariant.** Lengths are checked before memory is taken for them.
-
-pub mod client;
-mod negotiation;
-pub mod server;
-#[cfg(test)]
-mod tests;
 
 use std::io::{self, Read, Write};
 
@@ -84,8 +68,9 @@ pub const REQUEST_BYTES_MAX: u32 = 32 << 20;
 pub(crate) const OPTION_BYTES_MAX: u32 = 8192;
 /// Most options of one handshake, and most answers to one option.
 pub(crate) const OPTION_COUNT_MAX: u32 = 64;
-/// Bytes of a request's head and of a simple reply.
+/// Bytes of a request's head.
 pub(crate) const REQUEST_HEAD_BYTES: usize = 28;
+/// Bytes of a simple reply.
 pub(crate) const REPLY_BYTES: usize = 16;
 
 /// A request without its payload.

@@ -11,8 +11,8 @@
 
 use std::io::{self, Read, Write};
 
-use super::server::Export;
-use super::{
+use crate::export::Export;
+use crate::wire::{
     FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HAS_FLAGS, INFO_BLOCK_SIZE, INFO_EXPORT, MAGIC, OPT_ABORT,
     OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPT_LIST, OPTION_BYTES_MAX, OPTION_COUNT_MAX, OPTION_MAGIC,
     REP_ACK, REP_ERR_INVALID, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_SERVER, REPLY_MAGIC,
@@ -32,7 +32,7 @@ const PREFERRED_BYTES: u32 = 64 << 10;
 const PADDING_BYTES: usize = 124;
 
 /// `true` when transmission begins.
-pub(super) fn handshake(
+pub(crate) fn handshake(
     reader: &mut impl Read,
     writer: &mut impl Write,
     export: &Export,

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{
+use crate::wire::{
     CMD_DISC, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
     FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HAS_FLAGS, INFO_BLOCK_SIZE, INFO_EXPORT, MAGIC, OPT_GO,
     OPTION_BYTES_MAX, OPTION_COUNT_MAX, OPTION_MAGIC, READ_ONLY, REP_ACK, REP_ERR_UNKNOWN,

@@ -1,7 +1,8 @@
 //! Our client against our server, and rubbish against both.
 //!
-//! QEMU's side is in `tests/nbd_qemu.rs`.
+//! QEMU's side is in `tests/qemu.rs`.
 
+use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -9,9 +10,10 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
-use super::client::NbdClient;
-use super::server::{DiskSink, Export, ServerHandle, converse, serve};
-use super::*;
+use crate::client::NbdClient;
+use crate::export::Export;
+use crate::server::{DiskSink, ServerHandle, converse, serve};
+use crate::wire::*;
 
 const SIZE_BYTES: u64 = 1 << 20;
 

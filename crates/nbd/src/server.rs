@@ -18,8 +18,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::negotiation::handshake;
-use super::{
+use crate::export::Export;
+use crate::negotiation::handshake;
+use crate::wire::{
     CMD_DISC, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM,
     CMD_WRITE, CMD_WRITE_ZEROES, EINVAL, EIO, ENOSPC, ENOTSUP, REPLY_BYTES, REQUEST_BYTES_MAX,
     RequestHead, SIMPLE_REPLY_MAGIC, protocol,
@@ -27,8 +28,8 @@ use super::{
 
 /// Longest silence of a client before its handshake is done. Others wait for it.
 const HANDSHAKE_SILENCE_MAX: Duration = Duration::from_secs(10);
-/// Pause after a connection could not be taken, for want of descriptors say.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
+/// Pause after `accept` failed, for example for want of descriptors.
+const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that are read ahead: more than the heads of all requests in flight.
 const READ_AHEAD_BYTES: usize = 32 << 10;
 
@@ -57,15 +58,6 @@ pub trait DiskSink: Send {
     /// # Errors
     /// When nothing more can be taken.
     fn flush(&mut self) -> io::Result<()>;
-}
-
-/// What is exported.
-#[derive(Debug, Clone)]
-pub struct Export {
-    /// Its name
-    pub name: String,
-    /// Bytes of the disk
-    pub size_bytes: u64,
 }
 
 /// What the server's thread and its handle share.
@@ -121,7 +113,7 @@ pub fn serve(
                     *own.client() = None;
                 }
                 Err(_) if own.is_stopped() => {}
-                Err(_) => std::thread::sleep(ACCEPT_AGAIN),
+                Err(_) => std::thread::sleep(ACCEPT_RETRY_PAUSE),
             }
         }
     })?;

@@ -15,8 +15,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use limosa_plane::nbd::client::NbdClient;
-use limosa_plane::nbd::server::{DiskSink, Export, ServerHandle, serve};
+use limosa_nbd::Export;
+use limosa_nbd::client::NbdClient;
+use limosa_nbd::server::{DiskSink, ServerHandle, serve};
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::{Value, json};
 
