@@ -11,7 +11,7 @@ use limosa_protocol::api::SOCKET_PATH;
 use limosa_protocol::id::{DiskId, HostName, OperatorName, SwitchName, VmName};
 use limosa_protocol::migration::DOWNTIME_LIMIT_MS_DEFAULT;
 
-use crate::connect::Address;
+use crate::address::Address;
 
 /// Move running virtual machines between Linux hosts, with their disks.
 ///

@@ -1,28 +1,28 @@
 //! Requests to an agent: HTTP with JSON, over whatever [`crate::connect`] opens.
 //!
-//! **Invariants.** Each request has a connection of its own and a limit in time;
-//! each answer has a limit in bytes. A refusal of the agent is a [`Refused`],
+//! **Invariants.** Each request has a limit in time; each answer has a limit in bytes. A refusal of the agent is a [`Refused`],
 //! with its own words; everything else that fails is between us and it.
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use http_body_util::{BodyExt, Full, Limited};
+use anyhow::{Result, bail};
+use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::client::conn::http1::handshake;
-use hyper::{Method, Request, Response, StatusCode, header};
+use hyper::header::{self, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use limosa_auth::Fingerprint;
+use limosa_http::Limits;
 use limosa_protocol::api::{BODY_BYTES_MAX, CONSOLE_PROTOCOL, Failure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::connect::{self, Address};
+use crate::address::Address;
+use crate::connect;
 
+const USER_AGENT: &str = concat!("limosa/", env!("CARGO_PKG_VERSION"));
 /// Largest answer, in bytes.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
-/// Largest answer that tells of a failure, in bytes.
-const FAILURE_BYTES_MAX: usize = 1 << 20;
 /// Longest wait for an answer, in seconds, unless the request itself waits.
 pub(crate) const ANSWER_SECONDS_MAX: u64 = 120;
 
@@ -34,23 +34,19 @@ pub(crate) struct Refused(pub(crate) Failure);
 /// An agent to ask.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
+    http: limosa_http::Client,
     address: Address,
-    fingerprint: Option<Fingerprint>,
-}
-
-/// One request.
-struct Ask {
-    method: Method,
-    path: String,
-    body: Bytes,
-    /// Wish to go on with raw bytes
-    upgrade: bool,
 }
 
 impl Client {
     /// - `fingerprint`: of a remote agent's certificate, if the operator gave it.
     pub(crate) fn new(address: Address, fingerprint: Option<Fingerprint>) -> Self {
-        Self { address, fingerprint }
+        let to = address.clone();
+        let http = limosa_http::Client::new(USER_AGENT, move || {
+            let to = to.clone();
+            async move { Ok(connect::connect(&to, fingerprint).await?) }
+        });
+        Self { http, address }
     }
 
     pub(crate) async fn get<R: DeserializeOwned>(&self, path: &str) -> Result<R> {
@@ -94,19 +90,35 @@ impl Client {
 
     /// A stream of server-sent events; it has no limit in time.
     pub(crate) async fn stream(&self, path: &str) -> Result<Incoming> {
-        let ask = Ask::new(Method::GET, path, Bytes::new());
-        Ok(in_time(ANSWER_SECONDS_MAX, self.send(ask)).await?.into_body())
+        let request = self.http.request(Method::GET, path, Bytes::new())?;
+        let answer = self.open(request).await?;
+        if answer.status().is_success() {
+            return Ok(answer.into_body());
+        }
+        Err(self.explain(limosa_http::read_refusal(answer).await))
     }
 
     /// A connection of raw bytes to a console; it has no limit in time.
     pub(crate) async fn upgrade(&self, path: &str) -> Result<TokioIo<hyper::upgrade::Upgraded>> {
-        let ask = Ask { upgrade: true, ..Ask::new(Method::GET, path, Bytes::new()) };
-        let answer = in_time(ANSWER_SECONDS_MAX, self.send(ask)).await?;
-        anyhow::ensure!(
-            answer.status() == StatusCode::SWITCHING_PROTOCOLS,
-            "the agent did not open the console: are limosa and limosad of one version?"
-        );
-        Ok(TokioIo::new(hyper::upgrade::on(answer).await?))
+        let mut request = self.http.request(Method::GET, path, Bytes::new())?;
+        let headers = request.headers_mut();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static(CONSOLE_PROTOCOL));
+        let answer = self.open(request).await?;
+        match answer.status() {
+            StatusCode::SWITCHING_PROTOCOLS => Ok(TokioIo::new(hyper::upgrade::on(answer).await?)),
+            status if status.is_success() => {
+                bail!("the agent did not open the console: are limosa and limosad of one version?")
+            }
+            _ => Err(self.explain(limosa_http::read_refusal(answer).await)),
+        }
+    }
+
+    async fn open(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
+        let wait = Duration::from_secs(ANSWER_SECONDS_MAX);
+        let sent = tokio::time::timeout(wait, self.http.send(request)).await;
+        sent.unwrap_or(Err(limosa_http::Error::Silent { wait }))
+            .map_err(|error| self.explain(error))
     }
 
     async fn ask<R: DeserializeOwned>(
@@ -116,75 +128,35 @@ impl Client {
         body: Bytes,
         seconds_max: u64,
     ) -> Result<R> {
-        let ask = Ask::new(method, path, body);
-        let bytes = in_time(seconds_max, async {
-            collect(self.send(ask).await?.into_body(), ANSWER_BYTES_MAX).await
-        })
-        .await?;
-        // An answer without a word is the JSON of nothing.
-        let bytes: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
-        serde_json::from_slice(bytes)
-            .context("the agent's answer is not understood: are limosa and limosad of one version?")
+        let wait = Duration::from_secs(seconds_max);
+        let limits = Limits { wait, answer_bytes: ANSWER_BYTES_MAX };
+        self.http.call(method, path, body, limits).await.map_err(|error| self.explain(error))
     }
 
-    async fn send(&self, ask: Ask) -> Result<Response<Incoming>> {
-        let mut request = Request::builder()
-            .method(ask.method)
-            .uri(ask.path)
-            .header(header::HOST, "limosa")
-            .header(header::USER_AGENT, concat!("limosa/", env!("CARGO_PKG_VERSION")));
-        if !ask.body.is_empty() {
-            request = request.header(header::CONTENT_TYPE, "application/json");
+    /// Adds to an error what the operator can do.
+    fn explain(&self, error: limosa_http::Error) -> anyhow::Error {
+        use limosa_http::Error;
+        if let Some(refusal) = connect::refusal(&self.address, &error) {
+            return refusal.into();
         }
-        if ask.upgrade {
-            request = request
-                .header(header::CONNECTION, "upgrade")
-                .header(header::UPGRADE, CONSOLE_PROTOCOL);
-        }
-        let request = request.body(Full::new(ask.body))?;
-        let stream = connect::connect(&self.address, self.fingerprint).await?;
-        let answer = async {
-            let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
-            tokio::spawn(connection.with_upgrades());
-            sender.send_request(request).await
-        };
-        let answer =
-            answer.await.map_err(|error| match connect::refusal(&self.address, &error) {
-                Some(refusal) => anyhow::Error::from(refusal),
-                None => anyhow::Error::from(error).context(
-                    "the agent gave no answer: its log says more (`journalctl -u limosad`)",
-                ),
-            })?;
-        let status = answer.status();
-        if status.is_success() || (ask.upgrade && status == StatusCode::SWITCHING_PROTOCOLS) {
-            return Ok(answer);
-        }
-        let bytes = collect(answer.into_body(), FAILURE_BYTES_MAX).await?;
-        match serde_json::from_slice::<Failure>(&bytes) {
-            Ok(failure) => Err(Refused(failure).into()),
-            Err(_) => bail!("the agent answered {status}, without a reason"),
-        }
-    }
-}
-
-impl Ask {
-    fn new(method: Method, path: &str, body: Bytes) -> Self {
-        Self { method, path: path.to_owned(), body, upgrade: false }
-    }
-}
-
-async fn collect(body: Incoming, bytes_max: usize) -> Result<Bytes> {
-    let collected = Limited::new(body, bytes_max).collect().await;
-    // The error is a box that anyhow cannot take as it is.
-    let collected = collected.map_err(|error| anyhow::anyhow!("{error}"));
-    Ok(collected.context("the agent's answer broke off")?.to_bytes())
-}
-
-async fn in_time<R>(seconds_max: u64, work: impl Future<Output = Result<R>>) -> Result<R> {
-    match tokio::time::timeout(Duration::from_secs(seconds_max), work).await {
-        Ok(result) => result,
-        Err(_) => {
-            bail!("the agent gave no answer within {seconds_max} s; it may still do what was asked")
+        match error {
+            Error::Refused(failure) => Refused(failure).into(),
+            Error::Silent { wait } => anyhow::anyhow!(
+                "the agent gave no answer within {} s; it may still do what was asked",
+                wait.as_secs()
+            ),
+            Error::Status(status) => {
+                anyhow::anyhow!("the agent answered {status}, without a reason")
+            }
+            error @ Error::Broken(_) => anyhow::Error::from(error)
+                .context("the agent gave no answer: its log says more (`journalctl -u limosad`)"),
+            error @ Error::Answer(_) => {
+                anyhow::Error::from(error).context("the agent's answer broke off")
+            }
+            error @ Error::NotUnderstood(_) => anyhow::Error::from(error).context(
+                "the agent's answer is not understood: are limosa and limosad of one version?",
+            ),
+            error @ (Error::Connect(_) | Error::Request(_)) => error.into(),
         }
     }
 }

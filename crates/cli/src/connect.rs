@@ -10,73 +10,22 @@
 //! confirmed. Where nobody can be asked, an unknown certificate is refused.
 
 use std::error::Error as StdError;
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use hyper::Uri;
 use limosa_auth::tls::{self, PinMismatch};
 use limosa_auth::{Fingerprint, Identity};
-use limosa_protocol::api::PORT;
-use tokio::io::{AsyncRead, AsyncWrite};
+use limosa_http::BoxIo;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
 
-use crate::{command, known, show};
+use crate::address::Address;
+use crate::{known, prompt, show};
 
 /// Longest wait for a connection, in seconds.
 const CONNECT_SECONDS_MAX: u64 = 10;
-
-/// Where an agent is: `unix:PATH` or `https://HOST[:PORT]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Address {
-    /// The socket's path
-    Local(PathBuf),
-    /// `HOST:PORT`
-    Remote(String),
-}
-
-/// Text that names no agent.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("write it as unix:/PATH or https://HOST[:PORT]")]
-pub(crate) struct BadAddress;
-
-impl FromStr for Address {
-    type Err = BadAddress;
-
-    fn from_str(text: &str) -> Result<Self, BadAddress> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            return if path.is_empty() { Err(BadAddress) } else { Ok(Self::Local(path.into())) };
-        }
-        let uri: Uri = text.parse().map_err(|_| BadAddress)?;
-        let authority = uri.authority().ok_or(BadAddress)?;
-        let plain = uri.scheme_str() == Some("https")
-            && uri.path() == "/"
-            && uri.query().is_none()
-            && !authority.as_str().contains('@')
-            && !authority.host().is_empty();
-        let port = match authority.as_str().strip_prefix(authority.host()) {
-            Some("") => Some(PORT),
-            _ => authority.port_u16(),
-        };
-        match port {
-            Some(port) if plain => Ok(Self::Remote(format!("{}:{port}", authority.host()))),
-            _ => Err(BadAddress),
-        }
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Local(path) => write!(f, "unix:{}", path.display()),
-            Self::Remote(address) => write!(f, "https://{address}"),
-        }
-    }
-}
 
 /// Why there is no connection, with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -129,17 +78,10 @@ pub(crate) enum ConnectError {
     Stranger { address: String, certificate: PathBuf },
 }
 
-/// Bytes both ways.
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
-
 /// Connects to an agent.
 ///
 /// - `given`: the fingerprint that the operator gave, for a remote agent.
-pub(crate) async fn connect(
-    address: &Address,
-    given: Option<Fingerprint>,
-) -> Result<Box<dyn Stream>> {
+pub(crate) async fn connect(address: &Address, given: Option<Fingerprint>) -> Result<BoxIo> {
     match address {
         Address::Local(path) => {
             let stream = UnixStream::connect(path).await;
@@ -204,14 +146,14 @@ async fn confirm(address: &str, identity: &Identity) -> Result<Fingerprint> {
         Ok(_) => anyhow::bail!("{address} shows a certificate that cannot be"),
     };
     let (address, found) = (address.to_owned(), mismatch.found);
-    if !command::can_ask() {
+    if !prompt::can_ask() {
         return Err(ConnectError::Unconfirmed { address, found }.into());
     }
     show::note(&format!(
         "The certificate of {address} is not known yet. Its fingerprint is\n  {found}\nCompare it \
          with what `limosa host show` prints on that host."
     ));
-    match command::ask("Is it the same? (yes/no)", "--fingerprint")?.as_str() {
+    match prompt::ask("Is it the same? (yes/no)", "--fingerprint")?.as_str() {
         "yes" => Ok(found),
         _ => Err(ConnectError::Declined { address }.into()),
     }
@@ -252,26 +194,4 @@ fn pin_mismatch(error: &io::Error) -> Option<PinMismatch> {
 /// The error of TLS within an error of input and output.
 fn tls_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
     error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_are_read_or_refused() {
-        for (text, meant) in [
-            ("unix:/run/x.sock", Address::Local("/run/x.sock".into())),
-            ("https://host2", Address::Remote("host2:6600".to_owned())),
-            ("https://host2:7000/", Address::Remote("host2:7000".to_owned())),
-            ("https://[fe80::1]", Address::Remote("[fe80::1]:6600".to_owned())),
-        ] {
-            assert_eq!(text.parse(), Ok(meant), "{text:?}");
-        }
-        for bad in ["", "host2", "unix:", "http://host2", "https://", "https://a/b", "https://u@a"]
-        {
-            assert_eq!(bad.parse::<Address>(), Err(BadAddress), "{bad:?}");
-        }
-        assert_eq!("https://a:99999".parse::<Address>(), Err(BadAddress));
-    }
 }

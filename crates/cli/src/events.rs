@@ -1,5 +1,4 @@
-//! Server-sent events, cut out of the bytes that bring them; and a migration
-//! followed through all that can break.
+//! A migration, followed by server-sent events through all that can break.
 //!
 //! ```text
 //! follow ─► events ──broke──► one look (GET) ─► a short wait ─► events …
@@ -9,11 +8,16 @@
 //! again: no event is lost. A stream that is silent for too long counts as
 //! broken, so a dead connection cannot hide the end.
 
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use anyhow::{Result, anyhow, ensure};
+use eventsource_stream::Eventsource;
+use futures_util::{Stream, StreamExt};
+use http_body_util::BodyDataStream;
+use hyper::body::Bytes;
 use limosa_protocol::id::MigrationId;
 use limosa_protocol::migration::Migration;
 
@@ -30,10 +34,13 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 pub(crate) struct Follower {
     client: Client,
     id: MigrationId,
-    stream: Option<(Incoming, Events)>,
+    stream: Option<Events>,
     /// The next attempt waits a little
     broken: bool,
 }
+
+/// The text of each event.
+type Events = Pin<Box<dyn Stream<Item = Result<String>> + Send>>;
 
 /// What is known anew.
 pub(crate) enum News {
@@ -50,7 +57,7 @@ impl Follower {
     /// The next news. An error when the agent knows no such migration.
     pub(crate) async fn next(&mut self) -> Result<News> {
         loop {
-            let Some((body, events)) = &mut self.stream else {
+            let Some(events) = &mut self.stream else {
                 match self.open().await {
                     Ok(Some(view)) => return Ok(News::View(Box::new(view))),
                     Ok(None) => continue,
@@ -58,7 +65,7 @@ impl Follower {
                     Err(error) => return Ok(News::Trouble(error)),
                 }
             };
-            match next_event(body, events).await {
+            match next_view(events).await {
                 Ok(Some(view)) => return Ok(News::View(Box::new(view))),
                 // An end before the outcome and a breach are the same to us.
                 Ok(None) | Err(_) => {
@@ -83,113 +90,65 @@ impl Follower {
         // Until the stream has opened, this attempt is a broken one.
         self.broken = true;
         let body = self.client.stream(&format!("{path}/events")).await?;
-        self.stream = Some((body, Events::default()));
+        self.stream = Some(texts(BodyDataStream::new(body)));
         Ok(None)
     }
 }
 
-async fn next_event(body: &mut Incoming, events: &mut Events) -> Result<Option<Migration>> {
-    loop {
-        if let Some(event) = events.next() {
-            return Ok(Some(serde_json::from_str(&event)?));
-        }
-        match tokio::time::timeout(SILENCE_MAX, body.frame()).await? {
-            None => return Ok(None),
-            Some(frame) => {
-                if let Ok(bytes) = frame?.into_data() {
-                    events.feed(&bytes)?;
-                }
-            }
-        }
-    }
-}
-
-/// The text of events, out of chunks of any size.
+/// The texts of the events in a body.
 ///
-/// Knows what the agents send: lines that end in LF or CR LF, `data` in one or
-/// several lines, comments, and other fields, which say nothing more.
-#[derive(Default)]
-struct Events {
-    buffer: Vec<u8>,
-    /// Bytes of `buffer` that hold no end of a line
-    searched: usize,
-    event: Option<String>,
+/// The parser keeps the bytes of an event that has no end yet, so they are counted before it.
+fn texts<E: Into<anyhow::Error> + 'static>(
+    chunks: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
+) -> Events {
+    let bytes_since = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&bytes_since);
+    let chunks = chunks.map(move |chunk| {
+        let chunk = chunk.map_err(E::into)?;
+        let pending_bytes = counted.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len();
+        ensure!(pending_bytes <= EVENT_BYTES_MAX, "an event of the agent has no end");
+        Ok(chunk)
+    });
+    let texts = chunks.eventsource().map(move |event| {
+        bytes_since.store(0, Ordering::Relaxed);
+        Ok(event.map_err(|error| anyhow!("{error}"))?.data)
+    });
+    Box::pin(texts)
 }
 
-impl Events {
-    fn feed(&mut self, bytes: &[u8]) -> Result<()> {
-        self.buffer.extend_from_slice(bytes);
-        let length = self.buffer.len() + self.event.as_ref().map_or(0, String::len);
-        ensure!(length <= EVENT_BYTES_MAX, "an event of the agent has no end");
-        Ok(())
-    }
-
-    /// The next whole event, if there is one.
-    fn next(&mut self) -> Option<String> {
-        while let Some(line) = self.line() {
-            if line.is_empty() {
-                if let Some(event) = self.event.take() {
-                    return Some(event);
-                }
-            } else if let Some(value) = line.strip_prefix("data:") {
-                let value = value.strip_prefix(' ').unwrap_or(value);
-                match &mut self.event {
-                    None => self.event = Some(value.to_owned()),
-                    Some(event) => {
-                        event.push('\n');
-                        event.push_str(value);
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    fn line(&mut self) -> Option<String> {
-        let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') else {
-            self.searched = self.buffer.len();
-            return None;
-        };
-        let line: Vec<u8> = self.buffer.drain(..=self.searched + end).collect();
-        self.searched = 0;
-        let line = line.strip_suffix(b"\n").unwrap_or(&line);
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        Some(String::from_utf8_lossy(line).into_owned())
-    }
+/// The next view; `None` at the end of the stream.
+async fn next_view(events: &mut Events) -> Result<Option<Migration>> {
+    let next = tokio::time::timeout(SILENCE_MAX, events.next()).await?;
+    next.map(|event| Ok(serde_json::from_str(&event?)?)).transpose()
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::stream;
+
     use super::*;
 
+    fn chunks(all: Vec<Bytes>) -> Events {
+        texts(stream::iter(all.into_iter().map(anyhow::Ok)))
+    }
+
     /// Goal: events are the same however the network cuts their bytes.
-    #[test]
-    fn events_are_whole_however_they_come() {
+    #[tokio::test]
+    async fn events_are_whole_however_they_come() {
         let text = "event: migration\ndata: {\"a\":\"\u{e4}\"}\n\n: keep-alive\n\n\
                     id: 7\r\ndata:one\r\ndata:  two\r\n\r\ndata: not yet";
         for size in 1..=text.len() {
-            let mut events = Events::default();
-            let mut all = Vec::new();
-            for chunk in text.as_bytes().chunks(size) {
-                events.feed(chunk).unwrap();
-                while let Some(event) = events.next() {
-                    all.push(event);
-                }
-            }
+            let cut = text.as_bytes().chunks(size).map(Bytes::copy_from_slice);
+            let all: Vec<_> = chunks(cut.collect()).map(Result::unwrap).collect().await;
             assert_eq!(all, ["{\"a\":\"\u{e4}\"}", "one\n two"], "in chunks of {size}");
         }
     }
 
-    #[test]
-    fn an_endless_event_is_refused() {
+    #[tokio::test]
+    async fn an_endless_event_is_refused() {
         for piece in [vec![b'x'; 1 << 16], [&b"data: "[..], &[b'x'; 1 << 16], b"\n"].concat()] {
-            let mut events = Events::default();
-            let fed = (0..32).try_for_each(|_| {
-                events.feed(&piece)?;
-                assert_eq!(events.next(), None);
-                anyhow::Ok(())
-            });
-            assert!(fed.is_err());
+            let mut events = chunks(vec![Bytes::from(piece); 32]);
+            assert!(events.next().await.is_some_and(|event| event.is_err()));
         }
     }
 }

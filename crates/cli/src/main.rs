@@ -9,6 +9,7 @@
 //! codes are decided in [`exit`] alone. Nothing but [`client`] speaks HTTP and
 //! nothing but [`connect`] opens a connection.
 
+mod address;
 mod args;
 mod client;
 mod command;
@@ -18,6 +19,7 @@ mod events;
 mod exit;
 mod known;
 mod progress;
+mod prompt;
 mod show;
 mod summary;
 

@@ -5,9 +5,10 @@ use std::time::SystemTime;
 use anyhow::Result;
 use limosa_protocol::api::{Host as View, Invitation, PairRequest, PairedHost};
 
-use super::{Session, ask};
+use super::Session;
 use crate::args::Host;
 use crate::exit::Exit;
+use crate::prompt::ask;
 use crate::show;
 
 pub(super) async fn run(session: &Session, command: Host) -> Result<Exit> {

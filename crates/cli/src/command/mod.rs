@@ -6,7 +6,6 @@ mod operator;
 mod switch;
 mod vm;
 
-use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -19,9 +18,6 @@ use crate::args::{Arguments, Command};
 use crate::client::Client;
 use crate::exit::Exit;
 use crate::show;
-
-/// Longest answer to a question, in bytes.
-const REPLY_BYTES_MAX: u64 = 4096;
 
 /// A command with its agent.
 pub(crate) struct Session {
@@ -82,22 +78,6 @@ fn man_pages(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     clap_mangen::generate_to(Arguments::command(), folder)
         .with_context(|| format!("writing man pages into {}", folder.display()))
-}
-
-/// Whether there is somebody to ask.
-pub(crate) fn can_ask() -> bool {
-    std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
-}
-
-/// Asks a question on the terminal.
-///
-/// - `option`: what answers it where there is no terminal.
-pub(crate) fn ask(question: &str, option: &str) -> Result<String> {
-    anyhow::ensure!(can_ask(), "there is no terminal to ask on: give {option}");
-    write!(std::io::stderr(), "{question} ")?;
-    let mut reply = String::new();
-    std::io::Read::take(std::io::stdin().lock(), REPLY_BYTES_MAX).read_line(&mut reply)?;
-    Ok(reply.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -10,11 +10,12 @@ use limosa_protocol::id::VmName;
 use limosa_protocol::migration::{self, Migration, MoveRequest, Role};
 use limosa_protocol::vm::{Accelerator, VmDefinition};
 
+use super::Session;
 use super::migration::{CtrlC, watch};
-use super::{Session, ask};
 use crate::args::{MoveOptions, OneVm, Stop, Verify, Vm};
 use crate::client::ANSWER_SECONDS_MAX;
 use crate::exit::{Exit, problem_text};
+use crate::prompt::ask;
 use crate::{console, known, show};
 
 pub(super) async fn run(session: &Session, command: Vm) -> Result<Exit> {
