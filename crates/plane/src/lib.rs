@@ -40,10 +40,10 @@ mod tests;
 mod versions;
 
 pub use channel::{ChannelIo, ReadWrite};
-pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, PagePlace, RamTarget};
+pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, RamTarget};
 pub use digest::ram_digests;
 pub use disk::{DiskTarget, RawTarget};
-pub use page::PAGE_BYTES;
+pub use page::{PAGE_BYTES, PagePlace};
 pub use settings::{PlaneSettings, SILENCE_MAX};
 pub use shutdown::{Place, PlaneError, PlaneEvent};
 pub use source::{RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};

@@ -10,7 +10,7 @@ use limosa_protocol::frame::{
     Barrier, DigestSubject, DigestsHeader, DiskHeader, FrameKind, PageForm, PageHeader, RamStart,
 };
 
-use super::Shared;
+use super::shared::Shared;
 use super::tail::TailError;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
@@ -274,6 +274,6 @@ impl Apply {
     /// Has all disks flushed; it is told once they are.
     fn disk_barrier(&self, number: u64) {
         let barrier = Barrier { at: number, digest: self.disks.digest() };
-        self.shared.disks.barrier(&self.shared, self.index, barrier);
+        self.shared.disks.barrier(self.index, barrier, |passed| self.shared.pass_disks(passed));
     }
 }

@@ -24,9 +24,8 @@ use std::time::{Duration, Instant};
 
 use limosa_protocol::frame::Barrier;
 
-use super::Shared;
 use crate::disk::DiskTarget;
-use crate::shutdown::PlaneError;
+use crate::shutdown::{PlaneError, Shutdown};
 
 /// Unflushed bytes of a disk at which it is flushed early, so that the last
 /// flush, which is blackout, is short.
@@ -81,6 +80,14 @@ struct Waiting {
     barrier: Barrier,
     /// Barriers of the channel that are told with it: it and those it overtook
     count: u32,
+}
+
+/// A barrier of a channel that all disks have passed.
+pub(super) struct PassedBarrier {
+    pub(super) channel: usize,
+    pub(super) barrier: Barrier,
+    /// Barriers of the channel: this one and those that it overtook
+    pub(super) count: u32,
 }
 
 #[derive(Default)]
@@ -224,22 +231,29 @@ impl Disks {
     }
 
     /// A channel brought a barrier; it is told once all disks are durable.
-    pub(super) fn barrier(&self, shared: &Shared, channel: usize, barrier: Barrier) {
+    ///
+    /// - `report`: called under the lock, see [`Due::report`].
+    pub(super) fn barrier(&self, channel: usize, barrier: Barrier, report: impl Fn(PassedBarrier)) {
         let mut due = lock(&self.due);
         due.brought[channel] += 1;
         let number = due.brought[channel];
         let overtaken = due.waiting[channel].map_or(0, |waiting| waiting.count);
         due.waiting[channel] = Some(Waiting { number, barrier, count: overtaken + 1 });
-        due.report(shared);
+        due.report(&report);
         drop(due);
         self.changed.notify_all();
     }
 
     /// Flushes a disk whenever that is due, until the plane ends.
-    pub(super) fn flush_when_due(&self, shared: &Shared, disk: usize) -> Result<(), PlaneError> {
+    pub(super) fn flush_when_due(
+        &self,
+        disk: usize,
+        shutdown: &Shutdown,
+        report: impl Fn(PassedBarrier),
+    ) -> Result<(), PlaneError> {
         let failed = |error| PlaneError::local(format!("flushing disk {disk} here"), error);
         let may_be_early = lock(&self.early[disk]).is_some();
-        while let Some(work) = self.next(shared, disk, may_be_early) {
+        while let Some(work) = self.next(shutdown, disk, may_be_early) {
             match work {
                 Work::Early => {
                     if let Some(early) = &mut *lock(&self.early[disk]) {
@@ -250,7 +264,7 @@ impl Disks {
                     lock(&self.targets[disk]).flush().map_err(failed)?;
                     let mut due = lock(&self.due);
                     due.disks[disk].passed = count;
-                    due.report(shared);
+                    due.report(&report);
                 }
             }
         }
@@ -258,10 +272,10 @@ impl Disks {
     }
 
     /// Waits for work; `None` when the plane has ended.
-    fn next(&self, shared: &Shared, disk: usize, may_be_early: bool) -> Option<Work> {
+    fn next(&self, shutdown: &Shutdown, disk: usize, may_be_early: bool) -> Option<Work> {
         let mut due = lock(&self.due);
         loop {
-            if shared.shutdown.is_shut_down() {
+            if shutdown.is_shut_down() {
                 return None;
             }
             let count = due.whole_count();
@@ -292,17 +306,16 @@ impl Due {
         self.brought.iter().min().copied().unwrap_or(0)
     }
 
-    /// Tells of the barriers that all disks have passed. Under the lock: of two
-    /// barriers of a channel, the later one is told last.
-    fn report(&mut self, shared: &Shared) {
+    /// Reports the barriers that all disks have passed. The caller holds the lock: of
+    /// two barriers of a channel, the later one is reported last.
+    fn report(&mut self, report: &impl Fn(PassedBarrier)) {
         let passed = self.disks.iter().map(|disk| disk.passed).min();
         let passed = passed.unwrap_or(self.whole_count());
         for (channel, waiting) in self.waiting.iter_mut().enumerate() {
             if let Some(Waiting { barrier, count, .. }) =
                 waiting.take_if(|one| one.number <= passed)
             {
-                shared.board.passed_disks(channel, barrier);
-                shared.pass_disks(channel, count);
+                report(PassedBarrier { channel, barrier, count });
             }
         }
     }

@@ -19,15 +19,13 @@ mod apply;
 mod disks;
 mod receiver;
 mod retry;
+mod shared;
 mod tail;
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use crate::channel::ChannelIo;
 use crate::digest::PageDigests;
@@ -40,11 +38,8 @@ use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
 use acks::Board;
 pub use disks::DestinationDisk;
 use disks::Disks;
-pub use retry::PagePlace;
-use tail::{Tail, TailError};
-
-/// How often a wait for the other channels looks whether the plane has ended.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+use shared::{Progress, Shared};
+use tail::Tail;
 
 /// A block of guest RAM to be filled.
 pub struct RamTarget {
@@ -83,33 +78,6 @@ pub struct DestinationPlane {
     link: Arc<Link>,
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-/// What all receivers share.
-struct Shared {
-    channel_count: usize,
-    ram: RwLock<Vec<Ram>>,
-    /// By channel: of the pages that it carries
-    digests: Vec<Mutex<PageDigests>>,
-    disks: Disks,
-    board: Board,
-    tail: Mutex<Tail>,
-    progress: Mutex<Progress>,
-    changed: Condvar,
-    read_back: bool,
-    shutdown: Arc<Shutdown>,
-}
-
-/// Which barriers the channels passed.
-struct Progress {
-    /// By channel: the stream whose RAM barrier was passed last
-    ram_passed: Vec<u32>,
-    /// The stream of which all RAM is in, and was read back if that is wanted
-    ram_is_in: u32,
-    /// Digests of what was read back, by part
-    ram_digests: Option<Vec<u128>>,
-    /// By channel: how many disk barriers were passed
-    disk_passed: Vec<u32>,
 }
 
 impl DestinationPlane {
@@ -164,7 +132,9 @@ impl DestinationPlane {
         }
         for disk in 0..shared.disks.count() {
             let own = Arc::clone(&shared);
-            let flush = move || own.disks.flush_when_due(&own, disk);
+            let flush = move || {
+                own.disks.flush_when_due(disk, &own.shutdown, |passed| own.pass_disks(passed))
+            };
             threads
                 .push(shutdown::spawn(format!("flush-{disk}"), &shutdown, flush).map_err(failed)?);
         }
@@ -238,98 +208,4 @@ fn close_with(shutdown: &Shutdown, qemu: &UnixStream) -> Result<(), PlaneError> 
         closer.shutdown(std::net::Shutdown::Both).ok();
     }));
     Ok(())
-}
-
-impl Shared {
-    fn read_ram(&self) -> RwLockReadGuard<'_, Vec<Ram>> {
-        self.ram.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_ram(&self) -> RwLockWriteGuard<'_, Vec<Ram>> {
-        self.ram.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_digests(&self, channel: usize) -> MutexGuard<'_, PageDigests> {
-        self.digests[channel].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_progress(&self) -> MutexGuard<'_, Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_tail(&self) -> MutexGuard<'_, Tail> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Notes that a channel passed the RAM barrier of a stream.
-    fn pass_ram(&self, channel: usize, stream: u32) -> Result<(), PlaneError> {
-        let is_last = {
-            let mut progress = self.lock_progress();
-            progress.ram_passed[channel] = stream;
-            progress.ram_passed.iter().all(|passed| *passed == stream)
-        };
-        if is_last {
-            let digests = if self.read_back { Some(self.read_ram_back()?) } else { None };
-            let mut progress = self.lock_progress();
-            progress.ram_digests = digests;
-            progress.ram_is_in = stream;
-            drop(progress);
-            self.changed.notify_all();
-            self.give_tail()?;
-        }
-        Ok(())
-    }
-
-    fn read_ram_back(&self) -> Result<Vec<u128>, PlaneError> {
-        let ram = self.read_ram();
-        let digests = ram.iter().map(Ram::digests);
-        let digests = digests.collect::<std::io::Result<Vec<_>>>().map(|all| all.concat());
-        digests.map_err(|error| PlaneError::local("reading RAM again", error))
-    }
-
-    /// Gives QEMU the tail if it is released and all RAM is in.
-    fn give_tail(&self) -> Result<(), PlaneError> {
-        {
-            // A stream is released once all channels passed its barrier, so none
-            // of them is at another one.
-            let progress = self.lock_progress();
-            if progress.ram_passed.iter().any(|passed| *passed != progress.ram_is_in) {
-                return Ok(());
-            }
-        }
-        match self.lock_tail().give() {
-            Ok(true) => self.shutdown.emit(PlaneEvent::RamDelivered),
-            Ok(false) => {}
-            Err(TailError::Order(what)) => return Err(PlaneError::protocol(0, what)),
-            Err(TailError::Qemu(error)) => {
-                return Err(PlaneError::local("giving QEMU its stream (see qemu.log)", error));
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes that a channel passed so many more disk barriers.
-    fn pass_disks(&self, channel: usize, count: u32) {
-        let mut progress = self.lock_progress();
-        progress.disk_passed[channel] += count;
-        let passed = progress.disk_passed[channel];
-        if progress.disk_passed.iter().all(|other| *other == passed) {
-            drop(progress);
-            self.shutdown.emit(PlaneEvent::DisksEqual(passed));
-        }
-    }
-
-    /// Waits until every channel passed the RAM barrier of a stream; `false` when
-    /// the plane ended first.
-    fn wait_for_ram(&self, stream: u32) -> bool {
-        let mut progress = self.lock_progress();
-        while progress.ram_is_in != stream {
-            if self.shutdown.is_shut_down() {
-                return false;
-            }
-            let waited = self.changed.wait_timeout(progress, LOOK_EVERY);
-            progress = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
-    }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use limosa_protocol::frame::{FrameKind, Resume};
 
-use super::Shared;
 use super::apply::Apply;
+use super::shared::Shared;
 use crate::channel::{FrameMaker, FrameReader};
 use crate::link::{Connection, Link};
 use crate::shutdown::PlaneError;

@@ -16,8 +16,11 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use super::{DestinationDisk, DestinationPlane, RamTarget, Shared, close_with, map};
+use super::disks::DestinationDisk;
+use super::shared::Shared;
+use super::{DestinationPlane, RamTarget, close_with, map};
 use crate::digest::{PageDigests, page_digest};
+use crate::page::PagePlace;
 use crate::ram::Ram;
 use crate::route::{REGION_PAGES, page_channel, page_slot};
 use crate::shutdown::PlaneError;
@@ -25,15 +28,6 @@ use crate::shutdown::PlaneError;
 /// Most pages that QEMU may have changed while it loaded devices: 256 MiB. It changes a
 /// few; a host that finds more is better off with a new migration.
 const CHANGED_PAGES_MAX: usize = 64 << 10;
-
-/// A page of guest RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PagePlace {
-    /// Number of its block
-    pub block: u8,
-    /// Number of the page in it
-    pub page: u32,
-}
 
 impl DestinationPlane {
     /// Makes all disks durable, lets go of them and of QEMU, and closes the connections

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_protocol::frame::{DiskHeader, FrameKind};
 
-use super::sender::{DiskOperation, Work};
-use super::{Queues, SourceDisk, WORK_BYTES_MAX, ended};
+use super::spec::SourceDisk;
+use super::work::{DiskOperation, Queues, WORK_BYTES_MAX, Work, ended};
 use crate::meter::{Meter, add};
 use crate::route::{REGION_BYTES, disk_channel};
 use limosa_nbd::server::DiskSink;

@@ -14,6 +14,8 @@ mod delivery;
 mod disk;
 mod reader;
 mod sender;
+mod spec;
+mod work;
 mod writer;
 
 use std::io;
@@ -26,10 +28,9 @@ use limosa_protocol::frame::{Ack, FrameKind};
 use limosa_protocol::migration::Moved;
 
 use crate::channel::{ChannelIo, FrameReader};
-use crate::destination::PagePlace;
 use crate::link::{Connection, Link};
 use crate::meter::Meter;
-use crate::page::PAGE_BYTES;
+use crate::page::{PAGE_BYTES, PagePlace};
 use crate::queue::Queue;
 use crate::replay::Replay;
 use crate::route::page_channel;
@@ -37,35 +38,9 @@ use crate::settings::PlaneSettings;
 use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
 use delivery::{Delivery, Met};
 use limosa_nbd::server::DiskSink;
-use sender::Work;
+pub use spec::{RamBlockSpec, SourceDisk};
+use work::{Queues, WORK_BYTES_MAX, Work, ended};
 use writer::FrameWriter;
-
-/// Bytes of a piece of work in a queue, at most: a batch of pages or a piece of
-/// a disk write.
-pub(crate) const WORK_BYTES_MAX: usize = 256 << 10;
-
-/// What waits for each channel's sender.
-type Queues = Arc<[Queue<Work>]>;
-
-/// A block of guest RAM that goes out of band.
-#[derive(Debug, Clone)]
-pub struct RamBlockSpec {
-    /// QEMU's name of it
-    pub name: String,
-    /// Bytes
-    pub size_bytes: u64,
-}
-
-/// A disk that is mirrored.
-#[derive(Debug, Clone, Copy)]
-pub struct SourceDisk {
-    /// Its number, the same at the destination
-    pub index: u16,
-    /// Bytes
-    pub size_bytes: u64,
-    /// The destination's image reads as zeroes where nothing was written
-    pub fresh: bool,
-}
 
 /// What a source's plane is made of.
 pub struct SourceSpec {
@@ -315,10 +290,6 @@ impl Drop for SourcePlane {
     fn drop(&mut self) {
         self.abort();
     }
-}
-
-pub(crate) fn ended() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the migration has ended")
 }
 
 /// Takes what the destination acknowledges.

@@ -21,8 +21,8 @@ use std::time::Duration;
 use limosa_qemu::stream::{RamBlock, RamSection, StreamParser, StreamPart, StreamSink};
 
 use super::delivery::Delivery;
-use super::sender::{Batch, Work};
-use super::{Queues, RamBlockSpec, WORK_BYTES_MAX, ended};
+use super::spec::RamBlockSpec;
+use super::work::{Batch, Queues, WORK_BYTES_MAX, Work, ended};
 use crate::meter::{Meter, add};
 use crate::page::PAGE_BYTES;
 use crate::route::page_channel;

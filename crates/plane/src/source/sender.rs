@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_protocol::frame::{
-    Barrier, DigestSubject, DigestsHeader, DiskHeader, FrameKind, PageForm, PageHeader, RamStart,
+    Barrier, DigestSubject, DigestsHeader, FrameKind, PageForm, PageHeader, RamStart,
 };
 
 use super::delivery::Delivery;
+use super::spec::{RamBlockSpec, SourceDisk};
+use super::work::{Batch, DiskOperation, Work};
 use super::writer::FrameWriter;
-use super::{RamBlockSpec, SourceDisk};
-use crate::destination::PagePlace;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::meter::{Meter, add};
-use crate::page::PAGE_BYTES;
+use crate::page::{PAGE_BYTES, PagePlace};
 use crate::queue::{Queue, Taken};
 use crate::route::{page_slot, slot_count};
 use crate::settings::PlaneSettings;
@@ -26,40 +26,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Digests in a frame: 512 KiB.
 const DIGESTS_COUNT_MAX: usize = 32 << 10;
-
-/// Pages on their way to a sender.
-#[derive(Default)]
-pub(crate) struct Batch {
-    /// Block, page, and whether it is zero; the others' contents are in `bytes`.
-    pub(crate) pages: Vec<(usize, u64, bool)>,
-    pub(crate) bytes: Vec<u8>,
-}
-
-/// A disk operation on its way to a sender.
-pub(crate) struct DiskOperation {
-    pub(crate) kind: FrameKind,
-    pub(crate) head: DiskHeader,
-    pub(crate) bytes: Vec<u8>,
-}
-
-/// What a sender is given.
-pub(crate) enum Work {
-    /// A stream of QEMU begins
-    RamStart(u32),
-    Pages(Batch),
-    Disk(DiskOperation),
-    Stream(Vec<u8>),
-    Tail(Vec<u8>),
-    StreamEnd,
-    Release,
-    RamBarrier,
-    /// The destination has only zeroes there now
-    Forget(Vec<PagePlace>),
-    /// Its number
-    DiskBarrier(u32),
-    /// The two sides differ
-    Digests,
-}
 
 pub(super) struct Sender {
     index: usize,

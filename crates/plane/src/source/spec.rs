@@ -1,0 +1,21 @@
+//! RAM and disks of a source's plane.
+
+/// A block of guest RAM that goes out of band.
+#[derive(Debug, Clone)]
+pub struct RamBlockSpec {
+    /// QEMU's name of it
+    pub name: String,
+    /// Bytes
+    pub size_bytes: u64,
+}
+
+/// A disk that is mirrored.
+#[derive(Debug, Clone, Copy)]
+pub struct SourceDisk {
+    /// Its number, the same at the destination
+    pub index: u16,
+    /// Bytes
+    pub size_bytes: u64,
+    /// The destination's image reads as zeroes where nothing was written
+    pub fresh: bool,
+}
