@@ -20,10 +20,10 @@ pub(crate) use limosa_qemu::process::User as QemuUser;
 use limosa_qemu::quirk::VERSION_MIN;
 
 use crate::config::{self, Config};
-use crate::failure::{Failure, Result, chain};
+use crate::failure::{Failure, Result};
 use crate::migration::Migrations;
 use crate::net::Net;
-use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, StoreError, lock};
+use crate::store::{MigrationRecord, OperatorRecord, PeerRecord, Store, lock};
 use crate::vm::{Inner, Vm};
 
 /// Most VMs of one host.
@@ -206,12 +206,6 @@ impl Agent {
     /// Works on the invitation, of which there is at most one.
     pub(crate) fn with_invitation<T>(&self, work: impl FnOnce(&mut Option<Invitation>) -> T) -> T {
         work(&mut self.invitation.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-impl From<StoreError> for Failure {
-    fn from(error: StoreError) -> Self {
-        Self::internal(chain(&error))
     }
 }
 

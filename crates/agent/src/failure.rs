@@ -1,9 +1,12 @@
-//! Failures as the API tells them: one type from the place of the fault to the
-//! HTTP answer.
+//! Failures as the API reports them.
+//!
+//! ```text
+//! an error of a domain (thiserror) ─ DomainError: code, remedy ─► Failure ─► api::failure ─► HTTP
+//! ```
+//!
+//! Domains that have no error type of their own yet make a [`Failure`] where the cause is known.
+//! The HTTP status is the business of the API alone.
 
-use axum::Json;
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
 use limosa_protocol::api::{self, FailureCode};
 use limosa_protocol::migration::Problem;
 
@@ -15,9 +18,49 @@ pub(crate) struct Failure(pub(crate) api::Failure);
 /// A result whose error is a [`Failure`], if no other is given.
 pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
 
+/// An error of one domain, with the code and the remedy that its callers read.
+pub(crate) trait DomainError: std::error::Error {
+    fn code(&self) -> FailureCode;
+
+    /// What the operator can do, when the error knows it.
+    fn remedy(&self) -> Option<String> {
+        None
+    }
+}
+
+impl<E: DomainError> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(api::Failure {
+            code: error.code(),
+            message: chain(&error),
+            remedy: error.remedy(),
+            problems: Vec::new(),
+        })
+    }
+}
+
+/// What keeps a VM from being changed, and what the operator can do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Hindrance {
+    pub(crate) message: String,
+    pub(crate) remedy: String,
+}
+
+impl DomainError for Hindrance {
+    fn code(&self) -> FailureCode {
+        FailureCode::VmLocked
+    }
+
+    fn remedy(&self) -> Option<String> {
+        Some(self.remedy.clone())
+    }
+}
+
 impl Failure {
     fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self(api::Failure { code, message: message.into(), problems: Vec::new() })
+        let message = message.into();
+        Self(api::Failure { code, message, remedy: None, problems: Vec::new() })
     }
     pub(crate) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(FailureCode::BadRequest, message)
@@ -37,36 +80,18 @@ impl Failure {
     pub(crate) fn peer(message: impl Into<String>) -> Self {
         Self::new(FailureCode::PeerFailed, message)
     }
+    pub(crate) fn peer_unreachable(message: impl Into<String>) -> Self {
+        Self::new(FailureCode::PeerUnreachable, message)
+    }
     pub(crate) fn problems(message: impl Into<String>, problems: Vec<Problem>) -> Self {
-        Self(api::Failure { code: FailureCode::Problems, message: message.into(), problems })
+        let message = message.into();
+        Self(api::Failure { code: FailureCode::Problems, message, remedy: None, problems })
     }
 }
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0.message)?;
-        for problem in &self.0.problems {
-            write!(f, "; {} ({})", problem.message, problem.remedy)?;
-        }
-        Ok(())
-    }
-}
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let status = match self.0.code {
-            FailureCode::BadRequest => StatusCode::BAD_REQUEST,
-            FailureCode::Forbidden => StatusCode::FORBIDDEN,
-            FailureCode::NotFound => StatusCode::NOT_FOUND,
-            FailureCode::Conflict => StatusCode::CONFLICT,
-            FailureCode::Problems => StatusCode::UNPROCESSABLE_ENTITY,
-            FailureCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-            FailureCode::PeerFailed => StatusCode::BAD_GATEWAY,
-        };
-        if status == StatusCode::INTERNAL_SERVER_ERROR {
-            tracing::error!(failure = %self, "request failed");
-        }
-        (status, Json(self.0)).into_response()
+        self.0.fmt(f)
     }
 }
 

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_protocol::api::Switch;
+use limosa_protocol::api::FailureCode;
 use limosa_protocol::handover::{self, Stage};
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, MoveRequest, Role};
@@ -32,6 +33,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::failure::DomainError;
 use crate::fault::{self, Edge};
 
 /// Most ended migrations that are kept; the oldest go first.
@@ -182,13 +184,10 @@ pub(crate) enum StoreError {
         source: std::io::Error,
     },
     /// The store refused; nothing can be said of what is on the disk.
-    #[error("the state store failed; look at the disk of the state folder, then restart limosad")]
+    #[error("the state store failed")]
     Store(#[source] Box<redb::Error>),
     /// A write failed before.
-    #[error(
-        "the state store failed earlier, so no record can be trusted: look at the disk of the \
-         state folder, then restart limosad"
-    )]
+    #[error("the state store failed earlier, so no record can be trusted")]
     Failed,
     /// A record was written by something else.
     #[error("record {key:?} of table {table} is not readable")]
@@ -200,6 +199,20 @@ pub(crate) enum StoreError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+impl DomainError for StoreError {
+    fn code(&self) -> FailureCode {
+        match self {
+            Self::Store(_) | Self::Failed => FailureCode::StoreFailed,
+            _ => FailureCode::Internal,
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        let has_failed = matches!(self, Self::Store(_) | Self::Failed);
+        has_failed.then(|| "look at the disk of the state folder, then restart limosad".to_owned())
+    }
 }
 
 impl<E: Into<redb::Error>> From<E> for StoreError {

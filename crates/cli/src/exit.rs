@@ -75,13 +75,18 @@ pub(crate) fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
 /// problems that have some, and these problems.
 fn object(error: &anyhow::Error, refused: Option<&Refused>) -> Value {
     let problems = refused.map_or(&[][..], |Refused(failure)| &failure.problems);
-    let remedies: Vec<&str> = problems.iter().map(|problem| problem.remedy.as_str()).collect();
+    let own = refused.and_then(|Refused(failure)| failure.remedy.as_deref());
+    let of_problems = problems.iter().map(|problem| problem.remedy.as_str());
+    let remedies: Vec<&str> = own.into_iter().chain(of_problems).collect();
     let next = (!remedies.is_empty()).then(|| remedies.join("; "));
     json!({ "error": format!("{error:#}"), "next": next, "problems": problems })
 }
 
 fn tell(failure: &api::Failure) {
     show::note(&format!("limosa: {}", failure.message));
+    if let Some(remedy) = &failure.remedy {
+        show::note(&format!("  remedy: {remedy}"));
+    }
     for problem in &failure.problems {
         show::note(&problem_text(problem));
     }

@@ -51,14 +51,31 @@ pub const CONSOLE_PROTOCOL: &str = "limosa-console";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
     pub code: FailureCode,
-    /// What went wrong and what to do, in whole words
+    /// What went wrong
     pub message: String,
+    /// What the operator can do about it, when that is known
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
     /// Each single problem, when a check found several
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
 }
 
-/// Kinds of failure that callers treat differently.
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(remedy) = &self.remedy {
+            write!(f, ": {remedy}")?;
+        }
+        for problem in &self.problems {
+            write!(f, "; {} ({})", problem.message, problem.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+/// Kinds of failure that callers treat differently. A code keeps its meaning; the list is in
+/// `docs/wire.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailureCode {
@@ -68,14 +85,24 @@ pub enum FailureCode {
     Forbidden,
     /// Nothing of that name (404)
     NotFound,
+    /// The host is not paired with this one (404)
+    NotPaired,
     /// The present condition does not allow it (409)
     Conflict,
+    /// A migration, its doubt or its owner keeps the VM from being changed (409)
+    VmLocked,
     /// Checks found problems; nothing was touched (422)
     Problems,
     /// Something that should work did not (500)
     Internal,
-    /// Another host did not answer (502)
+    /// The state store failed: the agent must be restarted (500)
+    StoreFailed,
+    /// The record of a paired host cannot be read (500)
+    PairingDamaged,
+    /// Another host failed (502)
     PeerFailed,
+    /// Another host did not answer; it may or may not have done the request (502)
+    PeerUnreachable,
 }
 
 /// What a host is and can do.

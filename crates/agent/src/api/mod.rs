@@ -5,6 +5,7 @@
 //! generated from the handlers: their paths, types, and the failures of each;
 //! those that any request may end with are added to all of them here.
 
+mod failure;
 mod host;
 mod migration;
 mod peer;

@@ -115,17 +115,17 @@ fn add_answer(problems: &mut Vec<Problem>, theirs: Vec<Problem>) {
 /// There is no link to be had to a host.
 fn not_linked(to: &HostName, error: NoPeer) -> Result<Problem> {
     match error {
-        NoPeer::NotPaired => Ok(problem(
+        NoPeer::NotPaired(_) => Ok(problem(
             ProblemCode::NotPaired,
             format!("no host {to} is paired with this one"),
             pairing_remedy(to),
         )),
-        NoPeer::Damaged => Ok(problem(
+        NoPeer::Damaged(_) => Ok(problem(
             ProblemCode::PairingDamaged,
             format!("what this host recorded of {to} when they were paired is damaged"),
             format!("run `limosa host unpair {to}` here, then pair the two again"),
         )),
-        NoPeer::Store(failure) => Err(failure),
+        NoPeer::Store(error) => Err(error.into()),
     }
 }
 
@@ -197,6 +197,7 @@ mod tests {
     use limosa_protocol::api;
 
     use super::*;
+    use crate::store::StoreError;
 
     fn host() -> HostName {
         "host2".parse().unwrap()
@@ -218,8 +219,8 @@ mod tests {
     #[test]
     fn a_refusal_is_not_silence() {
         let refused = |code| {
-            let problems = Vec::new();
-            PeerError::Refused(api::Failure { code, message: "why".to_owned(), problems })
+            let (message, problems) = ("why".to_owned(), Vec::new());
+            PeerError::Refused(api::Failure { code, message, remedy: None, problems })
         };
         for (error, code) in [
             (PeerError::Unreachable("no route".to_owned()), ProblemCode::Unreachable),
@@ -236,12 +237,12 @@ mod tests {
 
     #[test]
     fn a_damaged_pairing_is_told_apart_from_none() {
-        let told = not_linked(&host(), NoPeer::NotPaired).unwrap();
+        let told = not_linked(&host(), NoPeer::NotPaired(host())).unwrap();
         assert_eq!(told.code, ProblemCode::NotPaired);
-        let told = not_linked(&host(), NoPeer::Damaged).unwrap();
+        let told = not_linked(&host(), NoPeer::Damaged(host())).unwrap();
         assert_eq!(told.code, ProblemCode::PairingDamaged);
         assert!(told.remedy.contains("host unpair host2"), "{told:?}");
-        let failed = NoPeer::Store(Failure::internal("the store failed"));
+        let failed = NoPeer::Store(StoreError::Failed);
         assert!(not_linked(&host(), failed).is_err());
     }
 

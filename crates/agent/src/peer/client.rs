@@ -19,7 +19,7 @@ use tokio_rustls::TlsConnector;
 
 use super::connect::connect;
 use super::error::{NoPeer, PeerError};
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::fault::{self, Edge, Kind};
 use crate::store::{PeerRecord, Store, StoreError};
 
@@ -40,19 +40,14 @@ impl PeerClient {
     /// A client of a paired host.
     ///
     /// - `own`: the identity of this host.
-    pub(crate) fn new(store: &Store, own: &Identity, name: &HostName) -> Result<Self, Failure> {
-        Self::open(store, own, name).map_err(|error| error.of(name))
-    }
-
-    /// A client of a paired host, or the reason why there is none.
     pub(crate) fn open(store: &Store, own: &Identity, name: &HostName) -> Result<Self, NoPeer> {
         let recorded = store.get(name.as_str());
         let record: PeerRecord = match recorded {
-            Ok(record) => record.ok_or(NoPeer::NotPaired)?,
-            Err(StoreError::Record { .. }) => return Err(NoPeer::Damaged),
-            Err(error) => return Err(NoPeer::Store(error.into())),
+            Ok(record) => record.ok_or_else(|| NoPeer::NotPaired(name.clone()))?,
+            Err(StoreError::Record { .. }) => return Err(NoPeer::Damaged(name.clone())),
+            Err(error) => return Err(NoPeer::Store(error)),
         };
-        let expected: Fingerprint = record.fingerprint.parse().map_err(|_| NoPeer::Damaged)?;
+        let expected: Fingerprint = record.fingerprint.parse().map_err(|_| NoPeer::Damaged(name.clone()))?;
         let connector = |alpn: &[u8]| TlsConnector::from(tls::client_config(own, expected, alpn));
         let control = control_client(record.address.clone(), connector(tls::ALPN_HTTP));
         let channel = connector(CHANNEL_ALPN);

@@ -1,9 +1,10 @@
 //! Why a peer gave no result, and why there is no client for one.
 
-use limosa_protocol::api;
+use limosa_protocol::api::{self, FailureCode};
 use limosa_protocol::id::HostName;
 
-use crate::failure::{Failure, chain};
+use crate::failure::{DomainError, Failure, chain};
+use crate::store::StoreError;
 
 /// Why a peer gave no result.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -15,7 +16,7 @@ pub(crate) enum PeerError {
     #[error("{0}")]
     Unreachable(String),
     /// The peer answered with a failure.
-    #[error("{}", .0.message)]
+    #[error("{0}")]
     Refused(api::Failure),
 }
 
@@ -34,35 +35,40 @@ impl From<PeerError> for Failure {
     fn from(error: PeerError) -> Self {
         match error {
             PeerError::Here(message) => Self::internal(message),
-            PeerError::Unreachable(message) => Self::peer(message),
+            PeerError::Unreachable(message) => Self::peer_unreachable(message),
             PeerError::Refused(failure) => Self(failure),
         }
     }
 }
 
 /// Why there is no client for a host.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum NoPeer {
     /// The two were never paired, or are no more.
-    NotPaired,
+    #[error("no host {0} is paired with this one")]
+    NotPaired(HostName),
     /// Its record cannot be read.
-    Damaged,
+    #[error("the record of host {0} is damaged")]
+    Damaged(HostName),
     /// No record can be read.
-    Store(Failure),
+    #[error(transparent)]
+    Store(StoreError),
 }
 
-impl NoPeer {
-    /// The failure of a request that needs the host `name`.
-    pub(crate) fn of(self, name: &HostName) -> Failure {
+impl DomainError for NoPeer {
+    fn code(&self) -> FailureCode {
         match self {
-            Self::NotPaired => Failure::not_found(format!(
-                "no host {name} is paired with this one: {}",
-                pairing_remedy(name)
-            )),
-            Self::Damaged => Failure::internal(format!(
-                "the record of host {name} is damaged: `limosa host unpair {name}`, then pair again"
-            )),
-            Self::Store(failure) => failure,
+            Self::NotPaired(_) => FailureCode::NotPaired,
+            Self::Damaged(_) => FailureCode::PairingDamaged,
+            Self::Store(error) => error.code(),
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        match self {
+            Self::NotPaired(name) => Some(pairing_remedy(name)),
+            Self::Damaged(name) => Some(format!("`limosa host unpair {name}`, then pair again")),
+            Self::Store(error) => error.remedy(),
         }
     }
 }

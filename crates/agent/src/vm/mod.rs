@@ -36,7 +36,7 @@ use limosa_qemu::qmp::Qmp;
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::agent::{Agent, wire_accelerator};
-use crate::failure::{Failure, OrFail, Result};
+use crate::failure::{Failure, Hindrance, OrFail, Result};
 use crate::migration::handover::HandOver;
 use crate::net::learn::Addresses;
 use crate::store::{MigrationRecord, VmRecord};
@@ -126,7 +126,7 @@ impl Vm {
         let inner = self.inner.lock().await;
         match inner.hindrance() {
             None => Ok(inner),
-            Some((what, remedy)) => Err(Failure::conflict(format!("{what}: {remedy}"))),
+            Some(hindrance) => Err(hindrance.into()),
         }
     }
 
@@ -193,45 +193,44 @@ impl Inner {
     }
 
     /// What keeps anybody from changing the VM now, and what to do about it.
-    pub(crate) fn hindrance(&self) -> Option<(String, String)> {
+    pub(crate) fn hindrance(&self) -> Option<Hindrance> {
         let name = &self.definition.name;
         if self.has_left {
-            return Some((
-                format!("VM {name} has left this host meanwhile"),
-                "`limosa vm list` shows those there are".to_owned(),
-            ));
+            return Some(Hindrance {
+                message: format!("VM {name} has left this host meanwhile"),
+                remedy: "`limosa vm list` shows those there are".to_owned(),
+            });
         }
         if let Some(why) = &self.unusable {
-            return Some((format!("VM {name} cannot be used"), why.clone()));
+            let message = format!("VM {name} cannot be used");
+            return Some(Hindrance { message, remedy: why.clone() });
         }
         if let Some(hindrance) = self.hand_over.as_ref().and_then(HandOver::hindrance) {
             return Some(hindrance);
         }
         if let Some((id, _)) = self.migration {
-            return Some((
-                format!("VM {name} is being moved"),
-                format!(
+            return Some(Hindrance {
+                message: format!("VM {name} is being moved"),
+                remedy: format!(
                     "wait for it with `limosa migration watch {id}`, or end it with \
                      `limosa migration cancel {id}`"
                 ),
-            ));
+            });
         }
         self.unanswering()
     }
 
     /// A QEMU that lives and does not answer has the VM's files and guest:
     /// nothing may be done as if it were off.
-    fn unanswering(&self) -> Option<(String, String)> {
+    fn unanswering(&self) -> Option<Hindrance> {
         let run = self.record.run.as_ref().filter(|_| self.qemu.is_none())?;
-        process::is_alive(&run.process).then(|| {
-            (
-                format!(
-                    "QEMU of VM {} (process {}) runs and does not answer",
-                    self.definition.name, run.process.pid
-                ),
-                "restart limosad to try it again, or end that process and restart limosad"
-                    .to_owned(),
-            )
+        process::is_alive(&run.process).then(|| Hindrance {
+            message: format!(
+                "QEMU of VM {} (process {}) runs and does not answer",
+                self.definition.name, run.process.pid
+            ),
+            remedy: "restart limosad to try it again, or end that process and restart limosad"
+                .to_owned(),
         })
     }
 
@@ -239,7 +238,7 @@ impl Inner {
     pub(crate) fn expect_answering(&self) -> Result<()> {
         match self.unanswering() {
             None => Ok(()),
-            Some((what, remedy)) => Err(Failure::conflict(format!("{what}: {remedy}"))),
+            Some(hindrance) => Err(hindrance.into()),
         }
     }
 

@@ -416,7 +416,7 @@ impl Trial<'_, '_> {
     fn must_restart(&mut self, index: usize) -> Result<bool> {
         // It tells of what is under way also without its store, but not of itself.
         let host = self.stage.ask_soon(index, "GET", "/v1/host")?;
-        if host.status == 500 && host.body.to_string().contains("restart limosad") {
+        if host.body["code"] == json!(FailureCode::StoreFailed) {
             self.kill_agents(&[index])?;
             return Ok(true);
         }
@@ -483,5 +483,5 @@ impl Trial<'_, '_> {
 
 /// Whether the agent's refusal is one of a state store that failed.
 pub(super) fn is_refusal(answer: &Answer) -> bool {
-    answer.status >= 400 && answer.body["code"] != json!(FailureCode::Internal)
+    answer.status >= 400 && answer.body["code"] != json!(FailureCode::StoreFailed)
 }

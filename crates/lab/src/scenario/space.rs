@@ -85,8 +85,9 @@ fn no_room(lab: &mut Lab, vm: &str, name: &str, record: &str) -> Result<bool> {
         Ok((has_failed || order.is_finished() && has_ended).then_some(has_failed))
     })?;
     if has_struck {
-        let told = lab.host(name).api::<Value>("GET", "/v1/host", None)?.body.to_string();
-        ensure!(told.contains("restart limosad"), "it does not say what to do: {told}");
+        let told = lab.host(name).api::<Value>("GET", "/v1/host", None)?.body;
+        let has_remedy = told["remedy"].as_str().is_some_and(|it| it.contains("restart limosad"));
+        ensure!(told["code"] == "store-failed" && has_remedy, "it does not say what to do: {told}");
     }
     lab.host(name).run(&["rm", "/run/limosa/store/fill"])?;
     lab.host_mut(name).kill_agent()?;

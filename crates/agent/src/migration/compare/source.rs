@@ -39,14 +39,14 @@ pub(super) async fn check(agent: &Agent, inner: &Inner, request: &MoveRequest) -
 
 /// Whether the VM is in a condition in which it can be moved.
 async fn check_condition(inner: &Inner) -> Option<Problem> {
-    if let Some((what, remedy)) = inner.hindrance() {
-        return Some(problem(ProblemCode::Busy, what, remedy));
+    if let Some(found) = inner.hindrance() {
+        return Some(problem(ProblemCode::Busy, found.message, found.remedy));
     }
     if let Some(hand) = &inner.hand_over
         && hand.standing().lacks_word
     {
-        let (what, remedy) = hand.missing_word();
-        return Some(problem(ProblemCode::Busy, what, remedy));
+        let found = hand.missing_word();
+        return Some(problem(ProblemCode::Busy, found.message, found.remedy));
     }
     if let Err(failure) = inner.expect_owned() {
         return Some(problem(

@@ -33,7 +33,7 @@ pub(crate) use source::{Handed, SourceHand};
 
 use super::job::Job;
 use crate::agent::Agent;
-use crate::failure::{Failure, OrFail, Result};
+use crate::failure::{Failure, Hindrance, OrFail, Result};
 use crate::store::{MigrationRecord, RunRecord, StoreError};
 use crate::vm::{Qemu, Vm};
 
@@ -166,48 +166,50 @@ impl HandOver {
         if matches!(tokio::time::timeout(SETTLE_MAX, settled).await, Ok(Ok(_))) {
             return Ok(());
         }
-        let (what, remedy) = self.missing_word();
-        Err(Failure::conflict(format!("{what}: {remedy}")))
+        Err(self.missing_word().into())
     }
 
     /// That the VM cannot move on yet, and what to do about it.
-    pub(crate) fn missing_word(&self) -> (String, String) {
+    pub(crate) fn missing_word(&self) -> Hindrance {
         let (peer, vm) = (self.peer(), self.job().view().vm);
-        (
-            format!(
+        Hindrance {
+            message: format!(
                 "VM {vm} is this host's, and {peer} has not confirmed yet that it is out of it"
             ),
-            format!(
+            remedy: format!(
                 "{peer} is asked every second, and then the VM can move. If {peer} is gone for \
                  good, `limosa vm recover {vm} --force-owner` does without its word"
             ),
-        )
+        }
     }
 
     /// Why the VM may not be changed now, if it may not, and what to do about it.
-    pub(crate) fn hindrance(&self) -> Option<(String, String)> {
+    pub(crate) fn hindrance(&self) -> Option<Hindrance> {
         let standing = self.standing();
         let vm = self.job().view().vm;
         if standing.is_ours {
             return None;
         }
         Some(match standing.doubt {
-            Some(doubt) => (format!("VM {vm} is in doubt"), self.doubt_text(doubt)),
-            None if standing.is_theirs => (
-                format!("VM {vm} belongs to {}, to which it was handed over", self.peer()),
-                format!(
+            Some(doubt) => Hindrance {
+                message: format!("VM {vm} is in doubt"),
+                remedy: self.doubt_text(doubt),
+            },
+            None if standing.is_theirs => Hindrance {
+                message: format!("VM {vm} belongs to {}, to which it was handed over", self.peer()),
+                remedy: format!(
                     "work with it there; `limosa migration show {}` tells what is left to do here",
                     self.id()
                 ),
-            ),
-            None => (
-                format!("VM {vm} is being moved"),
-                format!(
+            },
+            None => Hindrance {
+                message: format!("VM {vm} is being moved"),
+                remedy: format!(
                     "wait for it with `limosa migration watch {0}`, or end it with `limosa \
                      migration cancel {0}`",
                     self.id()
                 ),
-            ),
+            },
         })
     }
 
@@ -215,7 +217,7 @@ impl HandOver {
     pub(crate) fn expect_ours(&self) -> Result<()> {
         match self.hindrance() {
             None => Ok(()),
-            Some((what, remedy)) => Err(Failure::conflict(format!("{what}: {remedy}"))),
+            Some(hindrance) => Err(hindrance.into()),
         }
     }
 

@@ -9,7 +9,7 @@ use limosa_protocol::peer::{DestinationVote, SourceDecision};
 use tracing::Instrument;
 
 use super::DestinationHand;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
 use crate::migration::handover::{ASK_EVERY, PeerStand};
 use crate::peer::{PeerClient, PeerError};
@@ -94,8 +94,8 @@ impl DestinationHand {
         let kept = self.lock_link().take();
         let link = match kept {
             Some(link) => link,
-            None => PeerClient::new(&self.agent.store, &self.agent.identity, &self.source)
-                .map_err(|failure| PeerError::Unreachable(failure.to_string()))?,
+            None => PeerClient::open(&self.agent.store, &self.agent.identity, &self.source)
+                .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?,
         };
         let answer = link.decision(self.id()).await?;
         // One that failed is not used again: paired anew, the source may have

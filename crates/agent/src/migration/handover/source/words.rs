@@ -7,7 +7,7 @@ use limosa_protocol::migration::Outcome;
 use limosa_protocol::peer::{Commit, DestinationVote, Retired, SourceDecision, Stays};
 
 use super::SourceHand;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
 use crate::migration::handover::{ASK_EVERY, PeerStand, tell_unknown};
 use crate::peer::{PeerClient, PeerError};
@@ -22,8 +22,8 @@ impl SourceHand {
         if let Some(link) = kept.as_ref() {
             return Ok(Arc::clone(link));
         }
-        let made = PeerClient::new(&self.agent.store, &self.agent.identity, &self.destination)
-            .map_err(|failure| PeerError::Unreachable(failure.to_string()))?;
+        let made = PeerClient::open(&self.agent.store, &self.agent.identity, &self.destination)
+            .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?;
         Ok(Arc::clone(kept.insert(Arc::new(made))))
     }
 
