@@ -55,7 +55,7 @@ mod tests {
 
     /// Goal: what is made from the command line lists each option and command.
     #[test]
-    fn every_word_has_its_place_in_the_documents() {
+    fn every_option_is_in_the_documents() {
         Arguments::command().debug_assert();
         let folder = tempfile::tempdir().unwrap();
         man_pages(folder.path()).unwrap();
@@ -66,8 +66,8 @@ mod tests {
             String::from_utf8(script).unwrap()
         });
         for text in scripts.chain([page.replace("\\-", "-")]) {
-            for word in ["config", "openapi", "log-json", "completions", "man"] {
-                assert!(text.contains(word), "{word} in {text}");
+            for part in ["config", "openapi", "log-json", "completions", "man"] {
+                assert!(text.contains(part), "{part} in {text}");
             }
         }
         assert!(folder.path().join("limosad-man.1").exists());

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use limosa_protocol::api::Switch;
 use limosa_protocol::api::FailureCode;
+use limosa_protocol::api::Switch;
 use limosa_protocol::handover::{self, Stage};
 use limosa_protocol::id::{Epoch, HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, MoveRequest, Role};
@@ -436,11 +436,11 @@ pub(crate) mod tests {
         drop(first);
         // A test beside this one may just be starting a program: until that has
         // closed what it inherited, the lock is still held.
-        let again = (0..100).find_map(|_| {
+        let reopened = (0..100).find_map(|_| {
             std::thread::sleep(std::time::Duration::from_millis(20));
             Store::open(folder.path()).ok()
         });
-        assert!(again.is_some(), "the lock is not given back");
+        assert!(reopened.is_some(), "the lock is not given back");
     }
 
     #[test]

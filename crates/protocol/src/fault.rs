@@ -262,13 +262,13 @@ impl Armed {
     /// Reads it; `None` when it is not one.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let mut words = text.split_whitespace();
-        let point = words.next()?.to_owned();
-        let word = words.next()?;
+        let mut parts = text.split_whitespace();
+        let point = parts.next()?.to_owned();
+        let name = parts.next()?;
         let all = [Action::Kill, Action::Hold, Action::FailStore];
-        let action = all.into_iter().find(|action| action.as_str() == word)?;
-        let skip = words.next()?.parse().ok()?;
-        words.next().is_none().then_some(Self { point, action, skip })
+        let action = all.into_iter().find(|action| action.as_str() == name)?;
+        let skip = parts.next()?.parse().ok()?;
+        parts.next().is_none().then_some(Self { point, action, skip })
     }
 }
 

@@ -68,13 +68,13 @@ fn with_failures_of_all(mut document: openapi::OpenApi) -> openapi::OpenApi {
     for item in document.paths.paths.values_mut() {
         let methods = [&mut item.get, &mut item.post, &mut item.put, &mut item.delete];
         for operation in methods.into_iter().flatten() {
-            let takes_words = operation.parameters.is_some() || operation.request_body.is_some();
+            let takes_input = operation.parameters.is_some() || operation.request_body.is_some();
             let responses = &mut operation.responses.responses;
             let mut add = |status: &str, description: &str| {
                 let entry = responses.entry(status.to_owned());
                 entry.or_insert_with(|| failure(description).into());
             };
-            if takes_words {
+            if takes_input {
                 add("400", "The request itself is wrong");
             }
             add("403", "The caller may not do this");

@@ -23,7 +23,7 @@ use crate::failure::{Failure, Result};
 use crate::fault;
 use crate::listen::Caller;
 use crate::migration::compare;
-use crate::migration::handover::{DestinationHand, HandOver};
+use crate::migration::handover::{DestinationDriver, Handover};
 use crate::migration::incoming::Incoming;
 use crate::store::MigrationRecord;
 
@@ -157,11 +157,11 @@ async fn retry(
     Body(request): Body<RetryRequest>,
 ) -> Result<Json<RetryStarted>> {
     if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
-        return incoming.begin_again(request.attempt).instrument(incoming.span()).await.map(Json);
+        return incoming.begin_retry(request.attempt).instrument(incoming.span()).await.map(Json);
     }
     let reason = format!("limosad on {} was restarted: the move cannot go on", agent.name);
-    if let Some(hand) = hand(&agent, id, caller)? {
-        hand.give_up(&reason).await;
+    if let Some(driver) = driver(&agent, id, caller)? {
+        driver.give_up(&reason).await;
     }
     Err(Failure::conflict(reason))
 }
@@ -190,8 +190,8 @@ async fn stays(
     Named(id): Named<MigrationId>,
     Body(Stays { epoch, reason }): Body<Stays>,
 ) -> Result<Json<DestinationVote>> {
-    match hand(&agent, id, caller.clone())? {
-        Some(hand) => Ok(Json(hand.hear_stays(epoch, &reason).await)),
+    match driver(&agent, id, caller.clone())? {
+        Some(driver) => Ok(Json(driver.receive_stays(epoch, &reason).await)),
         None => answer(&agent, id, caller, DestinationEvent::Asked).await,
     }
 }
@@ -212,8 +212,8 @@ async fn answer(
     caller: Caller,
     event: DestinationEvent,
 ) -> Result<Json<DestinationVote>> {
-    if let Some(hand) = hand(agent, id, caller.clone())? {
-        return Ok(Json(hand.hear(event).await));
+    if let Some(driver) = driver(agent, id, caller.clone())? {
+        return Ok(Json(driver.receive(event).await));
     }
     let record = recorded(agent, id, caller, Role::Destination)?;
     Ok(Json(record.map_or(DestinationVote::Unknown, |record| {
@@ -229,9 +229,13 @@ async fn answer(
     })))
 }
 
-fn hand(agent: &Agent, id: MigrationId, caller: Caller) -> Result<Option<Arc<DestinationHand>>> {
-    Ok(match agent.migrations.hand_over(id, &host(caller)?) {
-        Some(HandOver::Destination(hand)) => Some(hand),
+fn driver(
+    agent: &Agent,
+    id: MigrationId,
+    caller: Caller,
+) -> Result<Option<Arc<DestinationDriver>>> {
+    Ok(match agent.migrations.handover(id, &host(caller)?) {
+        Some(Handover::Destination(driver)) => Some(driver),
         _ => None,
     })
 }
@@ -241,8 +245,8 @@ async fn decision(
     Extension(caller): Extension<Caller>,
     Named(id): Named<MigrationId>,
 ) -> Result<Json<SourceDecision>> {
-    if let Some(HandOver::Source(hand)) = agent.migrations.hand_over(id, &host(caller.clone())?) {
-        return Ok(Json(hand.answer().await));
+    if let Some(Handover::Source(driver)) = agent.migrations.handover(id, &host(caller.clone())?) {
+        return Ok(Json(driver.answer().await));
     }
     let record = recorded(&agent, id, caller, Role::Source)?;
     Ok(Json(record.map_or(SourceDecision::Unknown, |record| {

@@ -154,7 +154,7 @@ impl Job {
     }
 
     /// Tells that there is no link, and until when it is waited for.
-    pub(crate) fn tell_link_lost(&self, reason: String, wait: std::time::Duration) {
+    pub(crate) fn report_link_lost(&self, reason: String, wait: std::time::Duration) {
         let now = now_unix_ms();
         self.progress(|progress| {
             if progress.link_loss.is_none() {
@@ -167,7 +167,7 @@ impl Job {
     }
 
     /// Tells that the link is there again.
-    pub(crate) fn tell_link_back(&self) {
+    pub(crate) fn report_link_back(&self) {
         self.progress(|progress| progress.link_loss = None);
     }
 
@@ -212,7 +212,7 @@ impl Job {
     }
 
     /// Tells that the end is not known yet.
-    pub(crate) fn tell_in_doubt(&self, reason: String) {
+    pub(crate) fn report_in_doubt(&self, reason: String) {
         self.view.send_modify(|view| {
             view.outcome = Some(Outcome::InDoubt);
             view.reason = Some(reason);
@@ -220,7 +220,7 @@ impl Job {
     }
 
     /// Tells that the end will be known after all.
-    pub(crate) fn tell_no_doubt(&self) {
+    pub(crate) fn clear_doubt(&self) {
         self.view.send_if_modified(|view| {
             let was_told = view.outcome == Some(Outcome::InDoubt) && view.ended_unix_ms.is_none();
             if was_told {
@@ -261,7 +261,7 @@ impl Job {
     }
 
     /// Ends the job for everybody who watches it, once.
-    pub(crate) fn tell(&self, ended: &Migration) {
+    pub(crate) fn publish(&self, ended: &Migration) {
         let is_new = self.view.send_if_modified(|view| {
             let is_new = view.ended_unix_ms.is_none();
             if is_new {

@@ -30,7 +30,7 @@ use tokio::sync::watch;
 
 use crate::failure::{Failure, Result};
 use crate::store::{MigrationRecord, QueueRecord, Store, StoreError};
-use handover::HandOver;
+use handover::Handover;
 use incoming::Incoming;
 use job::Job;
 use queue::Queue;
@@ -59,13 +59,13 @@ impl Drop for Slot<'_> {
 /// One migration under way.
 #[derive(Clone)]
 struct UnderWay {
-    hand: HandOver,
+    driver: Handover,
     incoming: Option<Arc<Incoming>>,
 }
 
 impl UnderWay {
     fn job(&self) -> &Arc<Job> {
-        self.hand.job()
+        self.driver.job()
     }
 }
 
@@ -116,21 +116,21 @@ impl Migrations {
     }
 
     /// Adds a migration that begins, in its slot.
-    pub(crate) fn add(&self, hand: HandOver, incoming: Option<Arc<Incoming>>, slot: Slot<'_>) {
+    pub(crate) fn add(&self, driver: Handover, incoming: Option<Arc<Incoming>>, slot: Slot<'_>) {
         let mut under_way = self.lock();
-        under_way.insert(hand.id(), UnderWay { hand, incoming });
+        under_way.insert(driver.id(), UnderWay { driver, incoming });
         drop(slot);
     }
 
     /// Adds a migration that a restart found.
-    pub(crate) fn add_restored(&self, hand: HandOver) {
-        self.lock().insert(hand.id(), UnderWay { hand, incoming: None });
+    pub(crate) fn add_restored(&self, driver: Handover) {
+        self.lock().insert(driver.id(), UnderWay { driver, incoming: None });
     }
 
     /// An unsettled migration with a host.
-    pub(crate) fn hand_over(&self, id: MigrationId, with: &HostName) -> Option<HandOver> {
-        let hand = self.lock().get(&id)?.hand.clone();
-        (hand.peer() == *with).then_some(hand)
+    pub(crate) fn handover(&self, id: MigrationId, with: &HostName) -> Option<Handover> {
+        let driver = self.lock().get(&id)?.driver.clone();
+        (driver.peer() == *with).then_some(driver)
     }
 
     /// Forgets a job that ended; its record stays in the store.
@@ -149,7 +149,7 @@ impl Migrations {
     pub(crate) fn receiving_but(&self, id: MigrationId) -> Vec<Arc<Incoming>> {
         let under_way = self.lock();
         let others = under_way.iter().filter(|(other, _)| **other != id);
-        let receiving = others.filter(|(_, one)| one.hand.standing().is_receiving);
+        let receiving = others.filter(|(_, one)| one.driver.status().is_receiving);
         receiving.filter_map(|(_, one)| one.incoming.clone()).collect()
     }
 
@@ -225,8 +225,8 @@ impl Migrations {
         match under_way {
             Some(under_way) => {
                 // The whole VM may be here only: that is not given up unheard.
-                if let Some(doubt) = under_way.hand.standing().doubt {
-                    let what = under_way.hand.doubt_text(doubt);
+                if let Some(doubt) = under_way.driver.status().doubt {
+                    let what = under_way.driver.doubt_text(doubt);
                     return Err(Failure::conflict(format!("nothing was cancelled: {what}")));
                 }
                 under_way.job().cancel()?;

@@ -163,7 +163,7 @@ impl Queue {
         view.summary = None;
         let ended = QueueRecord { request: entry.request.clone(), view: view.clone() };
         store.put(&id.to_string(), &ended)?;
-        entry.job.tell(&view);
+        entry.job.publish(&view);
         entries.remove(&id);
         drop(entries);
         Ok(forget_ended(store)?)

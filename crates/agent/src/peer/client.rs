@@ -47,7 +47,8 @@ impl PeerClient {
             Err(StoreError::Record { .. }) => return Err(NoPeer::Damaged(name.clone())),
             Err(error) => return Err(NoPeer::Store(error)),
         };
-        let expected: Fingerprint = record.fingerprint.parse().map_err(|_| NoPeer::Damaged(name.clone()))?;
+        let expected: Fingerprint =
+            record.fingerprint.parse().map_err(|_| NoPeer::Damaged(name.clone()))?;
         let connector = |alpn: &[u8]| TlsConnector::from(tls::client_config(own, expected, alpn));
         let control = control_client(record.address.clone(), connector(tls::ALPN_HTTP));
         let channel = connector(CHANNEL_ALPN);

@@ -233,14 +233,14 @@ fn check_is_file(path: &Path, disk: &Disk) -> Result<()> {
 }
 
 fn unusable_image(agent: &Agent, disk: &Disk, path: &Path, error: &ImageError) -> Failure {
-    let (shown, words) = (path.display(), crate::failure::chain(error));
+    let (shown, reason) = (path.display(), crate::failure::chain(error));
     Failure::bad_request(match error {
         ImageError::Closed { .. } => format!(
-            "{shown}: {words}: give it the image with `chown {} {shown}`, and a way through its \
+            "{shown}: {reason}: give it the image with `chown {} {shown}`, and a way through its \
              folders with `chmod a+x`",
             agent.qemu.user.as_ref().map_or(0, |user| user.uid)
         ),
-        _ => format!("{shown} is not an image of format {}: {words}", disk.format.as_str()),
+        _ => format!("{shown} is not an image of format {}: {reason}", disk.format.as_str()),
     })
 }
 

@@ -37,7 +37,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Failure, Hindrance, OrFail, Result};
-use crate::migration::handover::HandOver;
+use crate::migration::handover::Handover;
 use crate::net::learn::Addresses;
 use crate::store::{MigrationRecord, VmRecord};
 
@@ -65,7 +65,7 @@ pub(crate) struct Inner {
     pub(crate) migration: Option<(MigrationId, Role)>,
     /// A migration that is not settled with the other host yet; the VM may be
     /// ours, and run, long before it is.
-    pub(crate) hand_over: Option<HandOver>,
+    pub(crate) handover: Option<Handover>,
     /// Why the VM cannot be used, when it cannot.
     pub(crate) fault: Option<String>,
     /// Why nothing of the VM may be changed until the agent is restarted.
@@ -100,7 +100,7 @@ impl Vm {
                 fault: None,
                 unusable: None,
                 has_left: false,
-                hand_over: None,
+                handover: None,
             }),
         }
     }
@@ -108,11 +108,11 @@ impl Vm {
     /// Closes an earlier move of a VM that stayed, if that needs no word of its
     /// destination: one that was never asked whether it is ready can have nothing of it.
     pub(crate) async fn settle_alone(&self) {
-        let earlier = self.lock().await.hand_over.clone();
-        if let Some(HandOver::Source(hand)) = earlier
-            && hand.standing().is_ours
+        let earlier = self.lock().await.handover.clone();
+        if let Some(Handover::Source(driver)) = earlier
+            && driver.status().is_ours
         {
-            hand.move_on().await;
+            driver.move_on().await;
         }
     }
 
@@ -152,9 +152,9 @@ impl Vm {
     /// What is known of the VM here, and the QEMU that is to be asked for more.
     async fn view_without_qemu(&self) -> (api::Vm, Option<Qemu>) {
         let inner = self.inner.lock().await;
-        let standing = inner.hand_over.as_ref().map(HandOver::standing);
-        let doubt = standing.and_then(|standing| standing.doubt);
-        let is_ours = standing.is_none_or(|standing| standing.is_ours);
+        let status = inner.handover.as_ref().map(Handover::status);
+        let doubt = status.and_then(|status| status.doubt);
+        let is_ours = status.is_none_or(|status| status.is_ours);
         let mut asked = None;
         let power = match (&inner.migration, &inner.qemu) {
             _ if inner.unusable.is_some() => api::Power::Fault,
@@ -179,7 +179,11 @@ impl Vm {
             migration: inner.migration.map(|(id, _)| id),
             addresses: self.addresses.list(),
             fault: inner.unusable.clone().or_else(|| inner.fault.clone()),
-            doubt: inner.hand_over.as_ref().zip(doubt).map(|(hand, doubt)| hand.doubt_text(doubt)),
+            doubt: inner
+                .handover
+                .as_ref()
+                .zip(doubt)
+                .map(|(driver, doubt)| driver.doubt_text(doubt)),
             given_up_to: inner.record.given_up_to.clone(),
         };
         (view, asked)
@@ -205,7 +209,7 @@ impl Inner {
             let message = format!("VM {name} cannot be used");
             return Some(Hindrance { message, remedy: why.clone() });
         }
-        if let Some(hindrance) = self.hand_over.as_ref().and_then(HandOver::hindrance) {
+        if let Some(hindrance) = self.handover.as_ref().and_then(Handover::hindrance) {
             return Some(hindrance);
         }
         if let Some((id, _)) = self.migration {
@@ -245,7 +249,7 @@ impl Inner {
     /// Whether the VM may be started anew from the disks of this host, or
     /// deleted with them.
     pub(crate) fn expect_cold_start(&self) -> Result<()> {
-        self.hand_over.as_ref().map_or(Ok(()), HandOver::expect_cold_start)
+        self.handover.as_ref().map_or(Ok(()), Handover::expect_cold_start)
     }
 
     /// Only the owner may start a VM.
@@ -261,9 +265,9 @@ impl Inner {
     }
 
     /// Forgets a handover that is settled.
-    pub(crate) fn leave_hand_over(&mut self, id: MigrationId) {
-        if self.hand_over.as_ref().is_some_and(|hand_over| hand_over.id() == id) {
-            self.hand_over = None;
+    pub(crate) fn leave_handover(&mut self, id: MigrationId) {
+        if self.handover.as_ref().is_some_and(|handover| handover.id() == id) {
+            self.handover = None;
         }
         if self.migration.is_some_and(|(under_way, _)| under_way == id) {
             self.migration = None;
@@ -325,7 +329,9 @@ pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
         };
         let (vm, unusable) = match recorded_definition(&name, &record, &migrations) {
             Ok(definition) => (Vm::new(definition, record), None),
-            Err(failure) => (Vm::new(stand_in(name, &record), record), Some(failure.to_string())),
+            Err(failure) => {
+                (Vm::new(placeholder(name, &record), record), Some(failure.to_string()))
+            }
         };
         let vm = Arc::new(vm);
         if let Err(failure) = agent.add_vm(Arc::clone(&vm)) {
@@ -337,7 +343,7 @@ pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
             ));
         } else {
             recall_addresses(&vm, &migrations).await;
-            run::find_again(agent, &vm).await;
+            run::reattach(agent, &vm).await;
         }
     }
     cgroup::remove_stale().await;
@@ -368,7 +374,7 @@ fn recorded_definition(
 }
 
 /// What stands for a definition that cannot be read: its name and its folder.
-fn stand_in(name: VmName, record: &VmRecord) -> VmDefinition {
+fn placeholder(name: VmName, record: &VmRecord) -> VmDefinition {
     VmDefinition {
         name,
         uuid: None,
@@ -412,7 +418,7 @@ mod tests {
     #[tokio::test]
     async fn a_vm_that_has_left_is_changed_no_more() {
         let of_vm = record(Path::new("/nowhere"));
-        let vm = Vm::new(stand_in("web1".parse().unwrap(), &of_vm), of_vm);
+        let vm = Vm::new(placeholder("web1".parse().unwrap(), &of_vm), of_vm);
         assert!(vm.lock_for_change().await.is_ok());
         vm.lock().await.has_left = true;
         let refused = vm.lock_for_change().await.err().unwrap().to_string();

@@ -264,8 +264,8 @@ pub(super) fn note_end(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) {
         tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
     }
     tracing::info!(vm = %vm.name, "QEMU ended");
-    if let Some(hand_over) = &inner.hand_over {
-        hand_over.qemu_gone();
+    if let Some(handover) = &inner.handover {
+        handover.qemu_gone();
     }
 }
 
@@ -288,7 +288,7 @@ async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefini
 }
 
 /// Finds the QEMU of a VM again after a restart of the agent.
-pub(crate) async fn find_again(agent: &Arc<Agent>, vm: &Arc<Vm>) {
+pub(crate) async fn reattach(agent: &Arc<Agent>, vm: &Arc<Vm>) {
     let mut inner = vm.lock().await;
     let Some(run) = inner.record.run.clone() else {
         end_unrecorded(agent, &inner.definition).await;
@@ -302,7 +302,7 @@ pub(crate) async fn find_again(agent: &Arc<Agent>, vm: &Arc<Vm>) {
         }
         return;
     }
-    match connect_again(agent, &inner.definition, &run).await {
+    match reconnect(agent, &inner.definition, &run).await {
         Ok(qemu) => {
             tracing::info!(vm = %vm.name, pid = qemu.process.pid, "found again");
             watch(agent, vm, &mut inner, qemu).await;
@@ -315,7 +315,7 @@ pub(crate) async fn find_again(agent: &Arc<Agent>, vm: &Arc<Vm>) {
 }
 
 /// Connects to a recorded QEMU that is alive.
-pub(crate) async fn connect_again(
+pub(crate) async fn reconnect(
     agent: &Agent,
     definition: &VmDefinition,
     run: &RunRecord,

@@ -11,7 +11,7 @@
 //! and a copy that was whole is removed only once the source said that it has the
 //! VM.
 
-mod standing;
+mod status;
 
 use super::event::{DestinationAction as Do, DestinationEvent as On};
 use super::{Ended, Guest, IllegalEvent, Receipt, Record, Stage, WrongRecord, forced};
@@ -144,8 +144,8 @@ impl Destination {
             | On::Stays { .. }
             | On::Retired { .. }
             | On::Undecided
-            | On::Unheard => self.on_word(&event),
-            On::Again { attempt } => self.on_again(attempt),
+            | On::Unheard => self.on_message(&event),
+            On::Retry { attempt } => self.on_retry(attempt),
             On::Complete { .. } | On::GiveUp | On::Freed | On::ForceOwner => self.on_own(&event),
         }
         .ok_or(illegal)
@@ -200,7 +200,7 @@ impl Destination {
 
     /// The source has let its guest run on: what is here is not the newest any more,
     /// and is to be made so again. A copy that was ready is not, from the record on.
-    fn on_again(&mut self, attempt: u32) -> Option<Vec<Do>> {
+    fn on_retry(&mut self, attempt: u32) -> Option<Vec<Do>> {
         Some(match self.state {
             State::Preparing | State::Ready if attempt > self.attempt => {
                 // A QEMU that is lost has taken along what was received.
@@ -225,7 +225,7 @@ impl Destination {
     }
 
     /// What the source says.
-    fn on_word(&mut self, event: &On) -> Option<Vec<Do>> {
+    fn on_message(&mut self, event: &On) -> Option<Vec<Do>> {
         Some(match (self.state, event) {
             (State::Ready, On::Commit { epoch }) if *epoch == self.epoch => {
                 // Without QEMU the guest's memory is lost here, and whole at the
@@ -303,7 +303,7 @@ impl Destination {
             }
             (State::Repeating, Stage::Preparing) => {
                 self.state = State::Preparing;
-                Some(vec![Do::BeginAgain])
+                Some(vec![Do::BeginRetry])
             }
             (State::Owning, Stage::Owner) => Some(self.start()),
             (State::Declining { whole }, Stage::Declined) => {

@@ -43,7 +43,7 @@ pub enum SourceEvent {
     Unheard,
     /// The guest stands for too long without the destination's word: it is to run on,
     /// and all is tried again
-    Again,
+    Retry,
     /// The destination asks how the source stands
     Asked,
     /// The destination has not spoken for a while
@@ -77,7 +77,7 @@ impl SourceEvent {
             Self::Running { .. } => "running",
             Self::Declined { .. } => "declined",
             Self::Unheard => "unheard",
-            Self::Again => "again",
+            Self::Retry => "retry",
             Self::Asked => "asked",
             Self::Silence => "silence",
             Self::GiveUp => "give-up",
@@ -145,7 +145,7 @@ pub enum DestinationEvent {
         attempt: u32,
     },
     /// The source let its guest run on, and tries again
-    Again {
+    Retry {
         /// The attempt that begins
         attempt: u32,
     },
@@ -196,7 +196,7 @@ impl DestinationEvent {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Complete { .. } => "complete",
-            Self::Again { .. } => "again",
+            Self::Retry { .. } => "retry",
             Self::Recorded(_) => "recorded",
             Self::RecordFailed => "record-failed",
             Self::Commit { .. } => "commit",
@@ -233,7 +233,7 @@ pub enum DestinationAction {
     },
     /// End QEMU and have another one wait for what comes, with RAM as it is here; a
     /// failure is a reason to give up
-    BeginAgain,
+    BeginRetry,
     /// Say that the VM is ours, and runs or is off here
     SendRunning {
         /// At which epoch this host owns it

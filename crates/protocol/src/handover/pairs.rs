@@ -62,7 +62,7 @@ fn of_source() -> Vec<SourceEvent> {
         On::Delivered,
         On::RecordFailed,
         On::Unheard,
-        On::Again,
+        On::Retry,
         On::Asked,
         On::Silence,
         On::GiveUp,
@@ -100,7 +100,7 @@ fn of_destination() -> Vec<DestinationEvent> {
         events.extend([On::Commit { epoch }, On::Stays { epoch }, On::Retired { epoch }]);
     }
     for attempt in ATTEMPTS {
-        events.extend([On::Complete { attempt }, On::Again { attempt }]);
+        events.extend([On::Complete { attempt }, On::Retry { attempt }]);
     }
     events.extend(receipts().map(On::Recorded));
     events
@@ -198,10 +198,10 @@ fn a_destination_takes_these() {
 }
 
 const SOURCE: &str = "\
-asking: again asked declined give-up qemu-gone ready running silence unheard
+asking: asked declined give-up qemu-gone ready retry running silence unheard
 closing: asked give-up moves-on qemu-gone record-failed recorded silence
 committing: asked qemu-gone record-failed recorded silence
-copying: again asked declined delivered give-up qemu-gone ready running silence unheard
+copying: asked declined delivered give-up qemu-gone ready retry running silence unheard
 handed-over: asked declined force-owner qemu-gone ready running silence unheard
 keeping: asked declined force-owner give-up moves-on qemu-gone ready running silence unheard
 moved: asked declined moves-on qemu-gone ready running silence unheard
@@ -215,18 +215,18 @@ unknown-durability: asked declined qemu-gone ready running silence unheard
 
 const DESTINATION: &str = "\
 closing: asked qemu-gone record-failed recorded silence
-declined: again asked commit force-owner give-up qemu-gone retired silence stays undecided unheard
+declined: asked commit force-owner give-up qemu-gone retired retry silence stays undecided unheard
 declining: asked qemu-gone record-failed recorded silence
-freeing: again asked commit freed give-up qemu-gone retired silence stays undecided unheard
-moved: again asked commit qemu-gone retired silence stays undecided unheard
-owner: again asked commit force-owner qemu-gone retired silence stays undecided unheard
+freeing: asked commit freed give-up qemu-gone retired retry silence stays undecided unheard
+moved: asked commit qemu-gone retired retry silence stays undecided unheard
+owner: asked commit force-owner qemu-gone retired retry silence stays undecided unheard
 owning: asked qemu-gone record-failed recorded silence
-preparing: again asked complete give-up qemu-gone retired silence stays undecided unheard
-ready: again asked commit complete force-owner give-up qemu-gone retired silence stays undecided unheard
+preparing: asked complete give-up qemu-gone retired retry silence stays undecided unheard
+ready: asked commit complete force-owner give-up qemu-gone retired retry silence stays undecided unheard
 readying: asked qemu-gone record-failed recorded silence
 repeating: asked qemu-gone record-failed recorded silence
 starting: asked guest-never-ran guest-runs qemu-gone silence
-stayed: again asked commit give-up qemu-gone retired silence stays undecided unheard
-superseded: again asked commit qemu-gone retired silence stays undecided unheard
-unknown-durability: again asked commit qemu-gone retired silence stays undecided unheard
+stayed: asked commit give-up qemu-gone retired retry silence stays undecided unheard
+superseded: asked commit qemu-gone retired retry silence stays undecided unheard
+unknown-durability: asked commit qemu-gone retired retry silence stays undecided unheard
 ";

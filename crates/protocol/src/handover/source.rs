@@ -13,7 +13,7 @@
 //! entered from a record that says so: `offered` or `owner`. From `Committing` on
 //! nothing but the destination's word or the operator's leads back to it.
 
-mod standing;
+mod status;
 
 use super::event::{SourceAction as Do, SourceEvent as On};
 use super::{Ended, Guest, IllegalEvent, Receipt, Record, Stage, WrongRecord, forced};
@@ -158,11 +158,11 @@ impl Source {
             On::RecordFailed => self.on_record_failed(),
             On::QemuGone => Some(self.on_qemu_gone()),
             On::GuestRuns | On::GuestNeverRan => self.on_resumed(event == On::GuestRuns),
-            On::Asked | On::Silence => Some(self.say_again(event == On::Silence)),
+            On::Asked | On::Silence => Some(self.resend(event == On::Silence)),
             On::Ready { .. } | On::Running { .. } | On::Declined { .. } | On::Unheard => {
-                self.on_word(&event)
+                self.on_message(&event)
             }
-            On::Delivered | On::Again | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
+            On::Delivered | On::Retry | On::GiveUp | On::Freed | On::ForceOwner | On::MovesOn => {
                 self.on_own(&event)
             }
         }
@@ -181,7 +181,7 @@ impl Source {
                 vec![Do::AskReady { attempt: self.attempt }]
             }
             // With QEMU gone, what the destination has is all there is of the guest.
-            (State::Copying | State::Asking, On::Again) if !self.guest.is_absent() => {
+            (State::Copying | State::Asking, On::Retry) if !self.guest.is_absent() => {
                 self.state = State::Copying;
                 self.attempt += 1;
                 self.guest = Guest::Running;
@@ -215,7 +215,7 @@ impl Source {
     }
 
     /// What the destination says.
-    fn on_word(&mut self, event: &On) -> Option<Vec<Do>> {
+    fn on_message(&mut self, event: &On) -> Option<Vec<Do>> {
         Some(match (self.state, event) {
             (State::Asking, On::Ready { epoch, attempt })
                 if *epoch == self.reserved && *attempt == self.attempt =>
@@ -261,7 +261,7 @@ impl Source {
             // It asks, or has not heard: the answer is what was said before.
             (State::HandedOver, On::Ready { .. })
             | (State::Keeping | State::Ended(_), On::Ready { .. } | On::Running { .. }) => {
-                self.say_again(false)
+                self.resend(false)
             }
             // Late, repeated or of another epoch. A destination that was ready
             // when we handed over and has never heard of it has lost its store:
@@ -292,7 +292,7 @@ impl Source {
                 if let State::Closing(ended) = self.state {
                     self.state = State::Ended(ended);
                 }
-                Some(self.say_again(false))
+                Some(self.resend(false))
             }
             _ => None,
         }
@@ -340,7 +340,7 @@ impl Source {
 
     fn keep(&mut self, confirmed: bool) -> Vec<Do> {
         self.state = State::Keeping;
-        if confirmed { self.stay() } else { self.say_again(false) }
+        if confirmed { self.stay() } else { self.resend(false) }
     }
 
     fn stay(&mut self) -> Vec<Do> {
@@ -361,7 +361,7 @@ impl Source {
     }
 
     /// What this state has to say, for whoever may not have heard it.
-    fn say_again(&self, unasked: bool) -> Vec<Do> {
+    fn resend(&self, unasked: bool) -> Vec<Do> {
         match self.state {
             State::Asking if unasked => vec![Do::AskReady { attempt: self.attempt }],
             State::Copying | State::Asking if !unasked => vec![Do::SayUndecided],

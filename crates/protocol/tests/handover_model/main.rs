@@ -33,12 +33,12 @@ use world::{Budget, MovingVm, World};
 
 /// What is checked: the protocol as it is, or with a planted bug.
 #[derive(Debug, Clone, Copy)]
-struct HandOver {
+struct Handover {
     mutation: Option<Mutation>,
     budget: Budget,
 }
 
-impl Model for HandOver {
+impl Model for Handover {
     type State = World;
     type Action = Step;
 
@@ -96,7 +96,7 @@ const TWO_RUN: &str = "at most one host runs the guest";
 
 fn check(name: &str, budget: Budget) {
     let started = Instant::now();
-    let model = HandOver { mutation: None, budget };
+    let model = Handover { mutation: None, budget };
     let checker = model.checker().threads(CHECKER_THREADS).spawn_bfs().join();
     println!(
         "{name}: {} worlds, {} different, depth {}, {:.1} s",
@@ -123,7 +123,7 @@ fn every_order_of_events_keeps_the_promise() {
 fn every_planted_bug_is_found() {
     for mutation in Mutation::ALL {
         let started = Instant::now();
-        let model = HandOver { mutation: Some(mutation), budget: Budget::FAULTS };
+        let model = Handover { mutation: Some(mutation), budget: Budget::FAULTS };
         let checker = model
             .checker()
             .threads(1) // the first way found is then the shortest
@@ -132,7 +132,7 @@ fn every_planted_bug_is_found() {
             .join();
         let mut found = Vec::new();
         for (name, path) in checker.discoveries() {
-            if HandOver::is_promise(name) {
+            if Handover::is_promise(name) {
                 found.push(format!("{name}\n    {:?}", path.into_actions()));
             }
         }
@@ -147,7 +147,7 @@ fn every_planted_bug_is_found() {
 /// operator who is wrong about the other host gets two running guests.
 #[test]
 fn an_operator_who_is_wrong_is_not_protected() {
-    let model = HandOver { mutation: None, budget: Budget::WRONG_OPERATOR };
+    let model = Handover { mutation: None, budget: Budget::WRONG_OPERATOR };
     let checker = model
         .checker()
         .threads(CHECKER_THREADS)
@@ -163,13 +163,13 @@ fn an_operator_who_is_wrong_is_not_protected() {
 /// also when an operator was wrong.
 #[test]
 fn a_wrong_decision_is_healed() {
-    let model = HandOver { mutation: None, budget: Budget::WRONG_OPERATOR };
+    let model = Handover { mutation: None, budget: Budget::WRONG_OPERATOR };
     let checker = model.checker().threads(CHECKER_THREADS).spawn_bfs().join();
     let path = checker.discovery(HEALS);
     assert!(path.is_none(), "{:?}", path.map(stateright::Path::into_actions));
 }
 
-impl HandOver {
+impl Handover {
     /// Whether a property must always hold (the others must hold sometimes).
     fn is_promise(name: &str) -> bool {
         ![

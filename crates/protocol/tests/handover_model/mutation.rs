@@ -19,7 +19,7 @@ pub(crate) enum Mutation {
     /// The source removes its copy before it heard that the destination runs
     SourceFreesBeforeRunning,
     /// The source's restarted agent lets the guest run although it handed over
-    RestartForgetsHandOver,
+    RestartForgetsHandover,
     /// The destination runs the guest as soon as it is ready
     DestinationRunsAtReady,
     /// The destination runs the guest before `owner` is durable
@@ -47,7 +47,7 @@ impl Mutation {
         Self::FailedSyncCountsAsUnwritten,
         Self::CommitBeforeRecord,
         Self::SourceFreesBeforeRunning,
-        Self::RestartForgetsHandOver,
+        Self::RestartForgetsHandover,
         Self::DestinationRunsAtReady,
         Self::DestinationStartsBeforeRecord,
         Self::DestinationFreesBeforeRecord,

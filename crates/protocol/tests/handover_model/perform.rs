@@ -11,7 +11,7 @@ use crate::world::{Message, Work, World, receipt};
 impl World {
     /// Gives the source's machine an event. `is_own`: of what it ordered, or of
     /// what its host may do now, so that it must expect it.
-    pub(crate) fn tell_source(
+    pub(crate) fn feed_source(
         &mut self,
         event: SourceEvent,
         is_own: bool,
@@ -26,7 +26,7 @@ impl World {
     }
 
     /// The same for the destination's.
-    pub(crate) fn tell_destination(
+    pub(crate) fn feed_destination(
         &mut self,
         event: DestinationEvent,
         is_own: bool,
@@ -57,7 +57,7 @@ impl World {
                 SourceAction::AskReady { attempt } => self.say(Message::AskReady(attempt)),
                 SourceAction::RunOn { attempt } => {
                     self.run_source();
-                    self.say(Message::Again(attempt));
+                    self.say(Message::Retry(attempt));
                 }
                 SourceAction::SendCommit(committed) => {
                     self.say(Message::Commit(committed.epoch()));
@@ -102,7 +102,7 @@ impl World {
                     }
                     self.destination.work = Some(Work::Persist(record));
                 }
-                DestinationAction::BeginAgain => {
+                DestinationAction::BeginRetry => {
                     // Of the one that ended, the agent still has what RAM held.
                     self.destination.qemu = Guest::Stopped;
                 }
@@ -200,7 +200,7 @@ impl World {
     /// The source's agent comes back with what its store holds.
     pub(crate) fn restart_source(&mut self, mutation: Option<Mutation>) {
         let mut record = self.source.stored;
-        if mutation == Some(Mutation::RestartForgetsHandOver) && record.stage == Stage::HandedOver {
+        if mutation == Some(Mutation::RestartForgetsHandover) && record.stage == Stage::HandedOver {
             record.stage = Stage::Offered;
         }
         self.source.work = None;

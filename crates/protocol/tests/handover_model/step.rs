@@ -25,7 +25,7 @@ pub(crate) enum Step {
     /// Nothing has arrived for a while.
     Silence(Side),
     /// The source's guest stood for too long without the destination's word.
-    Again,
+    Retry,
     /// Somebody cancels, or something fails.
     GiveUp(Side),
     /// Work in flight succeeds.
@@ -111,9 +111,9 @@ fn of_source(world: &World, mutation: Option<Mutation>, steps: &mut Vec<Step>) {
     // A guest without memory, and one whose QEMU is lost, has nothing to run on with.
     if matches!(machine.state(), "copying" | "asking")
         && !machine.guest().is_absent()
-        && world.budget.agains > 0
+        && world.budget.retries > 0
     {
-        steps.push(Step::Again);
+        steps.push(Step::Retry);
     }
     let aborts_late =
         mutation == Some(Mutation::AbortAfterHandedOver) && machine.state() == "handed-over";
@@ -218,7 +218,7 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
         Step::AllArrives => {
             world.source.stop();
             world.destination.newest = true;
-            world.tell_source(SourceEvent::Delivered, true, mutation);
+            world.feed_source(SourceEvent::Delivered, true, mutation);
         }
         Step::Deliver(message) => deliver(world, message, mutation),
         Step::Silence(Here) => {
@@ -231,17 +231,17 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             {
                 world.run_source();
             }
-            world.tell_source(SourceEvent::Silence, true, mutation);
+            world.feed_source(SourceEvent::Silence, true, mutation);
         }
-        Step::Silence(There) => world.tell_destination(DestinationEvent::Silence, true, mutation),
-        Step::Again => {
-            spend(&mut world.budget.agains);
-            world.tell_source(SourceEvent::Again, true, mutation);
+        Step::Silence(There) => world.feed_destination(DestinationEvent::Silence, true, mutation),
+        Step::Retry => {
+            spend(&mut world.budget.retries);
+            world.feed_source(SourceEvent::Retry, true, mutation);
         }
         Step::GiveUp(Here) if is_in(&world.source, Source::state, "handed-over") => {
             world.run_source();
         }
-        Step::GiveUp(Here) => world.tell_source(SourceEvent::GiveUp, true, mutation),
+        Step::GiveUp(Here) => world.feed_source(SourceEvent::GiveUp, true, mutation),
         Step::GiveUp(There) => destination_gives_up(world, mutation),
         Step::Done(side) => work_is_done(world, side, mutation),
         Step::WriteFails { side, is_there } => write_fails(world, side, is_there, mutation),
@@ -249,13 +249,13 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             spend(&mut world.budget.refused_starts);
             world.source.work = None;
             world.source.disks_taken = false;
-            world.tell_source(SourceEvent::GuestNeverRan, true, mutation);
+            world.feed_source(SourceEvent::GuestNeverRan, true, mutation);
         }
         Step::StartRefused(There) => {
             spend(&mut world.budget.refused_starts);
             world.destination.work = None;
             world.destination.disks_taken = false;
-            world.tell_destination(DestinationEvent::GuestNeverRan, true, mutation);
+            world.feed_destination(DestinationEvent::GuestNeverRan, true, mutation);
         }
         Step::Crash { side, is_done } => {
             spend(&mut world.budget.crashes);
@@ -266,15 +266,15 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             agent_ends(world, side, is_done);
             qemu_ends(world, side);
         }
-        Step::MovesOn => world.tell_source(SourceEvent::MovesOn, true, mutation),
+        Step::MovesOn => world.feed_source(SourceEvent::MovesOn, true, mutation),
         Step::Restart(Here) => world.restart_source(mutation),
         Step::Restart(There) => world.restart_destination(mutation),
         Step::QemuDies(side) => {
             spend(&mut world.budget.qemu_deaths);
             qemu_ends(world, side);
         }
-        Step::Notice(Here) => world.tell_source(SourceEvent::QemuGone, true, mutation),
-        Step::Notice(There) => world.tell_destination(DestinationEvent::QemuGone, true, mutation),
+        Step::Notice(Here) => world.feed_source(SourceEvent::QemuGone, true, mutation),
+        Step::Notice(There) => world.feed_destination(DestinationEvent::QemuGone, true, mutation),
         Step::ColdStart(Here) => world.source_runs(),
         Step::ColdStart(There) => world.destination_runs(),
         Step::Force(side) => force(world, side, mutation),
@@ -292,13 +292,13 @@ fn work_is_done(world: &mut World, side: Side, mutation: Option<Mutation>) {
     match side {
         Here => {
             if let Some(event) = world.source.work.take().and_then(|work| world.do_source(work)) {
-                world.tell_source(event, true, mutation);
+                world.feed_source(event, true, mutation);
             }
         }
         There => {
             let work = world.destination.work.take();
             if let Some(event) = work.and_then(|work| world.do_destination(work)) {
-                world.tell_destination(event, true, mutation);
+                world.feed_destination(event, true, mutation);
             }
         }
     }
@@ -340,7 +340,7 @@ fn write_fails(world: &mut World, side: Side, is_there: bool, mutation: Option<M
             {
                 world.run_source();
             }
-            world.tell_source(SourceEvent::RecordFailed, true, mutation);
+            world.feed_source(SourceEvent::RecordFailed, true, mutation);
         }
         There => {
             if let Some(Work::Persist(record)) = world.destination.work.take()
@@ -348,7 +348,7 @@ fn write_fails(world: &mut World, side: Side, is_there: bool, mutation: Option<M
             {
                 world.destination.stored = record;
             }
-            world.tell_destination(DestinationEvent::RecordFailed, true, mutation);
+            world.feed_destination(DestinationEvent::RecordFailed, true, mutation);
         }
     }
 }
@@ -361,7 +361,7 @@ fn destination_gives_up(world: &mut World, mutation: Option<Mutation>) {
         world.said.insert(message);
         return;
     }
-    world.tell_destination(DestinationEvent::GiveUp, true, mutation);
+    world.feed_destination(DestinationEvent::GiveUp, true, mutation);
 }
 
 fn force(world: &mut World, side: Side, mutation: Option<Mutation>) {
@@ -373,8 +373,8 @@ fn force(world: &mut World, side: Side, mutation: Option<Mutation>) {
     }
     world.forced = true;
     match side {
-        Here => world.tell_source(SourceEvent::ForceOwner, true, mutation),
-        There => world.tell_destination(DestinationEvent::ForceOwner, true, mutation),
+        Here => world.feed_source(SourceEvent::ForceOwner, true, mutation),
+        There => world.feed_destination(DestinationEvent::ForceOwner, true, mutation),
     }
 }
 
@@ -416,16 +416,16 @@ fn deliver(world: &mut World, message: Message, mutation: Option<Mutation>) {
                     DestinationEvent::Retired { epoch: to_destination(epoch, world) }
                 }
                 Message::AskReady(attempt) => asked_ready(world, attempt),
-                Message::Again(attempt) => DestinationEvent::Again { attempt },
+                Message::Retry(attempt) => DestinationEvent::Retry { attempt },
                 _ => DestinationEvent::Undecided,
             };
-            world.tell_destination(event, false, mutation);
+            world.feed_destination(event, false, mutation);
             return;
         }
     };
     // A question may be answered while work is in flight; the rest waits.
     if world.source.work.is_none() || event == SourceEvent::Asked {
-        world.tell_source(event, false, mutation);
+        world.feed_source(event, false, mutation);
     }
 }
 

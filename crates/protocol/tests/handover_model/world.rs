@@ -40,7 +40,7 @@ pub(crate) struct Budget {
     /// Guests that QEMU refuses to let run at the destination.
     pub(crate) refused_starts: u8,
     /// Switchovers that are tried again.
-    pub(crate) agains: u8,
+    pub(crate) retries: u8,
     /// Operators who force an owner, being sure that the other host's QEMU ended.
     pub(crate) forces: u8,
     /// Operators who force an owner and only believe so.
@@ -56,7 +56,7 @@ impl Budget {
         qemu_deaths: 0,
         failed_writes: 0,
         refused_starts: 0,
-        agains: 0,
+        retries: 0,
         forces: 0,
         wrong_forces: 0,
         losses: 0,
@@ -68,13 +68,13 @@ impl Budget {
         qemu_deaths: UNBOUNDED,
         failed_writes: UNBOUNDED,
         refused_starts: UNBOUNDED,
-        agains: 2,
+        retries: 2,
         ..Self::NONE
     };
     /// The same, and one operator who made sure.
-    pub(crate) const OPERATOR: Self = Self { forces: 1, agains: 1, ..Self::FAULTS };
+    pub(crate) const OPERATOR: Self = Self { forces: 1, retries: 1, ..Self::FAULTS };
     /// Faults without end, and one host that never comes back.
-    pub(crate) const LOSS: Self = Self { losses: 1, agains: 1, ..Self::FAULTS };
+    pub(crate) const LOSS: Self = Self { losses: 1, retries: 1, ..Self::FAULTS };
     /// An operator who did not.
     pub(crate) const WRONG_OPERATOR: Self = Self { crashes: 1, wrong_forces: 1, ..Self::NONE };
 }
@@ -93,7 +93,7 @@ pub(crate) enum MovingVm {
 pub(crate) enum Message {
     // To the destination.
     AskReady(u32),
-    Again(u32),
+    Retry(u32),
     Commit(Epoch),
     Stays(Epoch),
     Retired(Epoch),

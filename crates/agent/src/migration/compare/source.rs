@@ -42,10 +42,10 @@ async fn check_condition(inner: &Inner) -> Option<Problem> {
     if let Some(found) = inner.hindrance() {
         return Some(problem(ProblemCode::Busy, found.message, found.remedy));
     }
-    if let Some(hand) = &inner.hand_over
-        && hand.standing().lacks_word
+    if let Some(driver) = &inner.handover
+        && driver.status().awaits_peer
     {
-        let found = hand.missing_word();
+        let found = driver.awaited_answer();
         return Some(problem(ProblemCode::Busy, found.message, found.remedy));
     }
     if let Err(failure) = inner.expect_owned() {

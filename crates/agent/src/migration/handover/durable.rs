@@ -1,7 +1,7 @@
 //! The agent's store as the handover sees it: a migration's record and the
 //! VM's, written in one step.
 
-use limosa_protocol::handover::{Record, Store as HandOverStore};
+use limosa_protocol::handover::{Record, Store as HandoverStore};
 use limosa_protocol::id::VmName;
 
 use crate::store::{MigrationRecord, Store, StoreError, VmRecord};
@@ -20,7 +20,7 @@ pub(crate) struct Durable<'a> {
     pub(crate) vm: VmChange,
 }
 
-impl HandOverStore for Durable<'_> {
+impl HandoverStore for Durable<'_> {
     type Error = StoreError;
 
     fn write_durably(&mut self, record: &Record) -> Result<(), StoreError> {

@@ -25,11 +25,11 @@ use limosa_protocol::handover::{ColdStart, Doubt, Ended};
 use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_qemu::{power, process};
 
-pub(crate) use destination::{DestinationHand, first_record as first_destination_record};
+pub(crate) use destination::{DestinationDriver, first_record as first_destination_record};
 pub(crate) use durable::{Durable, VmChange};
 pub(crate) use operator::{force_owner, recovery};
 pub(crate) use restore::{restore, settle};
-pub(crate) use source::{Handed, SourceHand};
+pub(crate) use source::{Handed, SourceDriver};
 
 use super::job::Job;
 use crate::agent::Agent;
@@ -45,7 +45,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(5);
 
 /// What came of asking the other host for the word that it owes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PeerStand {
+pub(crate) enum PeerAnswer {
     /// It answered, or was not asked yet.
     Settles,
     /// No answer.
@@ -53,10 +53,10 @@ pub(crate) enum PeerStand {
     /// It has lost its records of the migration.
     HasForgotten,
     /// It answers, and does not say how it stands.
-    CannotTell,
+    Unclear,
 }
 
-impl PeerStand {
+impl PeerAnswer {
     pub(crate) fn is_silent(self) -> bool {
         self == Self::IsSilent
     }
@@ -77,7 +77,7 @@ impl PeerStand {
                 "{peer} answers, and has lost its records of this migration, so it cannot settle \
                  it: look there whether a QEMU of the VM runs"
             ),
-            Self::CannotTell => format!(
+            Self::Unclear => format!(
                 "{peer} answers, and cannot say how it stands. It settles by itself once it can; \
                  its log says what holds it up (a state store that failed needs a restart of \
                  limosad there)"
@@ -88,12 +88,12 @@ impl PeerStand {
 
 /// How one half stands, to be looked at without waiting for its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Standing {
+pub(crate) struct Status {
     /// For people
     pub(crate) state: &'static str,
     pub(crate) cold_start: ColdStart,
     pub(crate) doubt: Option<Doubt>,
-    pub(crate) peer: PeerStand,
+    pub(crate) peer: PeerAnswer,
     pub(crate) ended: Option<Ended>,
     /// The guest is this host's, whatever the other host has yet to say.
     pub(crate) is_ours: bool,
@@ -105,28 +105,28 @@ pub(crate) struct Standing {
     pub(crate) may_force_owner: bool,
     /// The other host, which does not answer, owes the word without which the VM
     /// cannot move on.
-    pub(crate) lacks_word: bool,
+    pub(crate) awaits_peer: bool,
 }
 
 /// One half of a migration that is not settled yet.
 #[derive(Clone)]
-pub(crate) enum HandOver {
-    Source(Arc<SourceHand>),
-    Destination(Arc<DestinationHand>),
+pub(crate) enum Handover {
+    Source(Arc<SourceDriver>),
+    Destination(Arc<DestinationDriver>),
 }
 
-impl HandOver {
-    pub(crate) fn standing(&self) -> Standing {
+impl Handover {
+    pub(crate) fn status(&self) -> Status {
         match self {
-            Self::Source(hand) => hand.standing(),
-            Self::Destination(hand) => hand.standing(),
+            Self::Source(driver) => driver.status(),
+            Self::Destination(driver) => driver.status(),
         }
     }
 
     pub(crate) fn job(&self) -> &Arc<Job> {
         match self {
-            Self::Source(hand) => hand.job(),
-            Self::Destination(hand) => hand.job(),
+            Self::Source(driver) => driver.job(),
+            Self::Destination(driver) => driver.job(),
         }
     }
 
@@ -146,8 +146,8 @@ impl HandOver {
     /// Tells the machine that the VM's QEMU has ended.
     pub(crate) fn qemu_gone(&self) {
         match self {
-            Self::Source(hand) => hand.gone.cancel(),
-            Self::Destination(hand) => hand.gone.cancel(),
+            Self::Source(driver) => driver.gone.cancel(),
+            Self::Destination(driver) => driver.gone.cancel(),
         }
     }
 
@@ -155,22 +155,22 @@ impl HandOver {
     /// the other host of this one owes. Without it that host may be made the owner
     /// by its operator, and nobody here would hear of it.
     pub(crate) async fn move_on(&self) -> Result<()> {
-        let mut standing = match self {
-            Self::Source(hand) => {
-                hand.move_on().await;
-                hand.watch()
+        let mut status = match self {
+            Self::Source(driver) => {
+                driver.move_on().await;
+                driver.watch()
             }
-            Self::Destination(hand) => hand.watch(),
+            Self::Destination(driver) => driver.watch(),
         };
-        let settled = standing.wait_for(|now| now.ended.is_some());
+        let settled = status.wait_for(|now| now.ended.is_some());
         if matches!(tokio::time::timeout(SETTLE_MAX, settled).await, Ok(Ok(_))) {
             return Ok(());
         }
-        Err(self.missing_word().into())
+        Err(self.awaited_answer().into())
     }
 
     /// That the VM cannot move on yet, and what to do about it.
-    pub(crate) fn missing_word(&self) -> Hindrance {
+    pub(crate) fn awaited_answer(&self) -> Hindrance {
         let (peer, vm) = (self.peer(), self.job().view().vm);
         Hindrance {
             message: format!(
@@ -185,17 +185,17 @@ impl HandOver {
 
     /// Why the VM may not be changed now, if it may not, and what to do about it.
     pub(crate) fn hindrance(&self) -> Option<Hindrance> {
-        let standing = self.standing();
+        let status = self.status();
         let vm = self.job().view().vm;
-        if standing.is_ours {
+        if status.is_ours {
             return None;
         }
-        Some(match standing.doubt {
+        Some(match status.doubt {
             Some(doubt) => Hindrance {
                 message: format!("VM {vm} is in doubt"),
                 remedy: self.doubt_text(doubt),
             },
-            None if standing.is_theirs => Hindrance {
+            None if status.is_theirs => Hindrance {
                 message: format!("VM {vm} belongs to {}, to which it was handed over", self.peer()),
                 remedy: format!(
                     "work with it there; `limosa migration show {}` tells what is left to do here",
@@ -224,7 +224,7 @@ impl HandOver {
     /// Why the VM may not be started anew from this host's disks, if it may not.
     pub(crate) fn expect_cold_start(&self) -> Result<()> {
         let (peer, vm) = (self.peer(), self.job().view().vm);
-        match self.standing().cold_start {
+        match self.status().cold_start {
             ColdStart::Allowed => Ok(()),
             ColdStart::Unconfirmed => Err(Failure::conflict(format!(
                 "VM {vm} is this host's, and {peer} has not confirmed yet that it is out of it; it \
@@ -237,12 +237,12 @@ impl HandOver {
 
     /// What a doubt is, and what settles it.
     pub(crate) fn doubt_text(&self, doubt: Doubt) -> String {
-        doubt_text(doubt, self.standing().peer, &self.peer(), &self.job().view().vm)
+        doubt_text(doubt, self.status().peer, &self.peer(), &self.job().view().vm)
     }
 }
 
 /// What a doubt is, and what settles it.
-fn doubt_text(doubt: Doubt, stand: PeerStand, peer: &HostName, vm: &VmName) -> String {
+fn doubt_text(doubt: Doubt, peer_answer: PeerAnswer, peer: &HostName, vm: &VmName) -> String {
     let what = match doubt {
         Doubt::CommitUnanswered => format!(
             "handed over to {peer}, which does not say whether the VM runs; the copy here stays \
@@ -268,12 +268,12 @@ fn doubt_text(doubt: Doubt, stand: PeerStand, peer: &HostName, vm: &VmName) -> S
     };
     format!(
         "{what}. {}; if {peer} is gone for good, see `limosa vm recover {vm}`",
-        stand.text(peer)
+        peer_answer.text(peer)
     )
 }
 
 /// Tells a doubt when it comes or changes, and that it is over.
-fn tell_doubt(job: &Job, peer: &HostName, before: Standing, now: Standing) {
+fn report_doubt(job: &Job, peer: &HostName, before: Status, now: Status) {
     if (before.doubt, before.peer) == (now.doubt, now.peer) {
         return;
     }
@@ -284,10 +284,10 @@ fn tell_doubt(job: &Job, peer: &HostName, before: Standing, now: Standing) {
             // A VM that is ours and off has ended its migration as far as an
             // operator who waits for it is concerned.
             if !now.is_ours {
-                job.tell_in_doubt(text);
+                job.report_in_doubt(text);
             }
         }
-        None if before.doubt.is_some() => job.tell_no_doubt(),
+        None if before.doubt.is_some() => job.clear_doubt(),
         None => {}
     }
 }
@@ -331,7 +331,7 @@ fn forget(agent: &Agent, id: MigrationId) {
 }
 
 /// Logs a record that may or may not be durable.
-fn tell_unknown(record: &MigrationRecord, error: &StoreError) {
+fn report_unknown(record: &MigrationRecord, error: &StoreError) {
     tracing::error!(
         migration = %record.view.id,
         error = crate::failure::chain(error),

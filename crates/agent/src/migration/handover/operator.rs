@@ -8,41 +8,41 @@ use limosa_protocol::handover::{Doubt, Guest};
 use limosa_protocol::id::VmName;
 use limosa_protocol::peer::{DestinationVote, SourceDecision};
 
-use super::{HandOver, Standing};
+use super::{Handover, Status};
 use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, Result};
 
 /// What is known of a VM's handover on both hosts, and what forcing it here
 /// would risk.
 pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Result<Recovery> {
-    let hand = unsettled(agent, vm).await?;
-    let standing = hand.standing();
-    let peer = match &hand {
-        HandOver::Source(hand) => match hand.look_at_peer().await {
-            Ok(word) => answered(destination_text(&word), word == DestinationVote::Unknown),
+    let driver = unsettled(agent, vm).await?;
+    let status = driver.status();
+    let peer = match &driver {
+        Handover::Source(driver) => match driver.look_at_peer().await {
+            Ok(vote) => answered(destination_text(&vote), vote == DestinationVote::Unknown),
             Err(error) => unanswered(error.to_string()),
         },
-        HandOver::Destination(hand) => match hand.look_at_peer().await {
-            Ok(word) => answered(source_text(&word), word == SourceDecision::Unknown),
+        Handover::Destination(driver) => match driver.look_at_peer().await {
+            Ok(vote) => answered(source_text(&vote), vote == SourceDecision::Unknown),
             Err(error) => unanswered(error.to_string()),
         },
     };
-    let view = hand.job().view();
-    let guest = match &hand {
-        HandOver::Source(hand) => hand.guest().await,
-        HandOver::Destination(hand) => hand.guest().await,
+    let view = driver.job().view();
+    let guest = match &driver {
+        Handover::Source(driver) => driver.guest().await,
+        Handover::Destination(driver) => driver.guest().await,
     };
     Ok(Recovery {
         vm: vm.clone(),
-        migration: hand.id(),
+        migration: driver.id(),
         role: view.role,
-        state: standing.state.to_owned(),
+        state: status.state.to_owned(),
         guest: guest_text(guest).to_owned(),
-        doubt: standing.doubt.map(|doubt| hand.doubt_text(doubt)),
-        peer_name: hand.peer(),
+        doubt: status.doubt.map(|doubt| driver.doubt_text(doubt)),
+        peer_name: driver.peer(),
         peer,
-        risk: risk(&hand, guest),
-        may_force: standing.may_force_owner,
+        risk: risk(&driver, guest),
+        may_force: status.may_force_owner,
     })
 }
 
@@ -71,26 +71,26 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Re
             before.state
         )));
     }
-    let hand = unsettled(agent, vm).await?;
+    let driver = unsettled(agent, vm).await?;
     expect_files(agent, vm).await?;
     let by = format!("{by}, {} ms since 1970", now_unix_ms());
-    tracing::warn!(%vm, migration = %hand.id(), by, "an operator gives the VM to this host");
-    match &hand {
-        HandOver::Source(hand) => hand.force_owner(by).await?,
-        HandOver::Destination(hand) => hand.force_owner(by).await?,
+    tracing::warn!(%vm, migration = %driver.id(), by, "an operator gives the VM to this host");
+    match &driver {
+        Handover::Source(driver) => driver.force_owner(by).await?,
+        Handover::Destination(driver) => driver.force_owner(by).await?,
     }
     Ok(Recovery {
-        state: hand.standing().state.to_owned(),
-        doubt: hand.standing().doubt.map(|doubt| hand.doubt_text(doubt)),
+        state: driver.status().state.to_owned(),
+        doubt: driver.status().doubt.map(|doubt| driver.doubt_text(doubt)),
         may_force: false,
         ..before
     })
 }
 
-async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Result<HandOver> {
+async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Result<Handover> {
     let found = agent.vm(vm)?;
-    let hand = found.lock().await.hand_over.clone();
-    hand.ok_or_else(|| {
+    let driver = found.lock().await.handover.clone();
+    driver.ok_or_else(|| {
         Failure::conflict(format!(
             "VM {vm} needs no recovery: no migration of it waits for another host"
         ))
@@ -116,19 +116,19 @@ async fn expect_files(agent: &Arc<Agent>, vm: &VmName) -> Result<()> {
 }
 
 /// Fails when an operator's decision cannot be taken.
-pub(super) fn expect_forcible(standing: Standing) -> Result<()> {
-    if standing.may_force_owner {
+pub(super) fn expect_forcible(status: Status) -> Result<()> {
+    if status.may_force_owner {
         return Ok(());
     }
     Err(Failure::conflict(format!(
         "nothing was forced: a migration that is {} needs no operator",
-        standing.state
+        status.state
     )))
 }
 
 /// Fails when a decision may or may not be recorded.
-pub(super) fn expect_recorded(standing: Standing) -> Result<()> {
-    match standing.doubt {
+pub(super) fn expect_recorded(status: Status) -> Result<()> {
+    match status.doubt {
         Some(Doubt::UnknownDurability) => Err(Failure::internal(
             "the decision may or may not be recorded, because the state store failed: look at its \
              disk, restart limosad here, and then see `limosa vm recover` again",
@@ -146,15 +146,15 @@ fn guest_text(guest: Guest) -> &'static str {
     }
 }
 
-fn risk(hand: &HandOver, guest: Guest) -> String {
-    let peer = hand.peer();
-    if hand.standing().is_ours && !guest.is_absent() {
+fn risk(driver: &Handover, guest: Guest) -> String {
+    let peer = driver.peer();
+    if driver.status().is_ours && !guest.is_absent() {
         return format!(
             "the VM runs here, and its next move or start then waits for no word of {peer}. If an \
              operator also gives it to {peer}, it runs twice: do not do both"
         );
     }
-    let lost = match hand.standing().doubt {
+    let lost = match driver.status().doubt {
         Some(Doubt::CommitUnanswered) => {
             format!("what the guest did on {peer} since it was handed over is lost")
         }
@@ -179,8 +179,8 @@ fn risk(hand: &HandOver, guest: Guest) -> String {
     )
 }
 
-fn destination_text(word: &DestinationVote) -> &'static str {
-    match word {
+fn destination_text(answer: &DestinationVote) -> &'static str {
+    match answer {
         DestinationVote::Unknown => "it has never heard of this migration: it has lost its records",
         DestinationVote::Undecided => "it is receiving, or just about to decide",
         DestinationVote::Ready { .. } => "it holds the whole VM and waits for the handover",
@@ -189,8 +189,8 @@ fn destination_text(word: &DestinationVote) -> &'static str {
     }
 }
 
-fn source_text(word: &SourceDecision) -> &'static str {
-    match word {
+fn source_text(answer: &SourceDecision) -> &'static str {
+    match answer {
         SourceDecision::Unknown => "it has never heard of this migration: it has lost its records",
         SourceDecision::Undecided => "it has not decided yet",
         SourceDecision::Commit { .. } => "it has handed the VM over",

@@ -17,7 +17,7 @@ use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::power::{self, RunState};
 use limosa_qemu::process::{self, ProcessId};
 
-use super::{DestinationHand, Durable, HandOver, SourceHand, VmChange};
+use super::{DestinationDriver, Durable, Handover, SourceDriver, VmChange};
 use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
 use crate::store::{MigrationRecord, VmRecord};
@@ -25,8 +25,8 @@ use crate::vm::{Qemu, Vm, cgroup, run};
 
 /// A machine that was made again, and what it orders first.
 pub(crate) enum Restored {
-    Source(Arc<SourceHand>, Vec<SourceAction>),
-    Destination(Arc<DestinationHand>, Vec<DestinationAction>),
+    Source(Arc<SourceDriver>, Vec<SourceAction>),
+    Destination(Arc<DestinationDriver>, Vec<DestinationAction>),
 }
 
 /// Makes the machines of all unsettled migrations. Their VMs are fenced from
@@ -94,15 +94,15 @@ async fn restore_source(
             (None, _) => (Guest::Gone, None),
         }
     };
-    let (hand, actions) = SourceHand::restore(agent, &vm, record, receipt, guest, qemu)?;
+    let (driver, actions) = SourceDriver::restore(agent, &vm, record, receipt, guest, qemu)?;
     if !is_told {
-        hand.note_restart().await;
+        driver.note_restart().await;
         of_vm.migration = Some((id, Role::Source));
     }
-    let hand_over = HandOver::Source(Arc::clone(&hand));
-    of_vm.hand_over = Some(hand_over.clone());
-    agent.migrations.add_restored(hand_over);
-    Ok(Restored::Source(hand, actions))
+    let handover = Handover::Source(Arc::clone(&driver));
+    of_vm.handover = Some(handover.clone());
+    agent.migrations.add_restored(handover);
+    Ok(Restored::Source(driver, actions))
 }
 
 /// Ends a QEMU that only read the disks of a VM that is off.
@@ -149,13 +149,13 @@ async fn restore_destination(
     };
     let (guest, qemu) = look_at_destination(agent, &vm, &record).await;
     let mut of_vm = vm.lock().await;
-    let (hand, actions) =
-        DestinationHand::restore(agent, &vm, record, receipt, guest, qemu, definition)?;
+    let (driver, actions) =
+        DestinationDriver::restore(agent, &vm, record, receipt, guest, qemu, definition)?;
     of_vm.migration = Some((id, Role::Destination));
-    let hand_over = HandOver::Destination(Arc::clone(&hand));
-    of_vm.hand_over = Some(hand_over.clone());
-    agent.migrations.add_restored(hand_over);
-    Ok(Restored::Destination(hand, actions))
+    let handover = Handover::Destination(Arc::clone(&driver));
+    of_vm.handover = Some(handover.clone());
+    agent.migrations.add_restored(handover);
+    Ok(Restored::Destination(driver, actions))
 }
 
 /// What has become of the QEMU that received. "Running" unless the guest surely
@@ -180,7 +180,7 @@ async fn look_at_destination(
         (Some(qemu), _) => Some(qemu),
         (None, Some(run)) if process::is_alive(&run.process) => {
             let definition = vm.lock().await.definition.clone();
-            match run::connect_again(agent, &definition, run).await {
+            match run::reconnect(agent, &definition, run).await {
                 Ok(qemu) => Some(qemu),
                 Err(failure) => {
                     tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
@@ -201,14 +201,14 @@ async fn look_at_destination(
     }
     // Before `owner` nothing lets it run; after it a guest that stands has not
     // run yet.
-    let stands = match power::query_status(&qemu.qmp).await {
+    let expect_paused = match power::query_status(&qemu.qmp).await {
         Ok(status) => matches!(
             status,
             RunState::Paused | RunState::Inmigrate | RunState::Prelaunch | RunState::Postmigrate
         ),
         Err(_) => false,
     };
-    (if stands { Guest::Stopped } else { Guest::Running }, Some(qemu))
+    (if expect_paused { Guest::Stopped } else { Guest::Running }, Some(qemu))
 }
 
 /// What becomes of a QEMU that received and does not answer any more. Before
@@ -235,15 +235,15 @@ pub(crate) fn settle(restored: Vec<Restored>) {
         });
         job.spawn(async move {
             match one {
-                Restored::Source(hand, actions) => {
-                    let words = hand.go_on(actions).await;
-                    hand.finish(words).await;
+                Restored::Source(driver, actions) => {
+                    let messages = driver.go_on(actions).await;
+                    driver.finish(messages).await;
                 }
-                Restored::Destination(hand, actions) => {
-                    hand.go_on(actions).await;
-                    hand.spawn_settling();
-                    hand.job().cancelled().await;
-                    hand.give_up("cancelled by an operator of the destination").await;
+                Restored::Destination(driver, actions) => {
+                    driver.go_on(actions).await;
+                    driver.spawn_settling();
+                    driver.job().cancelled().await;
+                    driver.give_up("cancelled by an operator of the destination").await;
                 }
             }
         });

@@ -97,7 +97,7 @@ impl Connections {
     }
 
     /// Connections are needed again, for another attempt.
-    pub(super) fn begin_again(&self) {
+    pub(super) fn begin_retry(&self) {
         let mut inner = self.lock();
         inner.have_ended = false;
         inner.have_come = false;
@@ -199,7 +199,7 @@ impl Incoming {
         hello: &ChannelHello,
         mut stream: TlsStream<TcpStream>,
     ) -> Result<()> {
-        self.hand.expect_preparing()?;
+        self.driver.expect_preparing()?;
         self.connections.check(hello)?;
         let doing = "accepting a channel";
         let is_needed = !self.connections.have_ended();
@@ -216,7 +216,7 @@ impl Incoming {
         let io = into_blocking(socket, tls.into()).or_fail(doing)?;
         match self.connections.add(hello, io)? {
             None => Ok(()),
-            Some(set) => match self.hand.reconnect(set) {
+            Some(set) => match self.driver.reconnect(set) {
                 None => Ok(()),
                 Some(set) => self.start_plane(set).instrument(self.job.span()).await,
             },
@@ -248,10 +248,10 @@ impl Incoming {
             loop {
                 let why = lost.wait_for(Option::is_some).await.map(|why| why.clone());
                 let Ok(Some(why)) = why else { return };
-                job.tell_link_lost(chain(&why), wait);
+                job.report_link_lost(chain(&why), wait);
                 let back = tokio::time::timeout(wait, lost.wait_for(Option::is_none)).await;
                 match back.map(|back| back.is_ok()) {
-                    Ok(true) => job.tell_link_back(),
+                    Ok(true) => job.report_link_back(),
                     Ok(false) => return,
                     Err(_elapsed) => {
                         let Some(incoming) = incoming.upgrade() else { return };
@@ -309,7 +309,7 @@ mod tests {
         assert!(add(4, ChannelRole::Channel(0)).unwrap().is_none());
         connections.end();
         assert!(add(4, ChannelRole::ReturnPath).is_err(), "everything is there");
-        connections.begin_again();
+        connections.begin_retry();
         assert!(!connections.have_come() && !connections.have_ended());
         assert!(add(3, ChannelRole::Channel(0)).is_err(), "set 3 was in use");
     }

@@ -9,10 +9,10 @@
 //! it is made, so that declining removes it also after a crash. What is received
 //! goes to a QEMU that stands; only [`super::handover`] lets it run.
 
-mod again;
 mod channels;
 mod place;
 mod receive;
+mod retry;
 mod take_over;
 pub(crate) mod verify;
 
@@ -34,13 +34,13 @@ use tracing::{Instrument, Span};
 pub(crate) use channels::{Set, accept_channel};
 pub(crate) use place::{free, removable};
 pub(crate) use receive::end_plane;
-pub(crate) use take_over::{let_run, stands};
+pub(crate) use take_over::{expect_paused, resume_guest};
 
 use channels::Connections;
 
 use super::Slot;
 use super::compare::{self, Placed};
-use super::handover::{self, DestinationHand, HandOver};
+use super::handover::{self, DestinationDriver, Handover};
 use super::job::Job;
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
@@ -59,7 +59,7 @@ pub(crate) struct Incoming {
     /// The plan of the offer with the locations of this host
     plan: MigrationPlan,
     vm: Arc<Vm>,
-    hand: Arc<DestinationHand>,
+    driver: Arc<DestinationDriver>,
     connections: Connections,
     /// Whose turn it is to write a small file.
     file_turn: Mutex<()>,
@@ -151,7 +151,7 @@ impl Incoming {
         // The answer may have been lost, and the source asks again.
         if let Some(incoming) = agent.migrations.incoming(id, from)
             && incoming.offer == offer
-            && incoming.hand.expect_preparing().is_ok()
+            && incoming.driver.expect_preparing().is_ok()
         {
             return Ok(OfferAnswer { problems: Vec::new(), is_full: false });
         }
@@ -169,7 +169,7 @@ impl Incoming {
         };
         let incoming = Self::take(agent, offer, slot).await?;
         if let Err(failure) = incoming.make_place().instrument(incoming.span()).await {
-            incoming.hand.give_up(&failure.to_string()).await;
+            incoming.driver.give_up(&failure.to_string()).await;
             return Err(failure);
         }
         Ok(OfferAnswer { problems: Vec::new(), is_full: false })
@@ -207,9 +207,9 @@ impl Incoming {
             forced: None,
         };
         agent.add_vm(Arc::clone(&vm))?;
-        let begun = DestinationHand::begin(agent, &vm, &job, record, definition.clone());
-        let hand = match begun {
-            Ok(hand) => hand,
+        let begun = DestinationDriver::begin(agent, &vm, &job, record, definition.clone());
+        let driver = match begun {
+            Ok(driver) => driver,
             Err(failure) => {
                 agent.drop_vm(&vm, &mut *vm.lock().await);
                 return Err(failure);
@@ -217,7 +217,7 @@ impl Incoming {
         };
         let mut of_vm = vm.lock().await;
         of_vm.migration = Some((id, Role::Destination));
-        of_vm.hand_over = Some(HandOver::Destination(Arc::clone(&hand)));
+        of_vm.handover = Some(Handover::Destination(Arc::clone(&driver)));
         drop(of_vm);
         let incoming = Arc::new(Self {
             agent: Arc::clone(agent),
@@ -226,16 +226,16 @@ impl Incoming {
             definition,
             plan,
             vm,
-            hand: Arc::clone(&hand),
+            driver: Arc::clone(&driver),
             connections: Connections::default(),
             file_turn: Mutex::default(),
             attempt: watch::Sender::new(1),
             inner: Mutex::default(),
         });
         let receiving = Some(Arc::clone(&incoming));
-        agent.migrations.add(HandOver::Destination(Arc::clone(&hand)), receiving, slot);
+        agent.migrations.add(Handover::Destination(Arc::clone(&driver)), receiving, slot);
         incoming.spawn_cancel_watch();
-        hand.spawn_settling();
+        driver.spawn_settling();
         Ok(incoming)
     }
 
@@ -249,7 +249,7 @@ impl Incoming {
         let incoming = Arc::clone(self);
         self.job.spawn(async move {
             incoming.job.cancelled().await;
-            incoming.hand.give_up("cancelled by an operator of the destination").await;
+            incoming.driver.give_up("cancelled by an operator of the destination").await;
         });
     }
 
@@ -261,7 +261,7 @@ impl Incoming {
         offset: u64,
         part: Bytes,
     ) -> Result<FileReceived> {
-        self.hand.expect_preparing()?;
+        self.driver.expect_preparing()?;
         let expected = self.offer.files.iter().find(|(offered, _)| offered == name);
         let known = files::small_files(&self.definition)?;
         let is_known = known.iter().any(|(known, _)| *known == name);
@@ -275,7 +275,7 @@ impl Incoming {
         // One part at a time, also when an earlier request is still being done.
         let _turn = self.file_turn.lock().await;
         if offset == 0 {
-            self.hand
+            self.driver
                 .note(|record| {
                     if !record.made.contains(&noted) {
                         record.made.push(noted);
@@ -289,7 +289,7 @@ impl Incoming {
     /// Notes a failure and declines: the source finds out when it asks, or by
     /// its channels.
     async fn fail(&self, reason: String) {
-        self.hand.give_up(&reason).await;
+        self.driver.give_up(&reason).await;
     }
 
     fn enter(&self, phase: Phase) {

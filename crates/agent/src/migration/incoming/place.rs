@@ -26,11 +26,11 @@ impl Incoming {
         let noted = match placed {
             Ok(()) => {
                 let made = made.clone();
-                self.hand.note(|record| record.made = made).await
+                self.driver.note(|record| record.made = made).await
             }
             failed => failed,
         };
-        if noted.is_err() && !self.hand.still_prepares().await {
+        if noted.is_err() && !self.driver.still_prepares().await {
             let left = remove(&self.definition, removable(&self.plan, made)).await;
             if !left.is_empty() {
                 let left = left.join("; ");
@@ -53,7 +53,7 @@ impl Incoming {
         placed?;
         for (image, disk) in self.plan.images_to_make() {
             // Nobody wants it any more if it was given up meanwhile.
-            self.hand.expect_preparing()?;
+            self.driver.expect_preparing()?;
             create::make_image(&self.agent, &image.path, image.format, disk.virtual_bytes, made)
                 .await?;
         }

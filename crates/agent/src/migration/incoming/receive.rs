@@ -71,7 +71,7 @@ impl Incoming {
             )));
         }
         let mut inner = self.inner.lock().await;
-        self.hand.expect_preparing()?;
+        self.driver.expect_preparing()?;
         if let Some((token, channel_count)) = self.connections.expected() {
             if channel_count != request.channel_count {
                 return Err(Failure::conflict("this migration receives already"));
@@ -104,7 +104,7 @@ impl Incoming {
         let agent = &self.agent;
         let launched = run::launch(agent, &self.definition, true).await;
         let noted = match launched {
-            Ok(qemu) => match self.hand.note_qemu(&qemu).await {
+            Ok(qemu) => match self.driver.note_qemu(&qemu).await {
                 Ok(()) => Ok(qemu),
                 Err(failure) => {
                     // Given up meanwhile: nobody else knows of it.
@@ -114,7 +114,7 @@ impl Incoming {
             },
             failed => failed,
         };
-        if noted.is_err() && !self.hand.still_prepares().await {
+        if noted.is_err() && !self.driver.still_prepares().await {
             // What was made by a launch that went on after all else was freed.
             let made = removable(&self.plan, inner.made.clone());
             super::free(agent, &self.definition, None, &made).await;
@@ -164,7 +164,7 @@ impl Incoming {
         let mut inner = self.inner.lock().await;
         let Some(parts) = inner.parts.take() else {
             // Two sets came at the same time, or all has arrived.
-            return match self.hand.reconnect(set) {
+            return match self.driver.reconnect(set) {
                 None => Ok(()),
                 Some(_) => Err(Failure::conflict("nothing is received any more")),
             };
@@ -195,7 +195,7 @@ impl Incoming {
                 }
             }),
         };
-        self.hand.hold_plane(DestinationPlane::start(spec).or_fail("starting the data plane")?);
+        self.driver.hold_plane(DestinationPlane::start(spec).or_fail("starting the data plane")?);
         self.spawn_link_watch(losses);
         inner.events = Some(events);
         self.enter(Phase::Mirror);

@@ -23,11 +23,11 @@ impl Incoming {
     /// is.
     pub(crate) async fn verify(&self, request: &VerifyRequest) -> Result<Digests> {
         let mut inner = self.inner.lock().await;
-        self.hand.expect_preparing()?;
+        self.driver.expect_preparing()?;
         let read = tokio::select! {
             biased;
             () = self.is_over(request.attempt) => Ok(None),
-            read = self.read_again(&mut inner, request.part) => read.map(Some),
+            read = self.read_contents(&mut inner, request.part) => read.map(Some),
         };
         match read {
             Ok(Some(digests)) => Ok(digests),
@@ -40,7 +40,7 @@ impl Incoming {
         }
     }
 
-    async fn read_again(&self, inner: &mut Inner, part: Option<Part>) -> Result<Digests> {
+    async fn read_contents(&self, inner: &mut Inner, part: Option<Part>) -> Result<Digests> {
         let settled = self.settle(inner).await?;
         let contents = verify::Contents {
             agent: &self.agent,
@@ -61,8 +61,8 @@ impl Incoming {
     /// Answers once the whole VM is here, equal, and durably so.
     pub(crate) async fn ready(&self, request: &ReadyRequest) -> DestinationVote {
         let mut inner = self.inner.lock().await;
-        if self.hand.expect_preparing().is_err() {
-            return self.hand.word().await;
+        if self.driver.expect_preparing().is_err() {
+            return self.driver.vote().await;
         }
         let became = tokio::select! {
             biased;
@@ -70,9 +70,9 @@ impl Incoming {
             became = self.become_ready(&mut inner, request) => became.map(|()| true),
         };
         match became {
-            Ok(true) => self.hand.complete(request.attempt, request.paused).await,
-            Ok(false) => self.hand.word().await,
-            Err(failure) => self.hand.give_up(&failure.to_string()).await,
+            Ok(true) => self.driver.complete(request.attempt, request.paused).await,
+            Ok(false) => self.driver.vote().await,
+            Err(failure) => self.driver.give_up(&failure.to_string()).await,
         }
     }
 
@@ -102,9 +102,9 @@ impl Incoming {
             // Nothing was loaded into it: it only held the images open.
             run::end(&qemu).await?;
             inner.qemu = None;
-            self.hand.forget_reader().await;
+            self.driver.forget_reader().await;
         }
-        let ram_digests = self.hand.plane().and_then(|plane| plane.ram_digests());
+        let ram_digests = self.driver.plane().and_then(|plane| plane.ram_digests());
         Ok(inner.settled.insert(Settled { ram_digests }).clone())
     }
 }
@@ -112,14 +112,14 @@ impl Incoming {
 /// Makes a guest that is to stay paused one like any other: it may move on as it is.
 ///
 /// - `runtime`: the VM's folder for sockets.
-pub(crate) async fn stands(qemu: &Qemu, runtime: &Path) -> Result<()> {
+pub(crate) async fn expect_paused(qemu: &Qemu, runtime: &Path) -> Result<()> {
     block::activate_loaded(&qemu.qmp, &runtime.join(NBD_SOCKET))
         .await
         .or_fail("taking the paused guest's disks")
 }
 
 /// Lets the guest run, unless it does. An error means that it surely did not.
-pub(crate) async fn let_run(qemu: &Qemu) -> Result<()> {
+pub(crate) async fn resume_guest(qemu: &Qemu) -> Result<()> {
     let doing = "running the guest at the destination";
     if !process::is_alive(&qemu.process) {
         return Err(Failure::internal(format!("{doing}: its QEMU ended; see qemu.log")));

@@ -36,7 +36,7 @@ pub(super) async fn abort(mut source: Source, why: &Failure) {
     };
     // The destination may know why.
     let is_echo = !source.link_state.borrow().is_up() && !is_cancelled;
-    source.hand.give_up(reason, is_echo).await;
+    source.driver.give_up(reason, is_echo).await;
 }
 
 /// Waits for the destination's word on where the two hosts differ. The guest need
@@ -44,7 +44,7 @@ pub(super) async fn abort(mut source: Source, why: &Failure) {
 async fn find_difference(source: &Source) -> Option<Failure> {
     let released = async {
         undo_in_qemu(&source.qemu).await?;
-        if source.was_running { let_run_again(&source.qemu).await } else { Ok(()) }
+        if source.was_running { resume_source(&source.qemu).await } else { Ok(()) }
     };
     if let Err(failure) = released.await {
         // It is tried again, and told, when the VM is taken back.
@@ -64,7 +64,7 @@ pub(crate) async fn undo_in_qemu(qemu: &Qemu) -> Result<()> {
 }
 
 /// Lets a guest run that a migration stopped.
-pub(crate) async fn let_run_again(qemu: &Qemu) -> Result<()> {
+pub(crate) async fn resume_source(qemu: &Qemu) -> Result<()> {
     let qmp = &qemu.qmp;
     if qmp.is_closed() {
         return Err(Failure::internal("QEMU of the VM ended"));

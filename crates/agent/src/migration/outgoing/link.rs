@@ -74,11 +74,11 @@ pub(super) fn take_event(
         _ if through => {}
         LinkState::Lost { why, .. } => {
             tracing::warn!(migration = %job.id(), error = chain(why), "the link is lost");
-            job.tell_link_lost(chain(why), wait);
+            job.report_link_lost(chain(why), wait);
         }
         _ => {
             tracing::info!(migration = %job.id(), "the link is back");
-            job.tell_link_back();
+            job.report_link_back();
         }
     }
     state.send_if_modified(|state| {
@@ -156,8 +156,8 @@ pub(super) fn keep(
             if through.load(Ordering::Acquire) {
                 tokio::time::sleep(THROUGH_GRACE).await;
             }
-            let again = have_again(&connector, &plane, &mut changes);
-            let ended = match tokio::time::timeout(wait, again).await {
+            let retry = reconnect(&connector, &plane, &mut changes);
+            let ended = match tokio::time::timeout(wait, retry).await {
                 Ok(Ok(true)) => continue,
                 Ok(Ok(false)) => return,
                 Ok(Err(failure)) => failure,
@@ -176,7 +176,7 @@ pub(super) fn keep(
 
 /// Tries until the link is there again, or cannot come back; `false` when it is
 /// not needed any more.
-async fn have_again(
+async fn reconnect(
     connector: &Connector,
     plane: &SourcePlane,
     changes: &mut watch::Receiver<LinkState>,
@@ -270,7 +270,7 @@ impl Retry<'_> {
             let message = format!("{reason}, for {} s", self.wait.as_secs());
             return Err(NoAnswer::LinkLost(Failure::peer(message)));
         }
-        self.job.tell_link_lost(reason, self.wait);
+        self.job.report_link_lost(reason, self.wait);
         tokio::time::sleep(TRY_EVERY).await;
         Ok(())
     }
@@ -279,7 +279,7 @@ impl Retry<'_> {
 impl Drop for Retry<'_> {
     fn drop(&mut self) {
         if self.lost.is_some() {
-            self.job.tell_link_back();
+            self.job.report_link_back();
         }
     }
 }

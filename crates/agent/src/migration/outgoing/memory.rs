@@ -98,7 +98,7 @@ impl Source {
                 progress.round = ram.dirty_sync_count;
                 progress.dirty_pages_per_second = ram.dirty_pages_rate;
             });
-            self.tell_moved(&mut wire);
+            self.report_moved(&mut wire);
             if limit_round == 0 {
                 limit_round = ram.dirty_sync_count;
             }

@@ -133,7 +133,7 @@ impl Source {
                     progress.disks.insert(id.clone(), moment);
                 });
             }
-            self.tell_moved(&mut wire);
+            self.report_moved(&mut wire);
             if all_ready {
                 return Ok(());
             }
@@ -187,7 +187,7 @@ impl Source {
 
     /// Mirrors again what is not mirrored any more, before the guest runs on. A
     /// disk that was equal gets only what is written from now on.
-    pub(super) async fn mirror_again(&mut self) -> Result<()> {
+    pub(super) async fn restart_mirrors(&mut self) -> Result<()> {
         block::activate_all(&self.qemu.qmp).await.or_fail("taking the disks back")?;
         abort::end_mirrors(&self.qemu).await?;
         self.mirrors_end = false;
@@ -216,7 +216,7 @@ impl Source {
     }
 
     /// Tells what moved so far.
-    pub(super) fn tell_moved(&self, wire: &mut Rate) {
+    pub(super) fn report_moved(&self, wire: &mut Rate) {
         let Some(plane) = &self.plane else { return };
         let moved = plane.moved();
         let per_second = wire.update(moved.wire_bytes);

@@ -10,12 +10,12 @@
 //! found ([`abort`]). From *ready?* on only [`super::handover`] decides.
 
 mod abort;
-mod again;
 mod link;
 mod memory;
 mod mirror;
 mod prepare;
 mod retire;
+mod retry;
 mod socket;
 mod switchover;
 
@@ -32,12 +32,12 @@ use limosa_protocol::plan::MigrationPlan;
 use limosa_qemu::power;
 use tokio::sync::{mpsc, watch};
 
-pub(crate) use abort::{let_run_again, undo_in_qemu};
+pub(crate) use abort::{resume_source, undo_in_qemu};
 pub(crate) use link::link_wait;
 pub(crate) use prepare::plane_settings;
 pub(crate) use retire::{free_source, left_behind};
 
-use super::handover::{HandOver, SourceHand};
+use super::handover::{Handover, SourceDriver};
 use super::job::Job;
 use super::{Slot, compare};
 use crate::agent::Agent;
@@ -58,7 +58,7 @@ pub(crate) struct Source {
     job: Arc<Job>,
     link: Arc<PeerClient>,
     offer: Offer,
-    hand: Arc<SourceHand>,
+    driver: Arc<SourceDriver>,
     /// The guest's QEMU; for a VM that is off, one that only reads its disks.
     qemu: Qemu,
     /// Whether the guest's vCPUs ran when the migration began.
@@ -103,9 +103,9 @@ pub(crate) async fn begin(
         None => run::launch(agent, &inner.definition, false).await?,
     };
     let record = first_record(&inner, &offer, job, was_running, &qemu);
-    let started = SourceHand::begin(agent, vm, job, record, &qemu)
-        .and_then(|hand| Ok((Arc::clone(&hand), hand.link()?)));
-    let (hand, link) = match started {
+    let started = SourceDriver::begin(agent, vm, job, record, &qemu)
+        .and_then(|driver| Ok((Arc::clone(&driver), driver.link()?)));
+    let (driver, link) = match started {
         Ok(started) => started,
         Err(failure) => {
             if inner.qemu.is_none() {
@@ -115,9 +115,9 @@ pub(crate) async fn begin(
             return Err(failure);
         }
     };
-    agent.migrations.add(HandOver::Source(Arc::clone(&hand)), None, slot);
+    agent.migrations.add(Handover::Source(Arc::clone(&driver)), None, slot);
     inner.migration = Some((job.id(), Role::Source));
-    inner.hand_over = Some(HandOver::Source(Arc::clone(&hand)));
+    inner.handover = Some(Handover::Source(Arc::clone(&driver)));
     drop(inner);
     let view = job.view();
     supervise(Source {
@@ -126,7 +126,7 @@ pub(crate) async fn begin(
         job: Arc::clone(job),
         link,
         offer,
-        hand,
+        driver,
         qemu,
         was_running,
         plane: None,
@@ -146,7 +146,7 @@ pub(crate) async fn begin(
 
 /// What another host has to say of an earlier move, a new one makes void.
 async fn void_earlier_move(vm: &Vm) -> Result<()> {
-    let earlier = vm.lock().await.hand_over.clone();
+    let earlier = vm.lock().await.handover.clone();
     match earlier {
         Some(earlier) => earlier.move_on().await,
         None => Ok(()),
@@ -178,10 +178,10 @@ fn first_record(
 
 /// Runs a source in a task of its own; a panic in it ends the move as any failure does.
 fn supervise(source: Source) {
-    let (job, hand) = (Arc::clone(&source.job), Arc::clone(&source.hand));
+    let (job, driver) = (Arc::clone(&source.job), Arc::clone(&source.driver));
     job.supervise(source.run(), async move {
         let reason = "a fault in limosad ended the move; its log says which";
-        hand.give_up(reason.to_owned(), false).await;
+        driver.give_up(reason.to_owned(), false).await;
     });
 }
 
@@ -198,7 +198,7 @@ impl Source {
         let mut is_again = false;
         loop {
             match self.drive(is_again).await {
-                Ok(Some(switched)) => match self.hand_over(switched).await {
+                Ok(Some(switched)) => match self.handover(switched).await {
                     Some(source) => self = source,
                     None => return,
                 },
@@ -216,7 +216,7 @@ impl Source {
         let link_ended = Self::link_ended(self.link_state.subscribe());
         let work = async {
             if is_again {
-                self.run_on_again().await?;
+                self.resume_for_retry().await?;
             } else {
                 self.prepare().await?;
                 self.job.enter(Phase::Mirror);

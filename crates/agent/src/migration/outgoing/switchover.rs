@@ -231,7 +231,7 @@ impl Source {
     }
 
     async fn read_there(&self, part: Option<Part>) -> Result<Digests, Unread> {
-        let attempt = self.hand.attempt().await;
+        let attempt = self.driver.attempt().await;
         let request = VerifyRequest { attempt, part };
         // The guest is paused because its operator asked for a full verification; a lost link
         // must not pause the guest for longer.
@@ -249,8 +249,8 @@ impl Source {
 
     /// *ready?*, the commit, and what follows. From here on the machine decides. Gives
     /// the source back when *ready* was not heard for as long as the guest may stand.
-    pub(super) async fn hand_over(self, switched: Switched) -> Option<Self> {
-        let asks = self.hand.feed(On::Delivered).await;
+    pub(super) async fn handover(self, switched: Switched) -> Option<Self> {
+        let asks = self.driver.feed(On::Delivered).await;
         let asked = match asks.first() {
             Some(SourceAction::AskReady { attempt }) => self.ask_ready(*attempt, &switched).await,
             // It was given up meanwhile, so the destination must not become ready.
@@ -261,7 +261,7 @@ impl Source {
             _ => Ok(ready),
         });
         match asked {
-            Ok(Some(ready)) => self.take_word(switched, ready).await,
+            Ok(Some(ready)) => self.take_vote(switched, ready).await,
             Ok(None) => return Some(self),
             Err(failure) => abort::abort(self, &failure).await,
         }
@@ -269,19 +269,19 @@ impl Source {
     }
 
     /// The destination's answer to *ready?*: mostly that it is.
-    async fn take_word(mut self, switched: Switched, ready: DestinationVote) {
-        let hand = Arc::clone(&self.hand);
+    async fn take_vote(mut self, switched: Switched, ready: DestinationVote) {
+        let driver = Arc::clone(&self.driver);
         let device_state_done = Instant::now();
         self.link_keeper = None;
-        let mut words = hand.hear(ready).await;
+        let mut messages = driver.receive(ready).await;
         let committed = Instant::now();
-        let answer = match words.pop() {
-            Some(commit @ SourceAction::SendCommit(_)) => hand.ask_destination(&commit).await,
+        let answer = match messages.pop() {
+            Some(commit @ SourceAction::SendCommit(_)) => driver.ask_destination(&commit).await,
             // It declined, or nobody knows whether the commit was recorded.
             other => {
                 self.close_plane();
-                words.extend(other);
-                return hand.finish(words).await;
+                messages.extend(other);
+                return driver.finish(messages).await;
             }
         };
         let resumed = Instant::now();
@@ -302,13 +302,13 @@ impl Source {
             self.job.progress(|progress| progress.moved = moved);
         }
         self.close_plane();
-        hand.note_handed(Handed { downtime, proofs: self.proofs() }).await;
-        let words = match answer {
-            Ok(word) => hand.hear(word).await,
+        driver.note_handed(Handed { downtime, proofs: self.proofs() }).await;
+        let messages = match answer {
+            Ok(message) => driver.receive(message).await,
             // Asked again until it is answered.
             Err(_) => Vec::new(),
         };
-        hand.finish(words).await;
+        driver.finish(messages).await;
     }
 
     /// Asks *ready?*, again while the link is lost and the guest may stand; `None` when it
@@ -330,23 +330,23 @@ impl Source {
         };
         let at_least = began + READY_MIN;
         let asked = self.ask_ready_until(attempt, until.max(at_least), until_if_lost.max(at_least));
-        let mut word = asked.await?;
-        if word.is_none() && switched.stopped.is_some() {
-            if !self.hand.guest().await.is_absent() {
+        let mut vote = asked.await?;
+        if vote.is_none() && switched.stopped.is_some() {
+            if !self.driver.guest().await.is_absent() {
                 return Ok(None);
             }
             // Its QEMU is gone: nobody stands any more, and the destination has all of it.
             let until = Instant::now() + link_wait(&self.agent);
-            word = self.ask_ready_until(attempt, until, until).await?;
+            vote = self.ask_ready_until(attempt, until, until).await?;
         }
-        let Some(word) = word else {
+        let Some(vote) = vote else {
             return Err(Failure::peer(format!(
                 "{} had everything and did not say so within {} ms; move the VM again",
                 self.link.name(),
                 millis(began.elapsed())
             )));
         };
-        match word {
+        match vote {
             DestinationVote::Undecided => Err(Failure::peer(format!(
                 "{0} holds everything and could not record it; the log of limosad on {0} says \
                  why (a state store that failed, mostly)",
@@ -356,7 +356,7 @@ impl Source {
                 "{} does not know this migration any more",
                 self.link.name()
             ))),
-            word => Ok(Some(word)),
+            vote => Ok(Some(vote)),
         }
     }
 

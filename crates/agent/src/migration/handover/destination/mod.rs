@@ -9,7 +9,7 @@
 //! The destination never calls on its own but to ask: each request of the source
 //! is answered with the word that is true after it.
 
-mod words;
+mod messages;
 
 use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
 
@@ -26,12 +26,12 @@ use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Durable, PeerStand, Standing, VmChange, end_unanswering, forget, stop_guest, tell_doubt,
-    tell_unknown,
+    Durable, PeerAnswer, Status, VmChange, end_unanswering, forget, report_doubt, report_unknown,
+    stop_guest,
 };
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
-use crate::migration::incoming::{self, Set, let_run, stands};
+use crate::migration::incoming::{self, Set, expect_paused, resume_guest};
 use crate::migration::job::Job;
 use crate::peer::PeerClient;
 use crate::store::{MigrationRecord, VmRecord};
@@ -39,13 +39,13 @@ use crate::vm::announce::announce;
 use crate::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its destination.
-pub(crate) struct DestinationHand {
+pub(crate) struct DestinationDriver {
     agent: Arc<Agent>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     source: HostName,
     inner: Mutex<Inner>,
-    standing: watch::Sender<Standing>,
+    status: watch::Sender<Status>,
     /// QEMU of the VM has ended.
     pub(super) gone: CancellationToken,
     /// Ended when the copy is given up, whoever waits for it.
@@ -63,14 +63,14 @@ struct Inner {
     /// Operators may work with the VM.
     is_open: bool,
     /// What came of asking for the word that the source owes.
-    peer: PeerStand,
+    peer: PeerAnswer,
     /// Answers in a row that nothing is decided.
     undecided_count: u32,
 }
 
-fn standing_of(machine: &Destination, peer: PeerStand) -> Standing {
+fn status_of(machine: &Destination, peer: PeerAnswer) -> Status {
     let is_ours = machine.is_ours();
-    Standing {
+    Status {
         state: machine.state(),
         cold_start: machine.cold_start(),
         doubt: peer.doubt(machine.doubt()),
@@ -80,7 +80,7 @@ fn standing_of(machine: &Destination, peer: PeerStand) -> Standing {
         is_receiving: machine.is_preparing(),
         is_theirs: false,
         may_force_owner: machine.may_force_owner(),
-        lacks_word: is_ours && machine.ended().is_none() && peer.is_silent(),
+        awaits_peer: is_ours && machine.ended().is_none() && peer.is_silent(),
     }
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn first_record(offer: &Offer) -> Record {
     Record::first(offer.migration, Stage::Preparing, offer.epoch)
 }
 
-impl DestinationHand {
+impl DestinationDriver {
     /// Records that the offer is taken, and begins.
     pub(crate) fn begin(
         agent: &Arc<Agent>,
@@ -108,7 +108,7 @@ impl DestinationHand {
     }
 
     /// Goes on from a record; what the machine orders first is to be given to
-    /// [`DestinationHand::go_on`].
+    /// [`DestinationDriver::go_on`].
     pub(super) fn restore(
         agent: &Arc<Agent>,
         vm: &Arc<Vm>,
@@ -138,8 +138,8 @@ impl DestinationHand {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let source = record.view.source.clone();
-        let standing = watch::Sender::new(standing_of(&machine, PeerStand::Settles));
-        let hand = Arc::new(Self {
+        let status = watch::Sender::new(status_of(&machine, PeerAnswer::Settles));
+        let driver = Arc::new(Self {
             agent: Arc::clone(agent),
             vm: Arc::clone(vm),
             job: Arc::clone(job),
@@ -150,17 +150,17 @@ impl DestinationHand {
                 definition,
                 qemu,
                 is_open: false,
-                peer: PeerStand::Settles,
+                peer: PeerAnswer::Settles,
                 undecided_count: 0,
             }),
-            standing,
+            status,
             gone: CancellationToken::new(),
             plane: BlockingMutex::default(),
             link: BlockingMutex::default(),
         });
-        hand.spawn_qemu_watch();
-        hand.spawn_note_of_run();
-        hand
+        driver.spawn_qemu_watch();
+        driver.spawn_note_of_run();
+        driver
     }
 
     pub(crate) fn job(&self) -> &Arc<Job> {
@@ -171,13 +171,13 @@ impl DestinationHand {
         self.job.id()
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        *self.standing.borrow()
+    pub(crate) fn status(&self) -> Status {
+        *self.status.borrow()
     }
 
     /// How it stands from now on.
-    pub(super) fn watch(&self) -> watch::Receiver<Standing> {
-        self.standing.subscribe()
+    pub(super) fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
     }
 
     /// What the machine believes of this host's QEMU.
@@ -187,7 +187,7 @@ impl DestinationHand {
 
     /// Whether something may still be received.
     pub(crate) fn expect_preparing(&self) -> Result<()> {
-        if self.standing().is_receiving {
+        if self.status().is_receiving {
             return Ok(());
         }
         Err(Failure::conflict("this migration takes nothing more"))
@@ -268,26 +268,26 @@ impl DestinationHand {
     /// Performs what a restored machine orders first.
     pub(super) async fn go_on(&self, actions: Vec<Do>) {
         let mut inner = self.inner.lock().await;
-        let mut words = Vec::new();
-        if let Some(event) = self.perform(&mut inner, actions, &mut words).await {
+        let mut messages = Vec::new();
+        if let Some(event) = self.perform(&mut inner, actions, &mut messages).await {
             self.feed_locked(&mut inner, event).await;
         }
         self.publish(&mut inner).await;
     }
 
     async fn feed_locked(&self, inner: &mut Inner, event: On) -> Vec<Do> {
-        let mut words = Vec::new();
+        let mut messages = Vec::new();
         let mut next = Some(event);
         while let Some(event) = next.take() {
             match inner.machine.on(event) {
-                Ok(actions) => next = self.perform(inner, actions, &mut words).await,
+                Ok(actions) => next = self.perform(inner, actions, &mut messages).await,
                 Err(illegal) => {
                     tracing::warn!(migration = %self.id(), %illegal, "nothing is done");
                 }
             }
         }
         self.publish(inner).await;
-        words
+        messages
     }
 
     /// Performs a list; its last action may have a result.
@@ -295,7 +295,7 @@ impl DestinationHand {
         &self,
         inner: &mut Inner,
         actions: Vec<Do>,
-        words: &mut Vec<Do>,
+        messages: &mut Vec<Do>,
     ) -> Option<On> {
         for action in actions {
             match action {
@@ -308,7 +308,7 @@ impl DestinationHand {
                     self.free(inner).await;
                     return Some(On::Freed);
                 }
-                word => words.push(word),
+                message => messages.push(message),
             }
         }
         None
@@ -356,7 +356,7 @@ impl DestinationHand {
         match persist(&mut store, record) {
             Ok(receipt) => On::Recorded(receipt),
             Err(error) => {
-                tell_unknown(&inner.record, &error);
+                report_unknown(&inner.record, &error);
                 On::RecordFailed
             }
         }
@@ -381,9 +381,9 @@ impl DestinationHand {
     async fn run_guest(&self, inner: &mut Inner) -> On {
         let Some(qemu) = inner.qemu.clone() else { return On::GuestRuns };
         let runs = if inner.record.paused {
-            stands(&qemu, &self.agent.runtime_folder(&inner.definition.name)).await
+            expect_paused(&qemu, &self.agent.runtime_folder(&inner.definition.name)).await
         } else {
-            let_run(&qemu).await
+            resume_guest(&qemu).await
         };
         if let Err(failure) = runs {
             inner.record.view.reason = Some(format!("the guest never ran here: {failure}"));
@@ -398,16 +398,17 @@ impl DestinationHand {
     /// Notes, durably, that the guest is its users': one that stands after a
     /// restart is then not let run. Nobody waits for that.
     fn spawn_note_of_run(self: &Arc<Self>) {
-        let (hand, mut standing) = (Arc::downgrade(self), self.standing.subscribe());
+        let (driver, mut status) = (Arc::downgrade(self), self.status.subscribe());
         self.job.spawn(async move {
             // The sender is the half's own: once that is gone, nothing is left to do.
-            standing.wait_for(|now| now.is_ours || now.ended.is_some()).await.ok();
-            let Some(hand) = hand.upgrade() else { return };
-            let mut inner = hand.inner.lock().await;
+            status.wait_for(|now| now.is_ours || now.ended.is_some()).await.ok();
+            let Some(driver) = driver.upgrade() else { return };
+            let mut inner = driver.inner.lock().await;
             if inner.machine.is_ours() && inner.machine.ended().is_none() && !inner.record.has_run {
                 inner.record.has_run = true;
-                if let Err(error) = hand.agent.store.put(&hand.id().to_string(), &inner.record) {
-                    tell_unknown(&inner.record, &error);
+                if let Err(error) = driver.agent.store.put(&driver.id().to_string(), &inner.record)
+                {
+                    report_unknown(&inner.record, &error);
                 }
             }
         });
@@ -434,16 +435,16 @@ impl DestinationHand {
 
     /// Tells where the machine stands now, and opens the VM once it is ours.
     async fn publish(&self, inner: &mut Inner) {
-        let standing = standing_of(&inner.machine, inner.peer);
-        let before = self.standing.send_replace(standing);
-        if standing.is_ours && !inner.is_open {
+        let status = status_of(&inner.machine, inner.peer);
+        let before = self.status.send_replace(status);
+        if status.is_ours && !inner.is_open {
             self.open(inner).await;
         }
-        tell_doubt(&self.job, &self.source, before, standing);
-        let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
-        self.job.tell(&inner.record.view);
+        report_doubt(&self.job, &self.source, before, status);
+        let Some(ended) = status.ended.filter(|_| before.ended.is_none()) else { return };
+        self.job.publish(&inner.record.view);
         let mut of_vm = self.vm.lock().await;
-        of_vm.leave_hand_over(self.id());
+        of_vm.leave_handover(self.id());
         if ended == Ended::Superseded {
             of_vm.migration = None;
         }

@@ -6,7 +6,7 @@
 //!     └────────────── words ◄───────────────┘
 //! ```
 
-mod words;
+mod messages;
 
 use std::sync::Arc;
 
@@ -19,25 +19,25 @@ use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Durable, PeerStand, Standing, VmChange, end_unanswering, forget, stop_guest, tell_doubt,
-    tell_unknown,
+    Durable, PeerAnswer, Status, VmChange, end_unanswering, forget, report_doubt, report_unknown,
+    stop_guest,
 };
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
 use crate::migration::job::Job;
-use crate::migration::outgoing::{free_source, left_behind, let_run_again, undo_in_qemu};
+use crate::migration::outgoing::{free_source, left_behind, resume_source, undo_in_qemu};
 use crate::peer::PeerClient;
 use crate::store::MigrationRecord;
 use crate::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its source.
-pub(crate) struct SourceHand {
+pub(crate) struct SourceDriver {
     agent: Arc<Agent>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     destination: HostName,
     inner: Mutex<Inner>,
-    standing: watch::Sender<Standing>,
+    status: watch::Sender<Status>,
     /// QEMU of the VM has ended.
     pub(super) gone: CancellationToken,
     /// The connection that is kept for the next word.
@@ -54,7 +54,7 @@ struct Inner {
     /// The connection broke, so its reason is at the other end.
     reason_is_theirs: bool,
     /// What came of asking for the word that the destination owes.
-    peer: PeerStand,
+    peer: PeerAnswer,
     /// Operators may work with the VM.
     is_open: bool,
 }
@@ -66,9 +66,9 @@ pub(crate) struct Handed {
     pub(crate) proofs: Vec<String>,
 }
 
-fn standing_of(machine: &Source, peer: PeerStand) -> Standing {
+fn status_of(machine: &Source, peer: PeerAnswer) -> Status {
     let is_ours = machine.is_ours();
-    Standing {
+    Status {
         state: machine.state(),
         cold_start: machine.cold_start(),
         doubt: peer.doubt(machine.doubt()),
@@ -78,14 +78,14 @@ fn standing_of(machine: &Source, peer: PeerStand) -> Standing {
         is_receiving: false,
         is_theirs: machine.is_handed_over(),
         may_force_owner: machine.may_force_owner(),
-        lacks_word: is_ours
+        awaits_peer: is_ours
             && machine.ended().is_none()
             && peer.is_silent()
             && !machine.may_move_on(),
     }
 }
 
-impl SourceHand {
+impl SourceDriver {
     /// Records the offer, and begins.
     pub(crate) fn begin(
         agent: &Arc<Agent>,
@@ -104,7 +104,7 @@ impl SourceHand {
     }
 
     /// Goes on from a record; what the machine orders first is to be given to
-    /// [`SourceHand::go_on`].
+    /// [`SourceDriver::go_on`].
     pub(super) fn restore(
         agent: &Arc<Agent>,
         vm: &Arc<Vm>,
@@ -132,8 +132,8 @@ impl SourceHand {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let destination = record.view.destination.clone();
-        let standing = watch::Sender::new(standing_of(&machine, PeerStand::Settles));
-        let hand = Arc::new(Self {
+        let status = watch::Sender::new(status_of(&machine, PeerAnswer::Settles));
+        let driver = Arc::new(Self {
             agent: Arc::clone(agent),
             vm: Arc::clone(vm),
             job: Arc::clone(job),
@@ -145,28 +145,28 @@ impl SourceHand {
                 handed: Handed::default(),
                 reason: None,
                 reason_is_theirs: false,
-                peer: PeerStand::Settles,
+                peer: PeerAnswer::Settles,
                 is_open: false,
             }),
             link: std::sync::Mutex::default(),
-            standing,
+            status,
             gone: CancellationToken::new(),
         });
-        hand.spawn_qemu_watch();
-        hand
+        driver.spawn_qemu_watch();
+        driver
     }
 
     pub(crate) fn job(&self) -> &Arc<Job> {
         &self.job
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        *self.standing.borrow()
+    pub(crate) fn status(&self) -> Status {
+        *self.status.borrow()
     }
 
     /// How it stands from now on.
-    pub(super) fn watch(&self) -> watch::Receiver<Standing> {
-        self.standing.subscribe()
+    pub(super) fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
     }
 
     /// Which attempt to hand over this is.
@@ -200,27 +200,27 @@ impl SourceHand {
     /// Performs what a restored machine orders first.
     pub(super) async fn go_on(&self, actions: Vec<Do>) -> Vec<Do> {
         let mut inner = self.inner.lock().await;
-        let mut words = Vec::new();
-        if let Some(event) = self.perform(&mut inner, actions, &mut words).await {
-            words.extend(self.feed_locked(&mut inner, event).await);
+        let mut messages = Vec::new();
+        if let Some(event) = self.perform(&mut inner, actions, &mut messages).await {
+            messages.extend(self.feed_locked(&mut inner, event).await);
         }
         self.publish(&mut inner).await;
-        words
+        messages
     }
 
     async fn feed_locked(&self, inner: &mut Inner, event: On) -> Vec<Do> {
-        let mut words = Vec::new();
+        let mut messages = Vec::new();
         let mut next = Some(event);
         while let Some(event) = next.take() {
             match inner.machine.on(event) {
-                Ok(actions) => next = self.perform(inner, actions, &mut words).await,
+                Ok(actions) => next = self.perform(inner, actions, &mut messages).await,
                 Err(illegal) => {
                     tracing::warn!(migration = %self.job.id(), %illegal, "nothing is done");
                 }
             }
         }
         self.publish(inner).await;
-        words
+        messages
     }
 
     /// Performs a list; its last action may have a result.
@@ -228,7 +228,7 @@ impl SourceHand {
         &self,
         inner: &mut Inner,
         actions: Vec<Do>,
-        words: &mut Vec<Do>,
+        messages: &mut Vec<Do>,
     ) -> Option<On> {
         for action in actions {
             match action {
@@ -240,7 +240,7 @@ impl SourceHand {
                     self.free(inner).await;
                     return Some(On::Freed);
                 }
-                word => words.push(word),
+                message => messages.push(message),
             }
         }
         None
@@ -284,7 +284,7 @@ impl SourceHand {
         match persist(&mut store, record) {
             Ok(receipt) => On::Recorded(receipt),
             Err(error) => {
-                tell_unknown(&inner.record, &error);
+                report_unknown(&inner.record, &error);
                 On::RecordFailed
             }
         }
@@ -315,7 +315,7 @@ impl SourceHand {
         let Some(qemu) = inner.qemu.clone().filter(|_| !was_told && !inner.record.paused) else {
             return On::GuestRuns;
         };
-        match let_run_again(&qemu).await {
+        match resume_source(&qemu).await {
             Ok(()) => On::GuestRuns,
             Err(failure) => {
                 tracing::error!(vm = %self.vm.name, %failure, "the guest was not let run again");
@@ -342,19 +342,19 @@ impl SourceHand {
 
     /// Tells where the machine stands now, and lets the VM go when it is ours.
     async fn publish(&self, inner: &mut Inner) {
-        let standing = standing_of(&inner.machine, inner.peer);
-        let before = self.standing.send_replace(standing);
-        if standing.is_ours && !inner.is_open {
+        let status = status_of(&inner.machine, inner.peer);
+        let before = self.status.send_replace(status);
+        if status.is_ours && !inner.is_open {
             inner.is_open = true;
             self.let_go(inner).await;
         }
-        tell_doubt(&self.job, &self.destination, before, standing);
-        let Some(ended) = standing.ended.filter(|_| before.ended.is_none()) else { return };
+        report_doubt(&self.job, &self.destination, before, status);
+        let Some(ended) = status.ended.filter(|_| before.ended.is_none()) else { return };
         let mut of_vm = self.vm.lock().await;
         if ended == Ended::Moved {
             self.agent.drop_vm(&self.vm, &mut of_vm);
         }
-        of_vm.leave_hand_over(self.job.id());
+        of_vm.leave_handover(self.job.id());
         if ended == Ended::Superseded {
             of_vm.migration = None;
         }

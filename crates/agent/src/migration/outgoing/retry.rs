@@ -50,9 +50,9 @@ impl Source {
 
     /// The destination has everything, or may, and did not say so while the guest could
     /// stand: it runs on, and the destination begins again.
-    pub(super) async fn run_on_again(&mut self) -> Result<()> {
+    pub(super) async fn resume_for_retry(&mut self) -> Result<()> {
         self.link_keeper = None;
-        let orders = self.hand.feed(On::Again).await;
+        let orders = self.driver.feed(On::Retry).await;
         let Some(SourceAction::RunOn { attempt }) = orders.first() else {
             return Err(Failure::conflict("the move was given up"));
         };
@@ -65,7 +65,7 @@ impl Source {
         wait_ended(&self.qemu.qmp).await?;
         self.let_run_on().await?;
         self.job.enter(Phase::PreCopy);
-        let begun = self.say_again(*attempt).await?;
+        let begun = self.resend(*attempt).await?;
         let changed = begun.changed.into_iter().map(|(block, page)| PagePlace { block, page });
         let changed: Vec<_> = changed.collect();
         self.plane()?.begin_retry(&changed).or_fail("beginning the switchover again")?;
@@ -76,7 +76,7 @@ impl Source {
         self.catch_up().await
     }
 
-    async fn say_again(&self, attempt: u32) -> Result<RetryStarted> {
+    async fn resend(&self, attempt: u32) -> Result<RetryStarted> {
         let request = RetryRequest { attempt };
         let retry = self.retry_since_loss();
         Ok(retry.run(|| self.link.retry(self.job.id(), &request)).await?)
@@ -85,10 +85,10 @@ impl Source {
     /// Lets the guest run on after QEMU has ended its stream, its disks mirrored.
     async fn let_run_on(&mut self) -> Result<()> {
         if self.mirrors_end {
-            self.mirror_again().await?;
+            self.restart_mirrors().await?;
         }
         abort::end_migration(&self.qemu).await?;
-        abort::let_run_again(&self.qemu).await
+        abort::resume_source(&self.qemu).await
     }
 }
 

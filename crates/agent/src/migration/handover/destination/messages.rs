@@ -8,10 +8,10 @@ use limosa_protocol::id::Epoch;
 use limosa_protocol::peer::{DestinationVote, SourceDecision};
 use tracing::Instrument;
 
-use super::DestinationHand;
+use super::DestinationDriver;
 use crate::failure::{Failure, Result};
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
-use crate::migration::handover::{ASK_EVERY, PeerStand};
+use crate::migration::handover::{ASK_EVERY, PeerAnswer};
 use crate::peer::{PeerClient, PeerError};
 
 /// How often a source that sends is asked whether it still means to.
@@ -19,16 +19,16 @@ const ASK_WHILE_RECEIVING_EVERY: Duration = Duration::from_secs(5);
 /// Answers in a row that nothing is decided, after which a whole copy is in doubt.
 const UNDECIDED_COUNT_MAX: u32 = 5;
 
-impl DestinationHand {
+impl DestinationDriver {
     /// What this half answers now.
-    pub(crate) async fn word(&self) -> DestinationVote {
-        let words = self.feed(On::Asked).await;
-        self.word_of(&words).await
+    pub(crate) async fn vote(&self) -> DestinationVote {
+        let messages = self.feed(On::Asked).await;
+        self.vote_of(&messages).await
     }
 
     /// The answer to a request that led to some words.
-    async fn word_of(&self, words: &[Do]) -> DestinationVote {
-        match words.last() {
+    async fn vote_of(&self, messages: &[Do]) -> DestinationVote {
+        match messages.last() {
             Some(Do::SendReady { epoch, attempt }) => {
                 DestinationVote::Ready { epoch: *epoch, attempt: *attempt }
             }
@@ -43,19 +43,19 @@ impl DestinationHand {
     }
 
     /// Takes the source's word, and answers it.
-    pub(crate) async fn hear(&self, word: On) -> DestinationVote {
-        let words = self.feed(word).instrument(self.job.span()).await;
-        let answer = self.word_of(&words).await;
+    pub(crate) async fn receive(&self, message: On) -> DestinationVote {
+        let messages = self.feed(message).instrument(self.job.span()).await;
+        let answer = self.vote_of(&messages).await;
         match answer {
-            DestinationVote::Undecided => self.word().await,
+            DestinationVote::Undecided => self.vote().await,
             answer => answer,
         }
     }
 
     /// Takes the source's word that the VM stays there, and why.
-    pub(crate) async fn hear_stays(&self, epoch: Epoch, reason: &str) -> DestinationVote {
+    pub(crate) async fn receive_stays(&self, epoch: Epoch, reason: &str) -> DestinationVote {
         self.note_reason(&format!("the source gave up: {reason}")).await;
-        self.hear(On::Stays { epoch }).await
+        self.receive(On::Stays { epoch }).await
     }
 
     /// All is here and equal, and is flushed.
@@ -65,12 +65,12 @@ impl DestinationHand {
         // A restarted agent announces them, too.
         inner.record.addresses = self.vm.addresses.seen();
         drop(inner);
-        self.hear(On::Complete { attempt }).await
+        self.receive(On::Complete { attempt }).await
     }
 
     /// The source tries again; whether another QEMU is to take the place of the one here.
-    pub(crate) async fn begins_again(&self, attempt: u32) -> bool {
-        self.feed(On::Again { attempt }).await.contains(&Do::BeginAgain)
+    pub(crate) async fn begins_retry(&self, attempt: u32) -> bool {
+        self.feed(On::Retry { attempt }).await.contains(&Do::BeginRetry)
     }
 
     /// Something failed here, or somebody cancelled here.
@@ -81,7 +81,7 @@ impl DestinationHand {
             self.feed_locked(&mut inner, On::GiveUp).await;
         }
         drop(inner);
-        self.word().await
+        self.vote().await
     }
 
     async fn note_reason(&self, reason: &str) {
@@ -111,7 +111,7 @@ impl DestinationHand {
     /// Asks the source, and takes its word.
     async fn ask_source(&self) {
         let answer = self.look_at_peer().await;
-        let stand = self.stand_of(&answer).await;
+        let peer_answer = self.peer_answer_of(&answer).await;
         let event = match answer {
             Ok(SourceDecision::Unknown) => On::Unheard,
             Ok(SourceDecision::Undecided) => On::Undecided,
@@ -122,16 +122,16 @@ impl DestinationHand {
             }
             Ok(SourceDecision::Retired { epoch }) => On::Retired { epoch },
             // Told once, as a doubt.
-            Err(_) => return self.note_stand(stand).await,
+            Err(_) => return self.note_peer_answer(peer_answer).await,
         };
         self.feed(event).await;
         // Whether it settled anything is known only now.
-        self.note_stand(stand).await;
+        self.note_peer_answer(peer_answer).await;
     }
 
     /// Whether such an answer can settle anything.
-    async fn stand_of(&self, answer: &Result<SourceDecision, PeerError>) -> PeerStand {
-        let is_receiving = self.standing().is_receiving;
+    async fn peer_answer_of(&self, answer: &Result<SourceDecision, PeerError>) -> PeerAnswer {
+        let is_receiving = self.status().is_receiving;
         let mut inner = self.inner.lock().await;
         // As long as something is received, nothing is to be decided: a long move
         // must not begin its switchover in doubt.
@@ -139,42 +139,42 @@ impl DestinationHand {
             inner.undecided_count = 0;
         }
         match answer {
-            Ok(SourceDecision::Unknown) => PeerStand::HasForgotten,
-            Ok(SourceDecision::Undecided) if is_receiving => PeerStand::Settles,
+            Ok(SourceDecision::Unknown) => PeerAnswer::HasForgotten,
+            Ok(SourceDecision::Undecided) if is_receiving => PeerAnswer::Settles,
             Ok(SourceDecision::Undecided) => {
                 inner.undecided_count = inner.undecided_count.saturating_add(1);
                 // It may be about to commit; for seconds it is not.
                 if inner.undecided_count >= UNDECIDED_COUNT_MAX {
-                    PeerStand::CannotTell
+                    PeerAnswer::Unclear
                 } else {
-                    PeerStand::Settles
+                    PeerAnswer::Settles
                 }
             }
-            Ok(_) => PeerStand::Settles,
-            Err(_) => PeerStand::IsSilent,
+            Ok(_) => PeerAnswer::Settles,
+            Err(_) => PeerAnswer::IsSilent,
         }
     }
 
     /// Notes what came of asking the source.
-    async fn note_stand(&self, stand: PeerStand) {
+    async fn note_peer_answer(&self, peer_answer: PeerAnswer) {
         let mut inner = self.inner.lock().await;
-        if inner.peer != stand {
-            inner.peer = stand;
+        if inner.peer != peer_answer {
+            inner.peer = peer_answer;
             self.publish(&mut inner).await;
         }
     }
 
     /// Asks the source, again and again, whenever the machine wants to know.
     pub(crate) fn spawn_settling(self: &Arc<Self>) {
-        let hand = Arc::clone(self);
+        let driver = Arc::clone(self);
         self.job.spawn(async move {
-            while hand.standing().ended.is_none() {
-                let is_receiving = hand.standing().is_receiving;
+            while driver.status().ended.is_none() {
+                let is_receiving = driver.status().is_receiving;
                 let pause = if is_receiving { ASK_WHILE_RECEIVING_EVERY } else { ASK_EVERY };
                 tokio::time::sleep(pause).await;
-                let words = hand.feed(On::Silence).await;
-                if words.contains(&Do::AskSource) {
-                    hand.ask_source().await;
+                let messages = driver.feed(On::Silence).await;
+                if messages.contains(&Do::AskSource) {
+                    driver.ask_source().await;
                 }
             }
         });
@@ -182,16 +182,16 @@ impl DestinationHand {
 
     /// Tells the machine of QEMU's end, once its watch has seen it.
     pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
-        let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
-        let mut standing = self.standing.subscribe();
+        let (driver, gone) = (Arc::downgrade(self), self.gone.clone());
+        let mut status = self.status.subscribe();
         self.job.spawn(async move {
             let has_gone = tokio::select! {
                 () = gone.cancelled() => true,
                 // Settled, or never begun.
-                _ = standing.wait_for(|now| now.ended.is_some()) => false,
+                _ = status.wait_for(|now| now.ended.is_some()) => false,
             };
-            if let Some(hand) = hand.upgrade().filter(|_| has_gone) {
-                hand.feed(On::QemuGone).await;
+            if let Some(driver) = driver.upgrade().filter(|_| has_gone) {
+                driver.feed(On::QemuGone).await;
             }
         });
     }
@@ -199,11 +199,11 @@ impl DestinationHand {
     /// An operator gives the VM to this host.
     pub(crate) async fn force_owner(&self, by: String) -> Result<()> {
         let mut inner = self.inner.lock().await;
-        expect_forcible(self.standing())?;
+        expect_forcible(self.status())?;
         inner.record.forced = Some(by.clone());
         inner.record.view.reason = Some(format!("given to this host by an operator ({by})"));
         self.feed_locked(&mut inner, On::ForceOwner).await;
         drop(inner);
-        expect_recorded(self.standing())
+        expect_recorded(self.status())
     }
 }

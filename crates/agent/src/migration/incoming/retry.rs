@@ -19,7 +19,7 @@ use crate::vm::run;
 
 impl Incoming {
     /// Begins an attempt, once; whoever asks again is told the same.
-    pub(crate) async fn begin_again(self: &Arc<Self>, attempt: u32) -> Result<RetryStarted> {
+    pub(crate) async fn begin_retry(self: &Arc<Self>, attempt: u32) -> Result<RetryStarted> {
         let incoming = Arc::clone(self);
         // Whoever asks may be cut off: it is done to its end.
         let work = self.job.spawn(async move { incoming.begin_attempt(attempt).await });
@@ -37,12 +37,12 @@ impl Incoming {
         if let Some((of, begun)) = &inner.begun
             && *of == attempt
         {
-            return match self.hand.expect_preparing() {
+            return match self.driver.expect_preparing() {
                 Ok(()) => Ok(begun.clone()),
                 Err(_) => Err(self.why_not().await),
             };
         }
-        if !self.hand.begins_again(attempt).await {
+        if !self.driver.begins_retry(attempt).await {
             return Err(self.why_not().await);
         }
         match self.fill_another(&mut inner).await {
@@ -63,7 +63,7 @@ impl Incoming {
 
     /// Why it does not begin again.
     async fn why_not(&self) -> Failure {
-        Failure::conflict(match self.hand.word().await {
+        Failure::conflict(match self.driver.vote().await {
             DestinationVote::Declined { reason, .. } => reason,
             _ => "this migration takes nothing more".to_owned(),
         })
@@ -79,7 +79,7 @@ impl Incoming {
     pub(super) async fn rest(&self, inner: &mut Inner) -> Result<()> {
         let doing = "closing the data plane";
         self.connections.end();
-        if let Some(plane) = self.hand.plane() {
+        if let Some(plane) = self.driver.plane() {
             tokio::task::spawn_blocking(move || plane.rest())
                 .await
                 .or_fail(doing)?
@@ -101,7 +101,7 @@ impl Incoming {
         inner.settled = None;
         inner.arrived = Arrived::default();
         let parts = self.start_qemu(inner).await?;
-        let plane = self.hand.plane().ok_or_else(|| Failure::conflict("nothing is received"))?;
+        let plane = self.driver.plane().ok_or_else(|| Failure::conflict("nothing is received"))?;
         let incoming =
             parts.qemu_incoming.ok_or_else(|| Failure::internal("there is no RAM to be filled"))?;
         let begin = move || plane.begin_retry(parts.ram, parts.disks, incoming);
@@ -110,7 +110,7 @@ impl Incoming {
         if let Some(events) = &mut inner.events {
             while events.try_recv().is_ok() {}
         }
-        self.connections.begin_again();
+        self.connections.begin_retry();
         let changed = changed.into_iter().map(|at| (at.block, at.page)).collect();
         Ok(RetryStarted { changed })
     }

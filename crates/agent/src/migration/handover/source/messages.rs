@@ -6,16 +6,16 @@ use limosa_protocol::handover::{SourceAction as Do, SourceEvent as On};
 use limosa_protocol::migration::Outcome;
 use limosa_protocol::peer::{Commit, DestinationVote, Retired, SourceDecision, Stays};
 
-use super::SourceHand;
+use super::SourceDriver;
 use crate::failure::{Failure, Result};
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
-use crate::migration::handover::{ASK_EVERY, PeerStand, tell_unknown};
+use crate::migration::handover::{ASK_EVERY, PeerAnswer, report_unknown};
 use crate::peer::{PeerClient, PeerError};
 
 /// Most words that are said in a row; what is left is said at the next silence.
 const WORD_COUNT_MAX: u32 = 8;
 
-impl SourceHand {
+impl SourceDriver {
     /// The connection to the destination, made when there is none.
     pub(crate) fn link(&self) -> Result<Arc<PeerClient>, PeerError> {
         let mut kept = self.link.lock().unwrap_or_else(PoisonError::into_inner);
@@ -29,39 +29,41 @@ impl SourceHand {
 
     /// Says words and takes the answers, until nothing is left to say or the
     /// destination does not answer.
-    pub(crate) async fn say(&self, mut words: Vec<Do>) -> Result<(), PeerError> {
+    pub(crate) async fn say(&self, mut messages: Vec<Do>) -> Result<(), PeerError> {
         for _ in 0..WORD_COUNT_MAX {
-            let Some(word) = words.pop() else { break };
-            let answer = self.ask_destination(&word).await?;
+            let Some(message) = messages.pop() else { break };
+            let answer = self.ask_destination(&message).await?;
             // The last word: what is answered to it was said before.
-            if !matches!(word, Do::SendRetired { .. }) {
-                words.extend(self.hear(answer).await);
+            if !matches!(message, Do::SendRetired { .. }) {
+                messages.extend(self.receive(answer).await);
             }
         }
         Ok(())
     }
 
     /// Takes the destination's word.
-    pub(crate) async fn hear(&self, word: DestinationVote) -> Vec<Do> {
-        let (event, stand) = match word {
-            DestinationVote::Unknown => (Some(On::Unheard), PeerStand::HasForgotten),
-            DestinationVote::Undecided => (None, PeerStand::CannotTell),
+    pub(crate) async fn receive(&self, message: DestinationVote) -> Vec<Do> {
+        let (event, peer_answer) = match message {
+            DestinationVote::Unknown => (Some(On::Unheard), PeerAnswer::HasForgotten),
+            DestinationVote::Undecided => (None, PeerAnswer::Unclear),
             DestinationVote::Ready { epoch, attempt } => {
-                (Some(On::Ready { epoch, attempt }), PeerStand::Settles)
+                (Some(On::Ready { epoch, attempt }), PeerAnswer::Settles)
             }
-            DestinationVote::Running { epoch } => (Some(On::Running { epoch }), PeerStand::Settles),
+            DestinationVote::Running { epoch } => {
+                (Some(On::Running { epoch }), PeerAnswer::Settles)
+            }
             DestinationVote::Declined { epoch, reason } => {
                 self.note_their_reason(&reason).await;
-                (Some(On::Declined { epoch }), PeerStand::Settles)
+                (Some(On::Declined { epoch }), PeerAnswer::Settles)
             }
         };
-        let words = match event {
+        let messages = match event {
             Some(event) => self.feed(event).await,
             None => Vec::new(),
         };
         // Whether it settled anything is known only now.
-        self.note_stand(stand).await;
-        words
+        self.note_peer_answer(peer_answer).await;
+        messages
     }
 
     async fn note_their_reason(&self, theirs: &str) {
@@ -76,9 +78,9 @@ impl SourceHand {
     }
 
     /// Says one word, and gives the answer to it.
-    pub(crate) async fn ask_destination(&self, word: &Do) -> Result<DestinationVote, PeerError> {
+    pub(crate) async fn ask_destination(&self, message: &Do) -> Result<DestinationVote, PeerError> {
         let (link, id) = (self.link()?, self.job.id());
-        let answer = match word {
+        let answer = match message {
             Do::SendCommit(committed) => link.commit(id, &Commit::of(committed)).await,
             Do::SendStays { epoch } => {
                 let reason = self.inner.lock().await.reason.clone();
@@ -93,24 +95,24 @@ impl SourceHand {
         if answer.is_err() {
             // Paired again it may have another certificate or address.
             self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
-            self.note_stand(PeerStand::IsSilent).await;
+            self.note_peer_answer(PeerAnswer::IsSilent).await;
         }
         answer
     }
 
     /// Notes what came of asking the destination.
-    async fn note_stand(&self, stand: PeerStand) {
+    async fn note_peer_answer(&self, peer_answer: PeerAnswer) {
         let mut inner = self.inner.lock().await;
-        if inner.peer != stand {
-            inner.peer = stand;
+        if inner.peer != peer_answer {
+            inner.peer = peer_answer;
             self.publish(&mut inner).await;
         }
     }
 
     /// What the destination is answered when it asks.
     pub(crate) async fn answer(&self) -> SourceDecision {
-        let words = self.feed(On::Asked).await;
-        words.first().map_or(SourceDecision::Undecided, |word| match word {
+        let messages = self.feed(On::Asked).await;
+        messages.first().map_or(SourceDecision::Undecided, |message| match message {
             Do::SendCommit(committed) => SourceDecision::Commit(Commit::of(committed)),
             Do::SendStays { epoch } => SourceDecision::Stays { epoch: *epoch },
             Do::SendRetired { epoch } => SourceDecision::Retired { epoch: *epoch },
@@ -127,26 +129,26 @@ impl SourceHand {
         inner.reason.get_or_insert(reason);
         inner.reason_is_theirs = is_echo;
         drop(inner);
-        let words = self.feed(On::GiveUp).await;
-        self.finish(words).await;
+        let messages = self.feed(On::GiveUp).await;
+        self.finish(messages).await;
     }
 
     /// Says what is left to say, and tells the end.
-    pub(crate) async fn finish(self: &Arc<Self>, words: Vec<Do>) {
-        if let Err(error) = self.say(words).await {
+    pub(crate) async fn finish(self: &Arc<Self>, messages: Vec<Do>) {
+        if let Err(error) = self.say(messages).await {
             tracing::warn!(migration = %self.job.id(), %error, "the destination did not answer");
         }
-        self.tell_end().await;
-        if self.standing().ended.is_none() {
+        self.report_end().await;
+        if self.status().ended.is_none() {
             self.spawn_settling();
         }
     }
 
     /// Tells an operator who waits how it ended, as soon as that is certain.
-    async fn tell_end(&self) {
+    async fn report_end(&self) {
         let mut inner = self.inner.lock().await;
-        let standing = self.standing();
-        if standing.ended.is_none() && standing.is_ours && inner.record.view.outcome.is_none() {
+        let status = self.status();
+        if status.ended.is_none() && status.is_ours && inner.record.view.outcome.is_none() {
             // The VM is here; that the destination has not confirmed it yet
             // concerns nobody but us.
             let reason = inner.reason.clone();
@@ -154,60 +156,60 @@ impl SourceHand {
             inner.record.view = view;
             let stored = self.agent.store.put(&self.job.id().to_string(), &inner.record);
             if let Err(error) = stored {
-                tell_unknown(&inner.record, &error);
+                report_unknown(&inner.record, &error);
             }
         }
         if inner.record.view.ended_unix_ms.is_some() {
-            self.job.tell(&inner.record.view);
+            self.job.publish(&inner.record.view);
         }
     }
 
     /// Repeats what has to be heard until it is.
     pub(crate) fn spawn_settling(self: &Arc<Self>) {
-        let hand = Arc::clone(self);
+        let driver = Arc::clone(self);
         self.job.spawn(async move {
-            while hand.standing().ended.is_none() {
+            while driver.status().ended.is_none() {
                 tokio::time::sleep(ASK_EVERY).await;
-                let words = hand.feed(On::Silence).await;
+                let messages = driver.feed(On::Silence).await;
                 // Told once, as a doubt; the log need not repeat it each second.
-                hand.say(words).await.ok();
+                driver.say(messages).await.ok();
             }
-            hand.tell_end().await;
+            driver.report_end().await;
         });
     }
 
     /// Tells the machine of QEMU's end, once its watch has seen it.
     pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
-        let (hand, gone) = (Arc::downgrade(self), self.gone.clone());
-        let mut standing = self.standing.subscribe();
+        let (driver, gone) = (Arc::downgrade(self), self.gone.clone());
+        let mut status = self.status.subscribe();
         self.job.spawn(async move {
             let has_gone = tokio::select! {
                 () = gone.cancelled() => true,
                 // Settled, or never begun.
-                _ = standing.wait_for(|now| now.ended.is_some()) => false,
+                _ = status.wait_for(|now| now.ended.is_some()) => false,
             };
-            if let Some(hand) = hand.upgrade().filter(|_| has_gone) {
-                let words = hand.feed(On::QemuGone).await;
-                hand.say(words).await.ok();
+            if let Some(driver) = driver.upgrade().filter(|_| has_gone) {
+                let messages = driver.feed(On::QemuGone).await;
+                driver.say(messages).await.ok();
             }
         });
     }
 
     pub(crate) async fn move_on(&self) {
-        let words = self.feed(On::MovesOn).await;
-        self.say(words).await.ok();
+        let messages = self.feed(On::MovesOn).await;
+        self.say(messages).await.ok();
     }
 
     /// An operator gives the VM to this host.
     pub(crate) async fn force_owner(self: &Arc<Self>, by: String) -> Result<()> {
         let mut inner = self.inner.lock().await;
-        expect_forcible(self.standing())?;
+        expect_forcible(self.status())?;
         inner.record.forced = Some(by.clone());
         inner.reason = Some(format!("given to this host by an operator ({by})"));
-        let words = self.feed_locked(&mut inner, On::ForceOwner).await;
+        let messages = self.feed_locked(&mut inner, On::ForceOwner).await;
         drop(inner);
-        self.finish(words).await;
-        expect_recorded(self.standing())
+        self.finish(messages).await;
+        expect_recorded(self.status())
     }
 
     /// Asks the destination how it stands.
