@@ -481,7 +481,9 @@ impl Trial<'_, '_> {
     }
 }
 
-/// Whether the agent's refusal is one of a state store that failed.
+/// Whether the agent refuses by a rule of its own; a fault in it, or a state store that
+/// failed, is no rule.
 pub(super) fn is_refusal(answer: &Answer) -> bool {
-    answer.status >= 400 && answer.body["code"] != json!(FailureCode::StoreFailed)
+    let faults = [json!(FailureCode::Internal), json!(FailureCode::StoreFailed)];
+    answer.status >= 400 && !faults.contains(&answer.body["code"])
 }
