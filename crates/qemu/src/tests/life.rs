@@ -144,8 +144,8 @@ async fn a_qemu_that_does_not_start_says_why() {
     let process = spawn(folder.path(), &qemu_binary(), args, InheritedFds::default()).await;
     let ready = process.wait_ready(&folder.path().join(launch::QMP_SOCKET), START_MAX).await;
     match ready {
-        Err(ProcessError::Ended { words }) => {
-            assert!(words.contains("unsupported machine type"), "{words}")
+        Err(ProcessError::Ended { log }) => {
+            assert!(log.contains("unsupported machine type"), "{log}")
         }
         other => panic!("{other:?}"),
     }

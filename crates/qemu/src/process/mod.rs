@@ -9,6 +9,8 @@
 //! that the agent itself inherited. An answer on its QMP socket counts only when
 //! the kernel says that it comes from it.
 
+mod stat;
+
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -23,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use crate::qmp::{Qmp, QmpError};
+use stat::{ProcessStat, process_stat};
 
 /// Value of `-sandbox`: no obsolete system calls, no more rights, no other programs, and
 /// no more of the host than QEMU is given.
@@ -36,7 +39,7 @@ const SPARE_FD_FIRST: RawFd = 200;
 pub const INHERITED_COUNT_MAX: usize = 16;
 /// Times a start is tried whose descriptors collide.
 const START_COUNT_MAX: u32 = 5;
-/// Bytes of QEMU's last words that go into an error.
+/// Bytes of the end of QEMU's log that go into an error.
 const LOG_TAIL_BYTES: u64 = 1024;
 
 /// The descriptors that QEMU inherits.
@@ -115,10 +118,10 @@ pub enum ProcessError {
         source: io::Error,
     },
     /// It ended before it answered.
-    #[error("it ended at once, with the words: {words}")]
+    #[error("it ended at once, and its log ends with: {log}")]
     Ended {
         /// The end of its log
-        words: String,
+        log: String,
     },
     /// It does not answer.
     #[error("it does not answer")]
@@ -200,7 +203,7 @@ pub async fn spawn(spec: &ProcessSpec) -> Result<QemuProcess, ProcessError> {
         tracing::warn!(pid, group = %group.display(), %error, "not in a cgroup of its own");
     }
     // Not waited for yet, so at least its entry is there.
-    let (start_time_ticks, _) = start_time(pid)
+    let ProcessStat { start_time_ticks, .. } = process_stat(pid)
         .ok_or_else(|| at_start(io::Error::other("its start time cannot be read")))?;
     // Waited for, so that it does not stay as a zombie.
     tokio::spawn(async move { child.wait().await });
@@ -357,7 +360,7 @@ impl QemuProcess {
     /// Connects to its QMP socket once it listens.
     ///
     /// # Errors
-    /// [`ProcessError::Ended`] with its last words, or [`ProcessError::Silent`].
+    /// [`ProcessError::Ended`] with the end of its log, or [`ProcessError::Silent`].
     pub async fn wait_ready(&self, socket: &Path, limit: Duration) -> Result<Qmp, ProcessError> {
         tokio::select! {
             qmp = connect(&self.id, socket, limit) => match qmp {
@@ -369,7 +372,7 @@ impl QemuProcess {
     }
 
     fn ended(&self) -> ProcessError {
-        ProcessError::Ended { words: log_tail(&self.log) }
+        ProcessError::Ended { log: log_tail(&self.log) }
     }
 }
 
@@ -388,7 +391,7 @@ pub async fn connect(id: &ProcessId, socket: &Path, limit: Duration) -> Result<Q
     }
 }
 
-/// The last words in a log, on one line.
+/// The end of a log, on one line.
 #[must_use]
 pub fn log_tail(path: &Path) -> String {
     let read = || -> io::Result<String> {
@@ -402,22 +405,12 @@ pub fn log_tail(path: &Path) -> String {
     read().unwrap_or_else(|error| format!("(its log cannot be read: {error})"))
 }
 
-/// Start time in ticks and state letter of a process.
-fn start_time(pid: u32) -> Option<(u64, char)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything, so the fields are counted
-    // from its end: state is the third of all, start time the 22nd.
-    let (_, fields) = stat.rsplit_once(") ")?;
-    let mut fields = fields.split(' ');
-    let letter = fields.next()?.chars().next()?;
-    Some((fields.nth(18)?.parse().ok()?, letter))
-}
-
-/// Whether it is this very process that runs.
+/// Whether this very process runs. A killed process runs until its last thread has
+/// closed its files.
 #[must_use]
 pub fn is_alive(id: &ProcessId) -> bool {
-    start_time(id.pid)
-        .is_some_and(|(ticks, letter)| ticks == id.start_time_ticks && !matches!(letter, 'Z' | 'X'))
+    process_stat(id.pid)
+        .is_some_and(|stat| stat.start_time_ticks == id.start_time_ticks && !stat.has_ended)
 }
 
 /// All processes of a control group; none when there is no such group.
@@ -426,7 +419,7 @@ pub fn in_cgroup(group: &Path) -> Vec<ProcessId> {
     let listed = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
     let pids = listed.lines().filter_map(|line| line.parse().ok());
     pids.filter_map(|pid| {
-        let (start_time_ticks, _) = start_time(pid)?;
+        let ProcessStat { start_time_ticks, .. } = process_stat(pid)?;
         Some(ProcessId { pid, start_time_ticks })
     })
     .collect()
