@@ -9,13 +9,14 @@ use anyhow::{Context, Result, bail};
 use limosa_protocol::migration::{Migration, Outcome};
 use serde_json::Value;
 
-use crate::host::{Host, Storage};
-use crate::lab::{Lab, Plan};
+use crate::harness::host::{Host, Storage};
+use crate::harness::lab::{Lab, Topology};
+use crate::harness::paths;
+use crate::harness::scene::Scene;
+use crate::harness::{steps, tiny};
+use crate::print_line;
 use crate::report::gather::Gathered;
 use crate::report::{self, Report};
-use crate::scenario::scene::Scene;
-use crate::scenario::{steps, tiny};
-use crate::{paths, print_line};
 
 /// Speed of the link between the hosts.
 const LINK_MBIT: u32 = 1000;
@@ -28,25 +29,25 @@ const CALM: Duration = Duration::from_millis(1500);
 pub(crate) fn run() -> Result<()> {
     let started = Instant::now();
     let wanted = tiny::wanted("web1", 512, 20)?;
-    let plan = Plan {
+    let topology = Topology {
         hosts: vec![("north", Storage::Folder), ("south", Storage::Folder)],
         links_mbit: vec![Some(LINK_MBIT)],
     };
     print_line(&format!("Two hosts, north and south, joined by a link of {LINK_MBIT} Mbit/s."));
-    let mut lab = Lab::up(&plan)?;
-    let told = tell(&mut lab, &wanted);
-    if told.is_err() {
+    let mut lab = Lab::up(&topology)?;
+    let report = present(&mut lab, &wanted);
+    if report.is_err() {
         for host in lab.hosts() {
             let log = host.agent_log();
             print_line(&format!(
                 "--- end of {}'s log\n{}",
                 host.name(),
-                crate::exec::tail(&log, 3_000)
+                crate::harness::exec::tail(&log, 3_000)
             ));
         }
     }
     let down = lab.down();
-    let report = told?;
+    let report = report?;
     down.context("taking the lab down")?;
     print_line(&format!("\n{}", report::terminal::text(&report)));
     let page = write(&report, &paths::lab_dir().join("report"), "demo")?;
@@ -58,7 +59,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-fn tell(lab: &mut Lab, wanted: &steps::Wanted) -> Result<Report> {
+fn present(lab: &mut Lab, wanted: &steps::Wanted) -> Result<Report> {
     print_line("Agents start, and the hosts pair with a one-time code.");
     steps::agents_ready(lab)?;
     print_line(&format!(
@@ -94,7 +95,7 @@ fn tell(lab: &mut Lab, wanted: &steps::Wanted) -> Result<Report> {
 /// Moves with the command an operator would type, and listens to the agent meanwhile.
 fn move_by_command(host: &Host, vm: &str, to: &str) -> Result<Gathered> {
     let earlier: Vec<Migration> = host.api::<Value>("GET", "/v1/migrations", None)?.read()?;
-    let limit_s = crate::host::LIMOSA_TIMEOUT_S;
+    let limit_s = crate::harness::host::LIMOSA_TIMEOUT_S;
     let mut command = host
         .command(limit_s, paths::product("limosa")?)
         .args(["vm", "move", vm, "--to", to])

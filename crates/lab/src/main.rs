@@ -1,31 +1,18 @@
 //! `limosa-lab`: hosts from namespaces, real guests, scenarios from end to end.
 //!
 //! ```text
-//! main ─► lab (net, host) ─► limosad, limosa      the product, only by its programs
-//!   │      └► capture, client                     the view from outside
-//!   ├► scenario   scenarios: make test
-//!   └► report     terminal and timeline: make demo
+//! main ─► scenarios ─► harness ─► limosad, limosa   the product, only by its programs
+//!   ├───► faults (chaos) ─► harness                 moves with faults: make chaos
+//!   ├───► demo, bench ────► harness
+//!   └───► report                                    terminal and timeline: make demo
 //! ```
 
-mod api;
 mod bench;
-mod capture;
-mod chaos;
-mod client;
 mod demo;
-mod exec;
-mod guest;
-mod heartbeat;
-mod host;
-mod lab;
-mod namespace;
-mod net;
-mod paths;
-mod record;
+mod faults;
+mod harness;
 mod report;
-mod scenario;
-mod signals;
-mod soak;
+mod scenarios;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -33,7 +20,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-use crate::lab::{Lab, Plan};
+use crate::harness::lab::{Lab, Topology};
+use crate::harness::{host, paths, record, signals};
 
 /// Hosts from namespaces for demonstrations and tests of Limosa.
 #[derive(Debug, Parser)]
@@ -83,7 +71,7 @@ enum Order {
         stock_only: bool,
     },
     /// Move a VM again and again while drawn faults strike
-    Chaos(chaos::Wish),
+    Chaos(faults::chaos::Request),
     /// Run all scenarios over and over
     Soak {
         /// For how long
@@ -124,24 +112,28 @@ fn perform(order: Order) -> Result<ExitCode> {
         Order::Enter { id, host, command } => return enter(id.as_deref(), &host, &command),
         Order::Bench { times, stock_only } => bench::run(times, stock_only)?,
         Order::Demo => demo::run()?,
-        Order::Chaos(wish) => {
-            return Ok(if chaos::run(&wish)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        Order::Chaos(request) => {
+            return Ok(if faults::chaos::run(&request)? {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
-        Order::Soak { minutes } => soak::run(minutes)?,
+        Order::Soak { minutes } => scenarios::soak::run(minutes)?,
         Order::Scenarios { list: true, .. } => {
-            for scenario in scenario::all() {
+            for scenario in scenarios::all() {
                 print_line(&format!("{:<28} {}", scenario.name, scenario.proves));
             }
         }
         Order::Scenarios { only, list: false } => {
-            let count = scenario::run_all(only.as_deref())?;
+            let count = scenarios::run_all(only.as_deref())?;
             // No further line: the count is the last one.
             return Ok(if count.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Order::Scenario { name } => {
-            let named = scenario::all().into_iter().find(|scenario| scenario.name == name);
+            let named = scenarios::all().into_iter().find(|scenario| scenario.name == name);
             let scenario = named.with_context(|| format!("there is no scenario {name}"))?;
-            scenario::run_one(scenario, &paths::lab_dir().join("failed").join(&name))?;
+            scenarios::run_one(scenario, &paths::lab_dir().join("failed").join(&name))?;
             print_line(&format!("{name}: passed"));
         }
     }
@@ -150,14 +142,14 @@ fn perform(order: Order) -> Result<ExitCode> {
 
 fn up(links_mbit: &[u32], hosts: u8) -> Result<()> {
     let names = ["a", "b", "c", "d"];
-    let plan = Plan {
+    let topology = Topology {
         hosts: names[..usize::from(hosts)]
             .iter()
             .map(|name| (*name, host::Storage::Folder))
             .collect(),
         links_mbit: links_mbit.iter().map(|mbit| (*mbit > 0).then_some(*mbit)).collect(),
     };
-    let id = Lab::up(&plan)?.keep()?;
+    let id = Lab::up(&topology)?.keep()?;
     print_line(&format!(
         "lab {id} is up; try: limosa-lab enter a -- ip address; then: limosa-lab down"
     ));
@@ -177,11 +169,11 @@ fn down(id: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn enter(id: Option<&str>, host: &str, words: &[String]) -> Result<ExitCode> {
+fn enter(id: Option<&str>, host: &str, args: &[String]) -> Result<ExitCode> {
     let lab = Lab::attach(id)?;
     let known = lab.hosts().iter().find(|known| known.name() == host);
     let host = known.with_context(|| format!("the lab has no host {host}"))?;
-    let status = host.interactive(words).status().context("entering the host")?;
+    let status = host.interactive(args).status().context("entering the host")?;
     Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
 }
 

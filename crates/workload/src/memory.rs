@@ -58,13 +58,13 @@ pub(crate) fn start(settings: &Settings, report: &Arc<Report>) -> io::Result<()>
         let sweeper = report.sweeps.join();
         crate::spawn("memory", move || {
             let memory = Memory::new((share * pages) as u64, pages, mix::fresh_seed());
-            run(memory, settings.dirty_bytes_s / shares as u64, settings.words, &sweeper, &report);
+            run(memory, settings.dirty_bytes_s / shares as u64, settings.qwords, &sweeper, &report);
         })?;
     }
     Ok(())
 }
 
-fn run(mut memory: Memory, dirty_bytes_s: u64, words: usize, sweeper: &Sweeper, report: &Report) {
+fn run(mut memory: Memory, dirty_bytes_s: u64, qwords: usize, sweeper: &Sweeper, report: &Report) {
     let mut next = 0;
     let mut owed_bytes = 0;
     let mut before = Instant::now();
@@ -80,7 +80,7 @@ fn run(mut memory: Memory, dirty_bytes_s: u64, words: usize, sweeper: &Sweeper, 
         let touches = owed_bytes / page_bytes;
         owed_bytes %= page_bytes;
         for _ in 0..touches {
-            memory.touch(next, words, report);
+            memory.touch(next, qwords, report);
             next = (next + 1) % memory.pages.len();
         }
         report.pages_touched.fetch_add(touches, Ordering::Relaxed);
@@ -124,9 +124,9 @@ impl Memory {
         self.base + position as u64
     }
 
-    fn touch(&mut self, position: usize, words: usize, report: &Report) {
+    fn touch(&mut self, position: usize, qwords: usize, report: &Report) {
         let (index, counter) = (self.index(position), self.counters[position]);
-        match self.pages[position].touch(index, counter, words) {
+        match self.pages[position].touch(index, counter, qwords) {
             Ok(()) => self.counters[position] = counter.wrapping_add(1),
             Err(fault) => self.found(position, &fault, report),
         }

@@ -8,8 +8,8 @@ const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 const FACTOR: u64 = 0xd6e8_feb8_6659_fd93;
 
 /// One word for a pair of words; a change of one bit of either changes it.
-pub(crate) fn mix(seed: u64, word: u64) -> u64 {
-    let mixed = (word ^ seed.wrapping_add(1).wrapping_mul(SPREAD)).wrapping_mul(FACTOR);
+pub(crate) fn mix(seed: u64, value: u64) -> u64 {
+    let mixed = (value ^ seed.wrapping_add(1).wrapping_mul(SPREAD)).wrapping_mul(FACTOR);
     (mixed ^ (mixed >> 32)).wrapping_mul(FACTOR)
 }
 

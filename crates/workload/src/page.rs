@@ -1,13 +1,13 @@
 //! A page of memory that proves itself.
 //!
-//! | word | field |
+//! | qword | field |
 //! |-----:|-------|
 //! |    0 | identity: magic mixed with the page's index |
 //! |    1 | counter: how often the page was touched |
-//! |    2 | sum over all other words |
-//! |   3… | body: words rewritten a few at a time |
+//! |    2 | sum over all other qwords |
+//! |   3… | body: qwords rewritten a few at a time |
 //!
-//! **Invariant.** The sum changes with each single word, so a touch keeps it right
+//! **Invariant.** The sum changes with each single qword, so a touch keeps it right
 //! without reading the whole page. A *stale* page is consistent in itself; that
 //! is why whoever owns the page also remembers its counter elsewhere.
 
@@ -15,14 +15,14 @@ use std::fmt;
 
 use crate::mix::{Stream, mix};
 
-/// Words of one page.
-pub(crate) const WORD_COUNT: usize = 512;
+/// Qwords of one page.
+pub(crate) const QWORD_COUNT: usize = 512;
 /// Bytes of one page.
-pub(crate) const PAGE_BYTES: usize = WORD_COUNT * 8;
-/// Words in front of the body.
-const HEADER_WORDS: usize = 3;
-/// Most words that one touch can rewrite: the whole body.
-pub(crate) const TOUCH_WORDS_MAX: usize = WORD_COUNT - HEADER_WORDS;
+pub(crate) const PAGE_BYTES: usize = QWORD_COUNT * 8;
+/// Qwords in front of the body.
+const HEADER_QWORDS: usize = 3;
+/// Most qwords that one touch can rewrite: the whole body.
+pub(crate) const TOUCH_QWORDS_MAX: usize = QWORD_COUNT - HEADER_QWORDS;
 const MAGIC: u64 = u64::from_le_bytes(*b"LMSAPAGE");
 const IDENTITY: usize = 0;
 const COUNTER: usize = 1;
@@ -31,7 +31,7 @@ const SUM: usize = 2;
 /// One page, aligned as the guest's kernel maps it.
 #[derive(Debug, Clone)]
 #[repr(C, align(4096))]
-pub(crate) struct Page(pub [u64; WORD_COUNT]);
+pub(crate) struct Page(pub [u64; QWORD_COUNT]);
 
 /// What is wrong with a page.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,15 +42,15 @@ pub(crate) enum Fault {
     Counter { index: u64, found: u64, expected: u64 },
     /// The page does not agree with its own sum
     Sum { index: u64, counter: u64 },
-    /// A word of a page whose content is known
-    Word { index: u64, word: usize, found: u64, expected: u64 },
+    /// A qword of a page whose content is known
+    Qword { index: u64, qword: usize, found: u64, expected: u64 },
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Identity { index, found } => {
-                write!(out, "page {index}: not this page (first word {found:#x})")
+                write!(out, "page {index}: not this page (first qword {found:#x})")
             }
             Self::Counter { index, found, expected } => {
                 write!(out, "page {index}: version {found}, expected {expected}")
@@ -58,8 +58,8 @@ impl fmt::Display for Fault {
             Self::Sum { index, counter } => {
                 write!(out, "page {index}: wrong sum in version {counter}")
             }
-            Self::Word { index, word, found, expected } => {
-                write!(out, "page {index}: word {word} is {found:#x}, expected {expected:#x}")
+            Self::Qword { index, qword, found, expected } => {
+                write!(out, "page {index}: qword {qword} is {found:#x}, expected {expected:#x}")
             }
         }
     }
@@ -67,30 +67,30 @@ impl fmt::Display for Fault {
 
 impl Page {
     /// A page of zeroes.
-    pub(crate) const ZERO: Self = Self([0; WORD_COUNT]);
+    pub(crate) const ZERO: Self = Self([0; QWORD_COUNT]);
 
     /// Makes it page `index` with counter 0; half of its body is random.
     pub(crate) fn begin(&mut self, index: u64, seed: u64) {
         let mut stream = Stream::new(mix(seed, index));
-        for (position, word) in self.0.iter_mut().enumerate() {
+        for (position, qword) in self.0.iter_mut().enumerate() {
             // Real memory is neither all random nor all text.
-            *word = if position % 2 == 0 { stream.next() } else { index };
+            *qword = if position % 2 == 0 { stream.next() } else { index };
         }
         self.0[IDENTITY] = identity(index);
         self.0[COUNTER] = 0;
         self.0[SUM] = self.sum();
     }
 
-    /// Rewrites counter, sum and `words` words of the body; `counter` is what it must say now.
-    pub(crate) fn touch(&mut self, index: u64, counter: u64, words: usize) -> Result<(), Fault> {
+    /// Rewrites counter, sum and `qwords` qwords of the body; `counter` is what it must say now.
+    pub(crate) fn touch(&mut self, index: u64, counter: u64, qwords: usize) -> Result<(), Fault> {
         self.check_header(index, counter)?;
         let next = counter.wrapping_add(1);
         self.put(COUNTER, next);
         let start = usize::try_from(mix(index, next) % 509).unwrap_or(0);
         let mut value = mix(next, index);
-        for step in 0..words.min(TOUCH_WORDS_MAX) {
+        for step in 0..qwords.min(TOUCH_QWORDS_MAX) {
             value = value.rotate_left(9).wrapping_add(next);
-            self.put(HEADER_WORDS + (start + step) % TOUCH_WORDS_MAX, value);
+            self.put(HEADER_QWORDS + (start + step) % TOUCH_QWORDS_MAX, value);
         }
         Ok(())
     }
@@ -106,28 +106,28 @@ impl Page {
         as_bytes(std::slice::from_mut(self))
     }
 
-    /// Fills the page with words that follow from `seed` and `index` alone.
+    /// Fills the page with qwords that follow from `seed` and `index` alone.
     pub(crate) fn fill(&mut self, index: u64, seed: u64) {
         let mut stream = Stream::new(mix(seed, index));
-        self.0.iter_mut().for_each(|word| *word = stream.next());
+        self.0.iter_mut().for_each(|qword| *qword = stream.next());
     }
 
     /// Checks what [`Page::fill`] wrote.
     pub(crate) fn check_filled(&self, index: u64, seed: u64) -> Result<(), Fault> {
         let mut stream = Stream::new(mix(seed, index));
-        self.check_words(index, || stream.next())
+        self.check_qwords(index, || stream.next())
     }
 
     /// Checks that the page holds zeroes only.
     pub(crate) fn check_zero(&self, index: u64) -> Result<(), Fault> {
-        self.check_words(index, || 0)
+        self.check_qwords(index, || 0)
     }
 
-    fn check_words(&self, index: u64, mut next: impl FnMut() -> u64) -> Result<(), Fault> {
-        for (word, found) in self.0.iter().copied().enumerate() {
+    fn check_qwords(&self, index: u64, mut next: impl FnMut() -> u64) -> Result<(), Fault> {
+        for (qword, found) in self.0.iter().copied().enumerate() {
             let expected = next();
             if found != expected {
-                return Err(Fault::Word { index, word, found, expected });
+                return Err(Fault::Qword { index, qword, found, expected });
             }
         }
         Ok(())
@@ -141,7 +141,7 @@ impl Page {
         if found == expected { Ok(()) } else { Err(Fault::Counter { index, found, expected }) }
     }
 
-    /// Replaces one word and keeps the sum right.
+    /// Replaces one qword and keeps the sum right.
     fn put(&mut self, position: usize, value: u64) {
         let old = std::mem::replace(&mut self.0[position], value);
         self.0[SUM] =
@@ -149,16 +149,16 @@ impl Page {
     }
 
     fn sum(&self) -> u64 {
-        let words = self.0.iter().enumerate().filter(|(position, _)| *position != SUM);
-        words.fold(0, |sum, (position, word)| sum.wrapping_add(share(position, *word)))
+        let qwords = self.0.iter().enumerate().filter(|(position, _)| *position != SUM);
+        qwords.fold(0, |sum, (position, qword)| sum.wrapping_add(share(position, *qword)))
     }
 }
 
 /// The bytes of pages, for disks.
 pub(crate) fn as_bytes(pages: &mut [Page]) -> &mut [u8] {
     let bytes = size_of_val(pages);
-    // SAFETY: words are whole bytes without padding, pages follow each other without
-    // gaps, and any byte is allowed in a word.
+    // SAFETY: qwords are whole bytes without padding, pages follow each other without
+    // gaps, and any byte is allowed in a qword.
     unsafe { std::slice::from_raw_parts_mut(pages.as_mut_ptr().cast(), bytes) }
 }
 
@@ -166,20 +166,20 @@ fn identity(index: u64) -> u64 {
     MAGIC ^ index.rotate_left(20)
 }
 
-/// What one word adds to the sum of its page.
-fn share(position: usize, word: u64) -> u64 {
-    mix(u64::try_from(position).unwrap_or(0), word)
+/// What one qword adds to the sum of its page.
+fn share(position: usize, qword: u64) -> u64 {
+    mix(u64::try_from(position).unwrap_or(0), qword)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn touched(times: u64, words: usize) -> Page {
+    fn touched(times: u64, qwords: usize) -> Page {
         let mut page = Page::ZERO;
         page.begin(7, 1);
         for counter in 0..times {
-            page.touch(7, counter, words).unwrap();
+            page.touch(7, counter, qwords).unwrap();
         }
         page
     }
@@ -187,13 +187,13 @@ mod tests {
     /// Goal: the sum stays right over touches of any size, and any flipped bit shows.
     #[test]
     fn any_flipped_bit_shows() {
-        for words in [0, 1, 8, TOUCH_WORDS_MAX, usize::MAX] {
-            let page = touched(40, words);
+        for qwords in [0, 1, 8, TOUCH_QWORDS_MAX, usize::MAX] {
+            let page = touched(40, qwords);
             page.check(7, 40).unwrap();
-            for word in 0..WORD_COUNT {
+            for qword in 0..QWORD_COUNT {
                 let mut broken = page.clone();
-                broken.0[word] ^= 1 << (word % 64);
-                assert!(broken.check(7, 40).is_err(), "bit of word {word}");
+                broken.0[qword] ^= 1 << (qword % 64);
+                assert!(broken.check(7, 40).is_err(), "bit of qword {qword}");
             }
         }
     }
@@ -209,7 +209,7 @@ mod tests {
         assert!(matches!(Page::ZERO.check(7, 0), Err(Fault::Identity { .. })));
     }
 
-    /// Goal: known content and zeroes are compared word by word.
+    /// Goal: known content and zeroes are compared qword by qword.
     #[test]
     fn known_content_is_compared() {
         let mut page = Page::ZERO;
@@ -218,7 +218,7 @@ mod tests {
         page.check_filled(3, 9).unwrap();
         assert!(page.check_filled(4, 9).is_err());
         page.0[511] ^= 1;
-        assert!(matches!(page.check_filled(3, 9), Err(Fault::Word { word: 511, .. })));
+        assert!(matches!(page.check_filled(3, 9), Err(Fault::Qword { qword: 511, .. })));
         assert!(page.check_zero(3).is_err());
     }
 }

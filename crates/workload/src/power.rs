@@ -55,8 +55,8 @@ fn watch(mut device: File, pressed: &Sender<()>) {
 }
 
 fn is_press(event: &[u8; EVENT_BYTES]) -> bool {
-    let word = |at: usize| u16::from_le_bytes([event[at], event[at + 1]]);
-    word(16) == KEY && word(18) == KEY_POWER && word(20) == 1
+    let field = |at: usize| u16::from_le_bytes([event[at], event[at + 1]]);
+    field(16) == KEY && field(18) == KEY_POWER && field(20) == 1
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! One record of the disk journal: a block that proves itself.
 //!
-//! | word | field |
+//! | qword | field |
 //! |-----:|-------|
 //! |    0 | magic |
 //! |    1 | sequence, from 1 |
@@ -8,14 +8,14 @@
 //! |    3 | flushed: the highest sequence that was durable when it was written |
 //! |    4 | time, nanoseconds since 1970 |
 //! |    5 | seed of the disk |
-//! |   6… | body: words that follow from seed and sequence |
-//! |  511 | checksum over all words before |
+//! |   6… | body: qwords that follow from seed and sequence |
+//! |  511 | checksum over all qwords before |
 
 use crate::mix::{Stream, mix};
 
 /// Bytes of a record, and of the blocks in which disks are read and written.
 pub(crate) const RECORD_BYTES: usize = 4096;
-const WORD_COUNT: usize = RECORD_BYTES / 8;
+const QWORD_COUNT: usize = RECORD_BYTES / 8;
 const BODY_START: usize = 6;
 const MAGIC: u64 = u64::from_le_bytes(*b"LMSAJRNL");
 
@@ -53,15 +53,15 @@ impl Record {
         let header = [MAGIC, self.sequence, self.slot, self.flushed, self.time_ns, self.seed];
         let mut body = Stream::new(mix(self.seed, self.sequence));
         let mut checksum = 0;
-        for (position, bytes) in block.chunks_exact_mut(8).take(WORD_COUNT).enumerate() {
-            let word = match header.get(position) {
-                Some(word) => *word,
-                None if position == WORD_COUNT - 1 => checksum,
+        for (position, bytes) in block.chunks_exact_mut(8).take(QWORD_COUNT).enumerate() {
+            let qword = match header.get(position) {
+                Some(qword) => *qword,
+                None if position == QWORD_COUNT - 1 => checksum,
                 None => body.next(),
             };
-            bytes.copy_from_slice(&word.to_le_bytes());
-            if position < WORD_COUNT - 1 {
-                checksum = add(checksum, word);
+            bytes.copy_from_slice(&qword.to_le_bytes());
+            if position < QWORD_COUNT - 1 {
+                checksum = add(checksum, qword);
             }
         }
     }
@@ -69,29 +69,30 @@ impl Record {
 
 /// Looks at a block.
 pub(crate) fn look(block: &[u8]) -> Found {
-    let mut words = [0; WORD_COUNT];
-    for (word, bytes) in words.iter_mut().zip(block.chunks_exact(8)) {
-        *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    let mut qwords = [0; QWORD_COUNT];
+    for (qword, bytes) in qwords.iter_mut().zip(block.chunks_exact(8)) {
+        *qword = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
     }
-    if words.iter().all(|word| *word == 0) {
+    if qwords.iter().all(|qword| *qword == 0) {
         return Found::Zero;
     }
-    if words[0] != MAGIC {
+    if qwords[0] != MAGIC {
         return Found::Foreign;
     }
-    let [_, sequence, slot, flushed, time_ns, seed, ..] = words;
-    let checksum = words[..WORD_COUNT - 1].iter().fold(0, |sum, word| add(sum, *word));
+    let [_, sequence, slot, flushed, time_ns, seed, ..] = qwords;
+    let checksum = qwords[..QWORD_COUNT - 1].iter().fold(0, |sum, qword| add(sum, *qword));
     let mut body = Stream::new(mix(seed, sequence));
-    let body_is_right = words[BODY_START..WORD_COUNT - 1].iter().all(|word| *word == body.next());
-    if checksum != words[WORD_COUNT - 1] || !body_is_right {
+    let body_is_right =
+        qwords[BODY_START..QWORD_COUNT - 1].iter().all(|qword| *qword == body.next());
+    if checksum != qwords[QWORD_COUNT - 1] || !body_is_right {
         return Found::Broken;
     }
     Found::Record(Record { sequence, slot, flushed, time_ns, seed })
 }
 
-/// Adds a word to a checksum; unlike a sum, order matters.
-fn add(checksum: u64, word: u64) -> u64 {
-    (checksum ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
+/// Adds a qword to a checksum; unlike a sum, order matters.
+fn add(checksum: u64, qword: u64) -> u64 {
+    (checksum ^ qword).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29)
 }
 
 #[cfg(test)]

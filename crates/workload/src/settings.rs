@@ -3,7 +3,7 @@
 //! | word | default | meaning |
 //! |------|---------|---------|
 //! | `limosa.dirty_mb_s=N` | 20 | memory dirtied, in MB a second |
-//! | `limosa.words=N` | 8 | words changed in each dirtied page |
+//! | `limosa.qwords=N` | 8 | words changed in each dirtied page |
 //! | `limosa.memory_mib=N` | a third of what is free | self-checking memory |
 //! | `limosa.disk_kb_s=N` | 1000 | journal written on each disk, in kB a second |
 //! | `limosa.client=IP` | 10.78.0.100 | where heartbeats go |
@@ -19,7 +19,7 @@ pub(crate) struct Settings {
     /// Memory dirtied, in bytes a second
     pub dirty_bytes_s: u64,
     /// Words changed in each dirtied page
-    pub words: usize,
+    pub qwords: usize,
     /// Self-checking memory
     pub memory_mib: u64,
     /// Journal on each disk, in bytes a second
@@ -35,28 +35,29 @@ impl Settings {
     pub(crate) fn parse(line: &str, free_mib: u64) -> (Self, Vec<String>) {
         let mut settings = Self {
             dirty_bytes_s: 20_000_000,
-            words: 8,
+            qwords: 8,
             memory_mib: (free_mib / 3).clamp(*MEMORY_MIB.start(), *MEMORY_MIB.end()),
             disk_bytes_s: 1_000_000,
             client: Ipv4Addr::new(10, 78, 0, 100).into(),
         };
         let mut complaints = Vec::new();
-        for word in line.split_whitespace().filter_map(|word| word.strip_prefix("limosa.")) {
-            if settings.take(word).is_none() {
+        for setting in line.split_whitespace().filter_map(|setting| setting.strip_prefix("limosa."))
+        {
+            if settings.take(setting).is_none() {
                 complaints
-                    .push(format!("the command line says limosa.{word}, which means nothing"));
+                    .push(format!("the command line says limosa.{setting}, which means nothing"));
             }
         }
         (settings, complaints)
     }
 
-    fn take(&mut self, word: &str) -> Option<()> {
-        let (name, value) = word.split_once('=')?;
+    fn take(&mut self, setting: &str) -> Option<()> {
+        let (name, value) = setting.split_once('=')?;
         match name {
             "dirty_mb_s" => {
                 self.dirty_bytes_s = value.parse::<u64>().ok()?.checked_mul(1_000_000)?
             }
-            "words" => self.words = value.parse().ok()?,
+            "qwords" => self.qwords = value.parse().ok()?,
             "memory_mib" => {
                 self.memory_mib = value.parse().ok().filter(|mib| MEMORY_MIB.contains(mib))?;
             }
@@ -81,13 +82,13 @@ mod tests {
 
     /// Goal: known words are read, and a wrong one is told, never guessed.
     #[test]
-    fn words_are_read_or_complained_about() {
+    fn settings_are_read_or_reported() {
         let line =
-            "console=ttyS0 limosa.dirty_mb_s=200 limosa.client=fd00::1 limosa.words=x limosa.y";
+            "console=ttyS0 limosa.dirty_mb_s=200 limosa.client=fd00::1 limosa.qwords=x limosa.y";
         let (settings, complaints) = Settings::parse(line, 300);
         assert_eq!(settings.dirty_bytes_s, 200_000_000);
         assert_eq!(settings.client, "fd00::1".parse::<IpAddr>().unwrap());
-        assert_eq!((settings.words, settings.memory_mib), (8, 100));
+        assert_eq!((settings.qwords, settings.memory_mib), (8, 100));
         assert_eq!(complaints.len(), 2);
         assert_eq!(free_mib("MemTotal: 5 kB\nMemAvailable:  204800 kB\n"), 200);
     }

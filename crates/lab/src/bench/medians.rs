@@ -21,7 +21,7 @@ pub(super) fn show(all: &[(&str, Measured)]) {
         // Those of one that never converges are of the time until it was cancelled.
         let own: Vec<_> = own.into_iter().filter(|one| one.converged || count == 0).collect();
         let of = |get: fn(&Measured) -> f64| median(own.iter().map(|one| get(one)).collect());
-        let wire = report::words::bytes(
+        let wire = report::format::bytes(
             median(own.iter().map(|one| one.wire_bytes).collect()).unwrap_or_default(),
         );
         print_line(&format!(

@@ -16,15 +16,16 @@ use limosa_protocol::vm::Accelerator;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::capture::Trace;
-use crate::client::status;
-use crate::host::Host;
-use crate::lab::{Lab, Plan};
+use crate::harness::capture::Trace;
+use crate::harness::client::status;
+use crate::harness::host::Host;
+use crate::harness::lab::{Lab, Topology};
+use crate::harness::paths;
+use crate::harness::scene::Scene;
+use crate::harness::steps::Wanted;
+use crate::harness::{steps, tiny};
 use crate::report::gather::Gathered;
-use crate::scenario::scene::Scene;
-use crate::scenario::steps::Wanted;
-use crate::scenario::{steps, tiny};
-use crate::{demo, paths, print_line, report};
+use crate::{demo, print_line, report};
 
 /// Speed of the link.
 const LINK_MBIT: u32 = 1000;
@@ -98,7 +99,7 @@ impl Versions {
 
 /// Runs all comparisons.
 pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
-    let plan = Plan { links_mbit: vec![Some(LINK_MBIT)], ..Plan::default() };
+    let topology = Topology { links_mbit: vec![Some(LINK_MBIT)], ..Topology::default() };
     let mut all = Vec::new();
     for (name, dirty_mb_s) in [("20 MB/s dirtied", 20), ("200 MB/s dirtied", 200)] {
         let mut wanted = tiny::wanted("bench", MEMORY_MIB, dirty_mb_s)?;
@@ -114,13 +115,13 @@ pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
             // Without versions, for what the agents need for themselves.
             let ways = [Versions::Kept, Versions::None];
             for versions in ways.into_iter().filter(|_| !stock_only) {
-                let (chosen, ours) = limosa(&plan, &wanted, versions)?;
+                let (chosen, ours) = limosa(&topology, &wanted, versions)?;
                 show(&ours);
                 show_agents(&ours, versions);
                 all.push((name, ours));
                 accelerator = chosen;
             }
-            let theirs = stock::run(&plan, &wanted, &accelerator)?;
+            let theirs = stock::run(&topology, &wanted, &accelerator)?;
             show(&theirs);
             all.push((name, theirs));
         }
@@ -132,12 +133,12 @@ pub(crate) fn run(times: u32, stock_only: bool) -> Result<()> {
     Ok(())
 }
 
-fn limosa(plan: &Plan, wanted: &Wanted, versions: Versions) -> Result<(String, Measured)> {
-    let mut lab = Lab::up(plan)?;
+fn limosa(topology: &Topology, wanted: &Wanted, versions: Versions) -> Result<(String, Measured)> {
+    let mut lab = Lab::up(topology)?;
     let measured = measure(&mut lab, wanted, versions);
     if measured.is_err() {
         for host in lab.hosts() {
-            print_line(crate::exec::tail(&host.agent_log(), 2_000));
+            print_line(crate::harness::exec::tail(&host.agent_log(), 2_000));
         }
     }
     lab.down()?;
@@ -176,7 +177,7 @@ fn measure(lab: &mut Lab, wanted: &Wanted, versions: Versions) -> Result<(String
             Versions::None => "no versions".to_owned(),
         },
         converged: last.outcome == Some(Outcome::Moved),
-        alive: status::ask(lab.client(), crate::net::guest_v4(0)).is_ok(),
+        alive: status::ask(lab.client(), crate::harness::net::guest_v4(0)).is_ok(),
         total_s: Duration::from_millis(summary.total_ms).as_secs_f64() - phase_s(Phase::Retire),
         mirror_s: phase_s(Phase::Prepare) + phase_s(Phase::Mirror),
         memory_s: phase_s(Phase::PreCopy) + phase_s(Phase::Switchover),
@@ -235,7 +236,7 @@ pub(crate) fn silent_at_s(trace: &Trace, started_ns: u64) -> Option<f64> {
 
 /// What the guest dirties, once it has begun to, in MB a second.
 pub(crate) fn dirtied_mb_s(lab: &Lab) -> Result<f64> {
-    let guest = crate::net::guest_v4(0);
+    let guest = crate::harness::net::guest_v4(0);
     // All of its memory is there once it was compared.
     let before = status::check(lab.client(), guest)?;
     ensure!(before["errors"] == 0, "the guest found something wrong: {before}");
@@ -275,7 +276,7 @@ fn show(result: &Measured) {
             (true, false) => " GUEST DEAD AFTERWARDS",
             (false, _) => " NOT CONVERGED",
         },
-        report::words::bytes(result.wire_bytes),
+        report::format::bytes(result.wire_bytes),
         ms(result.downtime_ms),
         ms(result.blackout_ms),
         ms(result.longest_silence_ms),

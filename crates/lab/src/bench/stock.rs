@@ -13,20 +13,20 @@ use serde_json::json;
 
 use super::qmp::Qmp;
 use super::{CONVERGE_TIMEOUT, Measured};
-use crate::capture::Capture;
-use crate::client::{self, Client, Talk};
-use crate::host::Host;
-use crate::lab::{Lab, Plan};
-use crate::net;
-use crate::scenario::scene::BOOT_TIMEOUT;
-use crate::scenario::steps::{self, Wanted};
+use crate::harness::capture::Capture;
+use crate::harness::client::{self, Client, Talk};
+use crate::harness::host::Host;
+use crate::harness::lab::{Lab, Topology};
+use crate::harness::net;
+use crate::harness::scene::BOOT_TIMEOUT;
+use crate::harness::steps::{self, Wanted};
 
 /// Ports of the destination for memory and for the disk.
 const MEMORY_PORT: u16 = 4444;
 const DISK_PORT: u16 = 10_809;
 /// Moves the wanted VM once with stock QEMU.
-pub(crate) fn run(plan: &Plan, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
-    let lab = Lab::up(plan)?;
+pub(crate) fn run(topology: &Topology, wanted: &Wanted, accelerator: &str) -> Result<Measured> {
+    let lab = Lab::up(topology)?;
     let measured = measure(&lab, wanted, accelerator);
     lab.down()?;
     measured
@@ -92,7 +92,7 @@ fn start(host: &Host, wanted: &Wanted, accelerator: &str, further: &[&str]) -> R
     // another one QEMU before 9.0 moves it wrongly.
     let odd_bytes = if accelerator == "tcg" { 8 << 10 } else { 0 };
     let memory = format!("{}B", (wanted.memory_mib << 20) + odd_bytes);
-    let mut words = vec![
+    let mut args = vec![
         "qemu-system-x86_64".to_owned(),
         "-nodefaults".into(),
         "-no-user-config".into(),
@@ -126,16 +126,16 @@ fn start(host: &Host, wanted: &Wanted, accelerator: &str, further: &[&str]) -> R
     for (index, (format, mib)) in wanted.disks.iter().enumerate() {
         let path = format!("/var/lib/limosa/bench{index}.{format}");
         host.run(&["qemu-img", "create", "-q", "-f", format, &path, &format!("{mib}M")])?;
-        words.push("-blockdev".into());
-        words.push(format!(
+        args.push("-blockdev".into());
+        args.push(format!(
             "driver={format},node-name=d{index},discard=unmap,file.driver=file,\
              file.filename={path},file.cache.direct=on,file.discard=unmap"
         ));
-        words.push("-device".into());
-        words.push(format!("virtio-blk-pci,drive=d{index},id=disk{index}"));
+        args.push("-device".into());
+        args.push(format!("virtio-blk-pci,drive=d{index},id=disk{index}"));
     }
-    words.extend(further.iter().map(|word| (*word).to_owned()));
-    let mut child = host.start(&words, "stock-qemu.log")?;
+    args.extend(further.iter().map(|arg| (*arg).to_owned()));
+    let mut child = host.start(&args, "stock-qemu.log")?;
     // It ends with the lab; only its status must be taken.
     std::thread::Builder::new().name("lab-reaper".to_owned()).spawn(move || child.wait())?;
     let mut qmp = Qmp::connect(&host.run_dir().join("bench.qmp"))?;

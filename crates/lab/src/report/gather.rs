@@ -4,8 +4,8 @@
 use limosa_protocol::migration::{Migration, Phase};
 
 use super::{Beat, ClientNoticed, Move, Pages, Part, Sample, Span};
-use crate::capture::{Kind, Trace, trace::Silence};
-use crate::client::Noticed;
+use crate::harness::capture::{Kind, Trace, trace::Silence};
+use crate::harness::client::Noticed;
 
 /// The agent's words about one migration, as they came.
 #[derive(Debug, Clone, Default)]

@@ -10,11 +10,11 @@
 //! reads no clock. All times are milliseconds since the start of the move.
 
 mod canvas;
+pub(crate) mod format;
 pub(crate) mod gather;
 mod page;
 pub(crate) mod terminal;
 mod timeline;
-pub(crate) mod words;
 
 use serde::{Deserialize, Serialize};
 

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::canvas::escape;
-use super::{Move, Report, timeline, words};
+use super::{Move, Report, format, timeline};
 
 const STYLE: &str = "\
 body{margin:0;background:#eef0f3;color:#3d4653;font:14px/1.5 'Inter','Segoe UI','DejaVu Sans',Helvetica,Arial,sans-serif}\
@@ -40,7 +40,7 @@ pub(super) fn facts(it: &Move) -> Vec<(&'static str, String)> {
     let phases: Vec<_> = it
         .phases
         .iter()
-        .map(|phase| format!("{} {}", phase.name, words::duration(phase.ms())))
+        .map(|phase| format!("{} {}", phase.name, format::duration(phase.ms())))
         .collect();
     let mut facts = vec![
         ("phases", phases.join(", ")),
@@ -49,21 +49,21 @@ pub(super) fn facts(it: &Move) -> Vec<(&'static str, String)> {
             "memory",
             format!(
                 "{} full, {} different, {} unchanged, {} zero; {} packed to {}",
-                words::plural(pages.full, "page"),
-                words::count(pages.difference),
-                words::count(pages.unchanged),
-                words::count(pages.zero),
-                words::bytes(pages.memory_bytes.0),
-                words::bytes(pages.memory_bytes.1),
+                format::plural(pages.full, "page"),
+                format::count(pages.difference),
+                format::count(pages.unchanged),
+                format::count(pages.zero),
+                format::bytes(pages.memory_bytes.0),
+                format::bytes(pages.memory_bytes.1),
             ),
         ),
         (
             "disk",
             format!(
                 "{} packed to {}; {} of holes not sent",
-                words::bytes(pages.disk_bytes.0),
-                words::bytes(pages.disk_bytes.1),
-                words::bytes(pages.disk_hole_bytes),
+                format::bytes(pages.disk_bytes.0),
+                format::bytes(pages.disk_bytes.1),
+                format::bytes(pages.disk_hole_bytes),
             ),
         ),
     ];
@@ -71,15 +71,15 @@ pub(super) fn facts(it: &Move) -> Vec<(&'static str, String)> {
         let total: f64 = it.downtime.iter().map(|part| part.ms).sum();
         let parts: Vec<_> =
             it.downtime.iter().map(|part| format!("{} {:.1}", part.name, part.ms)).collect();
-        facts.push(("downtime", format!("{}: {}", words::duration(total), parts.join(", "))));
+        facts.push(("downtime", format!("{}: {}", format::duration(total), parts.join(", "))));
     }
     if let Some(blackout) = &it.blackout {
-        let mut text = format!("{} seen from outside", words::duration(blackout.ms()));
+        let mut text = format!("{} seen from outside", format::duration(blackout.ms()));
         if let Some(silence) = &it.longest_silence {
             let _ = write!(
                 text,
                 "; longest silence of the whole move {}",
-                words::duration(silence.ms())
+                format::duration(silence.ms())
             );
         }
         facts.push(("blackout", text));
@@ -87,18 +87,18 @@ pub(super) fn facts(it: &Move) -> Vec<(&'static str, String)> {
     let seen = u64::try_from(it.beats.len()).unwrap_or(u64::MAX);
     facts.push((
         "heartbeats",
-        format!("{} seen, {} lost", words::count(seen), words::count(it.beats_lost)),
+        format!("{} seen, {} lost", format::count(seen), format::count(it.beats_lost)),
     ));
     if let Some(client) = &it.client {
         facts.push((
             "client",
             format!(
                 "{}, {} checked, {} broken, {} wrong, longest gap {}",
-                words::plural(client.sessions, "TCP session"),
-                words::plural(client.answers, "answer"),
-                words::count(client.broken),
-                words::plural(client.wrong, "byte"),
-                words::duration(client.longest_gap_ms),
+                format::plural(client.sessions, "TCP session"),
+                format::plural(client.answers, "answer"),
+                format::count(client.broken),
+                format::plural(client.wrong, "byte"),
+                format::duration(client.longest_gap_ms),
             ),
         ));
     }
@@ -110,10 +110,10 @@ fn wire_fact(it: &Move) -> String {
     let known = pages.disk_bytes.1 + pages.memory_bytes.1 + pages.device_bytes;
     format!(
         "{}: disk {}, memory {}, device state {}, framing {}",
-        words::bytes(pages.wire_bytes),
-        words::bytes(pages.disk_bytes.1),
-        words::bytes(pages.memory_bytes.1),
-        words::bytes(pages.device_bytes),
-        words::bytes(pages.wire_bytes.saturating_sub(known)),
+        format::bytes(pages.wire_bytes),
+        format::bytes(pages.disk_bytes.1),
+        format::bytes(pages.memory_bytes.1),
+        format::bytes(pages.device_bytes),
+        format::bytes(pages.wire_bytes.saturating_sub(known)),
     )
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Move, Report, page, words};
+use super::{Move, Report, format, page};
 
 /// Width of the bar of phases, in characters.
 const BAR_WIDTH: f64 = 60.0;
@@ -21,7 +21,7 @@ pub(crate) fn text(report: &Report) -> String {
             it.source,
             it.destination,
             it.outcome,
-            words::duration(it.total_ms)
+            format::duration(it.total_ms)
         );
         let _ = writeln!(text, "  {}", bar(it));
         for (name, fact) in page::facts(it) {

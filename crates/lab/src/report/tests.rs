@@ -93,8 +93,8 @@ fn report_is_written_whole() {
         std::fs::write(folder.join("report.txt"), terminal::text(&report)).unwrap();
     }
     assert!(page.contains("web&lt;1&gt;") && !page.contains("web<1>"));
-    for word in ["prepare", "mirror", "pre-copy", "blackout 95.0 ms", "74.4 ms", "819.3 MB"] {
-        assert!(page.contains(word), "{word} is missing");
+    for text in ["prepare", "mirror", "pre-copy", "blackout 95.0 ms", "74.4 ms", "819.3 MB"] {
+        assert!(page.contains(text), "{text} is missing");
     }
     assert!(!page.contains("NaN") && !page.contains("inf"));
 }
@@ -120,14 +120,14 @@ fn a_move_that_stayed_has_a_report_too() {
 /// Goal: numbers are read at a glance and rounded at the right places.
 #[test]
 fn numbers_read_well() {
-    assert_eq!(words::bytes(999), "999 B");
-    assert_eq!(words::bytes(312_440_000), "312.4 MB");
-    assert_eq!(words::bytes(1_000_000_000), "1.00 GB");
-    assert_eq!(words::duration(63.14), "63.1 ms");
-    assert_eq!(words::duration(999.7), "1.00 s");
-    assert_eq!(words::duration(125_000.0), "2 min 05 s");
-    assert_eq!(words::count(1_234_567), "1,234,567");
-    assert_eq!(words::plural(1, "page"), "1 page");
+    assert_eq!(format::bytes(999), "999 B");
+    assert_eq!(format::bytes(312_440_000), "312.4 MB");
+    assert_eq!(format::bytes(1_000_000_000), "1.00 GB");
+    assert_eq!(format::duration(63.14), "63.1 ms");
+    assert_eq!(format::duration(999.7), "1.00 s");
+    assert_eq!(format::duration(125_000.0), "2 min 05 s");
+    assert_eq!(format::count(1_234_567), "1,234,567");
+    assert_eq!(format::plural(1, "page"), "1 page");
 }
 
 /// Goal: terminals show every phase, however short.

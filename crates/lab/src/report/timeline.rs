@@ -10,7 +10,7 @@
 //! ```
 
 use super::canvas::{Anchor, Canvas, tick_step};
-use super::{KINDS, Move, Sample, words};
+use super::{KINDS, Move, Sample, format};
 
 /// Size of the picture.
 const WIDTH: f64 = 1120.0;
@@ -82,14 +82,14 @@ impl Scale {
 fn title(canvas: &mut Canvas, it: &Move) {
     let heading = format!("{}: {} → {}", it.vm, it.source, it.destination);
     canvas.text(LEFT, 34.0, Anchor::Start, "title", &heading);
-    let mut result = format!("{} in {}", it.outcome, words::duration(it.total_ms));
-    result += &format!("   ·   {} on the wire", words::bytes(it.moved.wire_bytes));
+    let mut result = format!("{} in {}", it.outcome, format::duration(it.total_ms));
+    result += &format!("   ·   {} on the wire", format::bytes(it.moved.wire_bytes));
     if !it.downtime.is_empty() {
         let downtime: f64 = it.downtime.iter().map(|part| part.ms).sum();
-        result += &format!("   ·   downtime {}", words::duration(downtime));
+        result += &format!("   ·   downtime {}", format::duration(downtime));
     }
     if let Some(blackout) = &it.blackout {
-        result += &format!("   ·   blackout {}", words::duration(blackout.ms()));
+        result += &format!("   ·   blackout {}", format::duration(blackout.ms()));
     }
     canvas.text(LEFT, 57.0, Anchor::Start, "result", &result);
 }
@@ -100,7 +100,7 @@ fn phases(canvas: &mut Canvas, it: &Move, across: Scale) {
         // The shortest phase still shows that it was there.
         let width = (to - from).max(2.0);
         canvas.rect(from, PHASES.0, width, PHASES.1, &format!("p{}", index % 5));
-        let long = format!("{} {}", phase.name, words::duration(phase.ms()));
+        let long = format!("{} {}", phase.name, format::duration(phase.ms()));
         let middle = (from + to) / 2.0;
         if let Some(text) = [long, phase.name.clone()].into_iter().find(|text| fits(text, width)) {
             canvas.text(middle, PHASES.0 + 16.0, Anchor::Middle, "onband", &text);
@@ -302,11 +302,11 @@ fn beats(canvas: &mut Canvas, it: &Move, across: Scale) {
     }
     let mut notes = vec![format!(
         "{} seen, {} lost",
-        words::count(count_of(&it.beats)),
-        words::count(it.beats_lost)
+        format::count(count_of(&it.beats)),
+        format::count(it.beats_lost)
     )];
     if let Some(silence) = &it.longest_silence {
-        notes.push(format!("longest silence {}", words::duration(silence.ms())));
+        notes.push(format!("longest silence {}", format::duration(silence.ms())));
         let (from, to) = (across.x(silence.from_ms), across.x(silence.to_ms));
         // Mostly it is the blackout, which has its own colour.
         let is_blackout = it.blackout.as_ref().is_some_and(|it| it.from_ms == silence.from_ms);
@@ -339,7 +339,7 @@ fn close_up(canvas: &mut Canvas, it: &Move) {
     if let Some(blackout) = &it.blackout {
         let (from, to) = (across.x(blackout.from_ms), across.x(blackout.to_ms));
         canvas.rect(from, CLOSE.0, to - from, 66.0, "dark");
-        let text = format!("blackout {}", words::duration(blackout.ms()));
+        let text = format!("blackout {}", format::duration(blackout.ms()));
         canvas.text((from + to) / 2.0, CLOSE.0 + 37.0, Anchor::Middle, "red", &text);
     }
     for beat in it.beats.iter().filter(|beat| across.holds(beat.at_ms)) {
@@ -359,7 +359,7 @@ fn close_up(canvas: &mut Canvas, it: &Move) {
     }
     let mut x = LEFT;
     for (index, part) in it.downtime.iter().enumerate() {
-        let text = format!("{} {}", part.name, words::duration(part.ms));
+        let text = format!("{} {}", part.name, format::duration(part.ms));
         canvas.rect(x, HEIGHT - 26.0, 10.0, 10.0, &format!("d{index}"));
         canvas.text(x + 15.0, HEIGHT - 17.0, Anchor::Start, "small", &text);
         let characters = u32::try_from(text.chars().count()).unwrap_or(u32::MAX);

@@ -83,8 +83,8 @@ fn what_turns_is_known() {
     let mut block = [Page::ZERO];
     block[0].fill(at, journal.seed);
     journal.disk.write(at, &mut block).unwrap();
-    let again = open(&file, &report);
-    assert!(matches!(again.turned, Turned::Filled(found) if found == at));
+    let reopened = open(&file, &report);
+    assert!(matches!(reopened.turned, Turned::Filled(found) if found == at));
     assert_eq!(faults(&report), 0);
     // A filled block that should be zero, and a zero one that should be filled.
     for (turned, wrong) in [(Turned::Zero, at), (Turned::Filled(at + 1), at + 1)] {
@@ -114,7 +114,7 @@ fn a_lost_beginning_is_found() {
 
 /// Goal: an emptied disk is taken for a new one, and tells that nothing was found.
 #[test]
-fn an_emptied_disk_tells_that_nothing_was_found() {
+fn an_emptied_disk_reports_that_nothing_was_found() {
     let (file, slots) = written("emptied", 20, 19);
     let recovered = |report: &Report| report.json()["disks"][0]["recovered"].as_u64().unwrap();
     let report = Report::new();

@@ -1,0 +1,3 @@
+//! Faults that strike moves at points drawn from a seed.
+
+pub(crate) mod chaos;
