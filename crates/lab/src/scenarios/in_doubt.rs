@@ -55,9 +55,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: forced_at_destination,
     },
     Scenario {
-        name: "delete-needs-the-last-word",
-        proves: "a VM whose source died before its last arg is not deleted until the source has \
-                 said it",
+        name: "delete-needs-last-message",
+        proves: "a VM whose source died before its last message is not deleted until the source \
+                 has sent it",
         topology: Topology::default,
         run: is_deleted,
     },
@@ -76,9 +76,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: store_lost,
     },
     Scenario {
-        name: "next-move-needs-the-last-word",
-        proves: "a VM whose source died before its last arg moves on to a third host only with \
-                 the operator's arg, and the source gives way when it comes back",
+        name: "next-move-needs-last-message",
+        proves: "a VM whose source died before its last message moves on to a third host only \
+                 after an operator's `--force-owner`, and the source gives way when it returns",
         topology: || Topology {
             hosts: vec![("a", Storage::Folder), ("b", Storage::Folder), ("c", Storage::Folder)],
             ..Topology::default()
