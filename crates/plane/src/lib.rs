@@ -25,6 +25,7 @@ mod destination;
 mod difference;
 mod digest;
 mod disk;
+mod holes;
 mod link;
 mod meter;
 mod page;

@@ -14,6 +14,7 @@
 //! there; the status and the serial console repeat it.
 //! Nothing here ends by itself: the guest lives until it is powered off.
 
+mod freed;
 mod journal;
 mod memory;
 mod mix;
@@ -58,7 +59,7 @@ fn start(settings: &Settings, report: &Arc<Report>) -> io::Result<Vec<JoinHandle
     // Answers last: who gets one can rely on everything being under way.
     let journals = journal::start(settings, report)?;
     memory::start(settings, report)?;
-    serve::start(settings, report)?;
+    serve::start(settings, report, freed::Filled::new(settings))?;
     Ok(journals)
 }
 

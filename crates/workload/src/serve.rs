@@ -4,7 +4,7 @@
 //! |-----:|----------|------|
 //! | 7000 | TCP | echo |
 //! | 7001 | UDP | echo |
-//! | 7002 | TCP | HTTP: `GET /` the report; `GET /check` after all memory and all disks were compared |
+//! | 7002 | TCP | HTTP: `GET /` the report; `GET /check` after all memory and all disks were compared; `GET /free` frees the memory of [`crate::freed`] |
 //! | 7003 of the client | UDP | heartbeats, one each 5 ms: `LMHB`, a u64 LE that counts, a u64 LE of this boot |
 
 use std::io::{self, Read, Write};
@@ -12,6 +12,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::freed::Filled;
 use crate::report::Report;
 use crate::settings::Settings;
 
@@ -26,15 +27,15 @@ const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Starts a thread for each.
-pub(crate) fn start(settings: &Settings, report: &Arc<Report>) -> io::Result<()> {
+pub(crate) fn start(settings: &Settings, report: &Arc<Report>, filled: Filled) -> io::Result<()> {
     let echo = TcpListener::bind((Ipv6Addr::UNSPECIFIED, ECHO_TCP_PORT))?;
     crate::spawn("echo-tcp", move || accept(&echo, "echo", |stream| drop(echo_tcp(stream))))?;
     let datagrams = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, ECHO_UDP_PORT))?;
     crate::spawn("echo-udp", move || echo_udp(&datagrams))?;
     let questions = TcpListener::bind((Ipv6Addr::UNSPECIFIED, STATUS_PORT))?;
-    let told = Arc::clone(report);
+    let (shared, filled) = (Arc::clone(report), Arc::new(filled));
     crate::spawn("status", move || {
-        accept(&questions, "answer", move |stream| drop(answer(stream, &told)));
+        accept(&questions, "answer", move |stream| drop(answer(stream, &shared, &filled)));
     })?;
     let client = match settings.client {
         IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), HEARTBEAT_PORT),
@@ -75,10 +76,13 @@ fn echo_udp(socket: &UdpSocket) {
     }
 }
 
-fn answer(mut stream: TcpStream, report: &Report) -> io::Result<()> {
+fn answer(mut stream: TcpStream, report: &Report, filled: &Filled) -> io::Result<()> {
     stream.set_read_timeout(Some(QUESTION_TIMEOUT))?;
     let mut question = [0; 512];
     let length = stream.read(&mut question)?;
+    if question[..length].starts_with(b"GET /free ") {
+        filled.free();
+    }
     if question[..length].starts_with(b"GET /check ") {
         let wanted = report.sweeps.ask();
         let until = std::time::Instant::now() + CHECK_TIMEOUT;

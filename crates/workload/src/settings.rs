@@ -5,6 +5,7 @@
 //! | `limosa.dirty_mb_s=N` | 20 | memory dirtied, in MB a second |
 //! | `limosa.qwords=N` | 8 | words changed in each dirtied page |
 //! | `limosa.memory_mib=N` | a third of what is free | self-checking memory |
+//! | `limosa.freed_mib=N` | 0 | memory that is filled, and freed on request |
 //! | `limosa.disk_kb_s=N` | 1000 | journal written on each disk, in kB a second |
 //! | `limosa.client=IP` | 10.78.0.100 | where heartbeats go |
 
@@ -22,6 +23,8 @@ pub(crate) struct Settings {
     pub qwords: usize,
     /// Self-checking memory
     pub memory_mib: u64,
+    /// Memory that is filled, and freed on request
+    pub freed_mib: u64,
     /// Journal on each disk, in bytes a second
     pub disk_bytes_s: u64,
     /// Where heartbeats go
@@ -37,6 +40,7 @@ impl Settings {
             dirty_bytes_s: 20_000_000,
             qwords: 8,
             memory_mib: (free_mib / 3).clamp(*MEMORY_MIB.start(), *MEMORY_MIB.end()),
+            freed_mib: 0,
             disk_bytes_s: 1_000_000,
             client: Ipv4Addr::new(10, 78, 0, 100).into(),
         };
@@ -60,6 +64,9 @@ impl Settings {
             "qwords" => self.qwords = value.parse().ok()?,
             "memory_mib" => {
                 self.memory_mib = value.parse().ok().filter(|mib| MEMORY_MIB.contains(mib))?;
+            }
+            "freed_mib" => {
+                self.freed_mib = value.parse().ok().filter(|mib| mib <= MEMORY_MIB.end())?;
             }
             "disk_kb_s" => self.disk_bytes_s = value.parse::<u64>().ok()?.checked_mul(1_000)?,
             "client" => self.client = value.parse().ok()?,

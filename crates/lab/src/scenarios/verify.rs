@@ -12,8 +12,10 @@ use rustix::fs::SeekFrom;
 use serde_json::json;
 
 use super::Scenario;
+use crate::harness::client;
 use crate::harness::lab::{Lab, Topology};
-use crate::harness::points::Point;
+use crate::harness::net;
+use crate::harness::points::{Point, wait};
 use crate::harness::process;
 use crate::harness::scene::Scene;
 use crate::harness::steps::{self, Wanted};
@@ -43,7 +45,34 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         topology: Topology::default,
         run: running_digests,
     },
+    Scenario {
+        name: "verify-with-freed-memory",
+        proves: "memory that the guest frees while it moves, and its balloon driver reports to \
+                 the host, is no difference to full verification",
+        topology: super::faults::slow,
+        run: freed_memory,
+    },
 ];
+
+fn freed_memory(lab: &mut Lab) -> Result<()> {
+    let mut wanted = tiny::wanted("web1", 512, 10)?;
+    wanted.boot.append.push_str(" limosa.freed_mib=224");
+    let scene = Scene::set(lab, &wanted)?;
+    let host = lab.host("a");
+    let migration = steps::begin_move(host, &wanted.name, "b", &json!({"verify": "full"}))?;
+    // A third of the memory was sent then. The rest takes longer than the guest's kernel
+    // waits before it reports free memory (2 s).
+    wait("third of the memory", || {
+        let seen = steps::look_at_move(host, &migration)?;
+        ensure!(seen.outcome.is_none(), "the move ended: {:?}", seen.reason);
+        Ok((seen.progress.moved.ram_packed_bytes >= 80 << 20).then_some(()))
+    })?;
+    client::status::free(lab.client(), net::guest_v4(0))?;
+    let gathered = steps::follow(host, &migration, END_TIMEOUT)?;
+    let last = gathered.last().context("the agent reported no progress of the move")?;
+    ensure!(last.outcome == Some(Outcome::Moved), "{:?}: {:?}", last.outcome, last.reason);
+    scene.end(lab, "b").map(drop)
+}
 
 fn names_what_differs(lab: &mut Lab) -> Result<()> {
     let wanted = Wanted { disks: vec![("raw", 64)], ..tiny::working()? };

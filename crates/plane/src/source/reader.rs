@@ -23,6 +23,7 @@ use limosa_qemu::stream::{RamBlock, RamSection, StreamParser, StreamPart, Stream
 use super::delivery::Delivery;
 use super::spec::RamBlockSpec;
 use super::work::{Batch, Queues, WORK_BYTES_MAX, Work, ended};
+use crate::holes::next_hole;
 use crate::meter::{Meter, add};
 use crate::page::PAGE_BYTES;
 use crate::route::page_channel;
@@ -194,6 +195,25 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
+    /// Sends the holes of each block's memory as zero pages. The guest is paused: no
+    /// hole closes, and none opens, before the stream has ended.
+    fn discarded_pages(&mut self) -> io::Result<()> {
+        for backend in 0..self.reader.ram.len() {
+            let block = &self.reader.ram[backend];
+            let (Some(memory), size_bytes) = (block.memory.clone(), block.size_bytes) else {
+                continue;
+            };
+            let mut at = 0;
+            while let Some(hole) = next_hole(&memory, at, size_bytes)? {
+                at = hole.end;
+                for offset in hole.step_by(PAGE_BYTES) {
+                    self.zero_page(backend, offset)?;
+                }
+            }
+        }
+        self.send_all()
+    }
+
     /// Sends the head once. Another one would be of another machine: the
     /// destination's QEMU could not go on with it.
     fn head(&self, bytes: &[u8]) -> io::Result<()> {
@@ -258,6 +278,7 @@ impl StreamSink for Dispatcher<'_> {
         // sections.
         self.send_all()?;
         if section == RamSection::End {
+            self.discarded_pages()?;
             for channel in 0..self.batches.len() {
                 self.put(channel, Work::RamBarrier)?;
             }

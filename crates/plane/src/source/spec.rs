@@ -1,5 +1,8 @@
 //! RAM and disks of a source's plane.
 
+use std::fs::File;
+use std::sync::Arc;
+
 /// A block of guest RAM that goes out of band.
 #[derive(Debug, Clone)]
 pub struct RamBlockSpec {
@@ -7,6 +10,9 @@ pub struct RamBlockSpec {
     pub name: String,
     /// Bytes
     pub size_bytes: u64,
+    /// The block's memfd, if pages that the guest gave back (free page reporting) must
+    /// be zero at the destination, too. QEMU does not count them as dirty.
+    pub memory: Option<Arc<File>>,
 }
 
 /// A disk that is mirrored.

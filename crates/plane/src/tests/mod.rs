@@ -46,6 +46,8 @@ struct Fate {
     /// What is written is lost, and nobody is told
     source_is_mute: Arc<AtomicBool>,
     destination_is_mute: Arc<AtomicBool>,
+    /// The memory of the source's guest, if its holes count
+    memory: Option<Arc<File>>,
 }
 
 impl Fate {
@@ -179,6 +181,15 @@ struct Both {
     folder: tempfile::TempDir,
 }
 
+fn settings() -> PlaneSettings {
+    PlaneSettings {
+        page_versions_bytes_max: 16 << 20,
+        replay_bytes_max: CHANNEL_COUNT * (256 << 10),
+        keep_alive_every: SILENCE / 8,
+        ..PlaneSettings::default()
+    }
+}
+
 impl Both {
     fn new() -> Self {
         Self::with(&Fate::default())
@@ -186,17 +197,16 @@ impl Both {
 
     fn with(fate: &Fate) -> Self {
         let [(ours, ack_in), (theirs, ack_out)] = connections(fate);
-        let settings = PlaneSettings {
-            page_versions_bytes_max: 16 << 20,
-            replay_bytes_max: CHANNEL_COUNT * (256 << 10),
-            keep_alive_every: SILENCE / 8,
-            ..PlaneSettings::default()
-        };
+        let settings = settings();
         let (sender, source_events) = channel();
         let source = SourcePlane::start(SourceSpec {
             channels: ours,
             return_path: ack_in,
-            ram: vec![RamBlockSpec { name: "ram0".into(), size_bytes: RAM_BYTES }],
+            ram: vec![RamBlockSpec {
+                name: "ram0".into(),
+                size_bytes: RAM_BYTES,
+                memory: fate.memory.clone(),
+            }],
             disks: vec![SourceDisk { index: 0, size_bytes: DISK_BYTES, fresh: true }],
             settings,
             on_event: Arc::new(move |event| {

@@ -265,3 +265,24 @@ fn a_changed_page_must_be_one() {
     }
     both.end();
 }
+
+/// Goal: a page that the guest gave back after it was sent is zero at the destination.
+#[test]
+fn a_page_that_the_guest_gave_back_is_zero_there() {
+    const DISCARDED: u64 = 4;
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(RAM_BYTES).unwrap();
+    for page in (0..RAM_PAGES).filter(|page| *page != DISCARDED) {
+        memory.write_all_at(&[1], page * PAGE_BYTES as u64).unwrap();
+    }
+    let both = Both::with(&Fate { memory: Some(Arc::new(memory)), ..Fate::default() });
+    whole(1).write(both.attach(1)).join().unwrap();
+    both.expect(&mut no_fates(), vec!["RamDelivered"]);
+    both.assert_pages(|page| match page {
+        3 => content(3, 101),
+        5 => content(5, 201),
+        DISCARDED => vec![0; PAGE_BYTES],
+        _ => content(page, 1),
+    });
+    both.end();
+}

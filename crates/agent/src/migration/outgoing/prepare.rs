@@ -11,6 +11,7 @@ use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePla
 use limosa_protocol::migration::{Note, Queued};
 use limosa_protocol::peer::{FILE_PART_BYTES_MAX, Receive};
 use limosa_qemu::launch::RAM_BACKEND_ID;
+use limosa_qemu::ram;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
@@ -123,7 +124,7 @@ impl Source {
         let spec = SourceSpec {
             channels,
             return_path,
-            ram: self.ram(),
+            ram: self.ram()?,
             disks: self.disks(),
             settings: plane_settings(&self.agent),
             on_event: Arc::new(move |event| {
@@ -150,14 +151,19 @@ impl Source {
             Some(link::keep(connector, plane, state, wait, Arc::clone(&self.through)));
     }
 
-    fn ram(&self) -> Vec<RamBlockSpec> {
+    fn ram(&self) -> Result<Vec<RamBlockSpec>> {
         if !self.plan().moves_memory() {
-            return Vec::new();
+            return Ok(Vec::new());
         }
-        vec![RamBlockSpec {
-            name: RAM_BACKEND_ID.to_owned(),
-            size_bytes: self.qemu.accelerator.ram_bytes(self.offer.definition.memory_bytes()),
-        }]
+        let size_bytes = self.qemu.accelerator.ram_bytes(self.offer.definition.memory_bytes());
+        // Only a comparison of all contents sees a page that the guest gave back.
+        let memory = self
+            .plan()
+            .verifies_fully()
+            .then(|| ram::open(&self.qemu.process, size_bytes).map(Arc::new))
+            .transpose()
+            .or_fail("opening the guest's memory")?;
+        Ok(vec![RamBlockSpec { name: RAM_BACKEND_ID.to_owned(), size_bytes, memory }])
     }
 
     fn disks(&self) -> Vec<SourceDisk> {

@@ -26,6 +26,11 @@ pub(crate) fn check(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
     question(namespace, guest, "/check", CHECK_TIMEOUT)
 }
 
+/// The same after the guest has freed the memory that `limosa.freed_mib` filled.
+pub(crate) fn free(namespace: &Namespace, guest: IpAddr) -> Result<Value> {
+    question(namespace, guest, "/free", TIMEOUT)
+}
+
 fn question(
     namespace: &Namespace,
     guest: IpAddr,
