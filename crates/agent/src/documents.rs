@@ -1,43 +1,25 @@
 //! Man pages and completions of `limosad`, made from its command line.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
-use clap::{CommandFactory, Subcommand};
-use clap_complete::Shell;
+use clap::CommandFactory;
 
-use crate::Arguments;
+use crate::args::{Arguments, Document};
 
-/// What is printed or written instead of running the agent.
-#[derive(Debug, Subcommand)]
-pub(crate) enum Document {
-    /// Print a completion script for a shell
-    Completions {
-        /// The shell
-        shell: Shell,
-    },
-    /// Write the man pages into a folder
-    Man {
-        /// The folder; made when missing
-        #[arg(value_name = "DIR")]
-        folder: PathBuf,
-    },
-}
-
-impl Document {
-    pub(crate) fn make(self) -> anyhow::Result<()> {
-        match self {
-            Self::Completions { shell } => {
-                clap_complete::generate(
-                    shell,
-                    &mut Arguments::command(),
-                    "limosad",
-                    &mut std::io::stdout(),
-                );
-                Ok(())
-            }
-            Self::Man { folder } => man_pages(&folder),
+/// Prints or writes a document.
+pub(crate) fn make(document: Document) -> anyhow::Result<()> {
+    match document {
+        Document::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Arguments::command(),
+                "limosad",
+                &mut std::io::stdout(),
+            );
+            Ok(())
         }
+        Document::Man { folder } => man_pages(&folder),
     }
 }
 
@@ -50,6 +32,7 @@ fn man_pages(folder: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use clap::ValueEnum;
+    use clap_complete::Shell;
 
     use super::*;
 
@@ -66,8 +49,8 @@ mod tests {
             String::from_utf8(script).unwrap()
         });
         for text in scripts.chain([page.replace("\\-", "-")]) {
-            for part in ["config", "openapi", "log-json", "completions", "man"] {
-                assert!(text.contains(part), "{part} in {text}");
+            for name in ["config", "openapi", "log-json", "completions", "man"] {
+                assert!(text.contains(name), "{name} in {text}");
             }
         }
         assert!(folder.path().join("limosad-man.1").exists());

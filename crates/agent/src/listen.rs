@@ -32,6 +32,7 @@ use tokio::sync::Semaphore;
 use tokio_rustls::LazyConfigAcceptor;
 
 use crate::agent::Agent;
+use crate::caller::Caller;
 use crate::peer;
 use places::{Handshake, Places};
 
@@ -43,30 +44,6 @@ const HANDSHAKE_MS_MAX: u64 = 5_000;
 const PAIRING_MS_MAX: u64 = 60_000;
 /// Longest wait for the next request: a control link is kept for a whole migration.
 const HEAD_MS_MAX: u64 = 600_000;
-
-/// Who sent a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Caller {
-    /// root or a member of the group, on this host.
-    Local { uid: u32 },
-    /// An operator with a certificate of their own.
-    Operator { name: String },
-    /// A paired host.
-    Host { name: HostName },
-    /// Nobody known, on a connection that can only pair.
-    Stranger { certificate_der: Vec<u8>, address: SocketAddr },
-}
-
-impl std::fmt::Display for Caller {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Local { uid } => write!(f, "user {uid} of this host"),
-            Self::Operator { name } => write!(f, "operator {name}"),
-            Self::Host { name } => write!(f, "host {name}"),
-            Self::Stranger { address, .. } => write!(f, "a stranger at {address}"),
-        }
-    }
-}
 
 /// Serves the local socket until the agent ends.
 pub(crate) async fn local(agent: Arc<Agent>, api: Router) -> anyhow::Result<()> {

@@ -11,6 +11,8 @@
 
 mod agent;
 mod api;
+mod args;
+mod caller;
 mod config;
 mod documents;
 mod failure;
@@ -23,7 +25,6 @@ mod peer;
 mod store;
 mod vm;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -32,33 +33,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::agent::Agent;
+use crate::args::Arguments;
 use crate::config::Config;
-use crate::documents::Document;
-
-/// The Limosa host agent.
-///
-/// Runs VMs with QEMU and moves them to other hosts. Ending it leaves its VMs
-/// running; the next start finds them again.
-#[derive(Debug, Parser)]
-#[command(name = "limosad", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
-struct Arguments {
-    /// Configuration file [default: /etc/limosa/limosad.toml, if it exists]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Print the OpenAPI document of the API and end
-    #[arg(long)]
-    openapi: bool,
-    /// Log as JSON
-    #[arg(long)]
-    log_json: bool,
-    #[command(subcommand)]
-    document: Option<Document>,
-}
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     if let Some(document) = arguments.document {
-        return document.make();
+        return documents::make(document);
     }
     if arguments.openapi {
         use std::io::Write;

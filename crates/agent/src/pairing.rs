@@ -26,8 +26,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::agent::{Agent, encode_hex, now_unix_s, pairing_connector};
+use crate::caller::Caller;
 use crate::failure::{Failure, OrFail, Result, chain};
-use crate::listen::Caller;
 use crate::peer::{USER_AGENT, connect, with_port};
 use crate::store::PeerRecord;
 

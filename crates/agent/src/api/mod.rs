@@ -28,8 +28,8 @@ use utoipa::{OpenApi, openapi};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::agent::Agent;
+use crate::caller::Caller;
 use crate::failure::{Failure, Result};
-use crate::listen::Caller;
 
 #[derive(OpenApi)]
 #[openapi(info(

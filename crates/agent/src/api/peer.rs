@@ -19,9 +19,9 @@ use tracing::Instrument;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
+use crate::caller::Caller;
 use crate::failure::{Failure, Result};
 use crate::fault;
-use crate::listen::Caller;
 use crate::migration::compare;
 use crate::migration::handover::{DestinationDriver, Handover};
 use crate::migration::incoming::Incoming;

@@ -23,8 +23,8 @@ use utoipa_axum::routes;
 
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
+use crate::caller::Caller;
 use crate::failure::{Failure, OrFail, Result};
-use crate::listen::Caller;
 use crate::migration::{self, handover};
 use crate::vm::{create, power, run};
 
