@@ -47,6 +47,12 @@ pub(crate) struct Hindrance {
     pub(crate) remedy: String,
 }
 
+impl Hindrance {
+    pub(crate) fn new(message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { message: message.into(), remedy: remedy.into() }
+    }
+}
+
 impl DomainError for Hindrance {
     fn code(&self) -> FailureCode {
         FailureCode::VmLocked

@@ -60,7 +60,7 @@ async fn delete(State(agent): Shared, Named(name): Named<SwitchName>) -> Result<
         return Err(Failure::not_found(format!("no virtual switch {name}")));
     }
     for vm in agent.vms() {
-        if vm.taken.nics.iter().any(|nic| nic.switch == name) {
+        if vm.reserved.nics.iter().any(|nic| nic.switch == name) {
             return Err(Failure::conflict(format!("VM {} is plugged into {name}", vm.name)));
         }
     }

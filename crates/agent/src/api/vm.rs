@@ -26,7 +26,7 @@ use crate::agent::Agent;
 use crate::caller::Caller;
 use crate::failure::{Failure, OrFail, Result};
 use crate::migration::{self, handover};
-use crate::vm::{create, power, run};
+use crate::vm::{create, power};
 
 /// How long a console that was just left may take to be closed.
 const CONSOLE_FREE_WAIT: Duration = Duration::from_secs(1);
@@ -71,7 +71,7 @@ async fn show(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<V
 #[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<()>> {
-    create::delete(&agent, &agent.vm(&name)?).await.map(Json)
+    migration::delete_vm(&agent, &agent.vm(&name)?).await.map(Json)
 }
 
 /// Start a VM
@@ -79,7 +79,7 @@ async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn start(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
     let vm = agent.vm(&name)?;
-    run::start(&agent, &vm).await?;
+    migration::start_vm(&agent, &vm).await?;
     Ok(Json(vm.view().await))
 }
 

@@ -73,11 +73,11 @@ pub(crate) async fn preflight(
     if agent.migrations.is_full() {
         notes.push(agent.migrations.source_full(&agent.name));
     }
-    let inner = vm.lock().await;
+    // A copy, so that looking at images keeps nobody from the VM.
+    let inner = vm.lock().await.clone();
     let mut problems = source::check(agent, &inner, request).await;
     let (offer, unusable) =
         source::describe(agent, &inner, request, MigrationId(Uuid::now_v7())).await?;
-    drop(inner);
     problems.extend(unusable);
     if request.to == agent.name {
         return Ok(Preflight { problems, notes });

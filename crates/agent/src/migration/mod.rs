@@ -24,16 +24,30 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use limosa_protocol::id::{HostName, MigrationId};
+use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, Note, QueueReason, Role};
 use tokio::sync::watch;
 
+use crate::agent::Agent;
 use crate::failure::{Failure, Result};
 use crate::store::{MigrationRecord, QueueRecord, Store, StoreError};
+use crate::vm::{Vm, create, run};
 use handover::Handover;
 use incoming::Incoming;
 use job::Job;
 use queue::Queue;
+
+/// Starts a VM that is off.
+pub(crate) async fn start_vm(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Result<()> {
+    agent.migrations.close_alone(&vm.name).await;
+    run::start(agent, vm).await
+}
+
+/// Deletes a VM that is off.
+pub(crate) async fn delete_vm(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
+    agent.migrations.close_alone(&vm.name).await;
+    create::delete(agent, vm).await
+}
 
 /// All migrations under way, and those that wait.
 pub(crate) struct Migrations {
@@ -131,6 +145,31 @@ impl Migrations {
     pub(crate) fn handover(&self, id: MigrationId, with: &HostName) -> Option<Handover> {
         let driver = self.lock().get(&id)?.driver.clone();
         (driver.peer() == *with).then_some(driver)
+    }
+
+    /// The handover that a VM of this host has yet to settle.
+    pub(crate) fn unsettled(&self, vm: &VmName) -> Option<Handover> {
+        let under_way = self.lock();
+        let mut of_vm = under_way.values().filter(|one| one.job().view().vm == *vm);
+        of_vm.find(|one| one.driver.status().ended.is_none()).map(|one| one.driver.clone())
+    }
+
+    /// Closes an earlier move of a VM that stayed, if that needs no vote of its
+    /// destination: one that was never asked whether it is ready can have nothing of it.
+    async fn close_alone(&self, vm: &VmName) {
+        if let Some(Handover::Source(driver)) = self.unsettled(vm)
+            && driver.status().is_ours
+        {
+            driver.move_on().await;
+        }
+    }
+
+    /// Forgets a migration that is settled; its record stays, and is still answered from.
+    pub(crate) fn forget(&self, store: &Store, id: MigrationId) {
+        self.remove(id);
+        if let Err(error) = store.forget_old_migrations() {
+            tracing::warn!(error = crate::failure::chain(&error), "old migrations stay recorded");
+        }
     }
 
     /// Forgets a job that ended; its record stays in the store.

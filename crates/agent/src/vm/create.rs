@@ -92,7 +92,7 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Result<()> {
         }
     }
     for vm in agent.vms() {
-        let other = &vm.taken;
+        let other = &vm.reserved;
         if other.name != definition.name
             && other.places.configuration == definition.places.configuration
         {
@@ -322,7 +322,6 @@ pub(crate) async fn make_image(
 /// Deletes a VM that is off, with the files that lie in its own places. Its name
 /// is free only when they are gone.
 pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
-    vm.settle_alone().await;
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!(
@@ -330,8 +329,7 @@ pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
             vm.name
         )));
     }
-    // Its files may be the only ones, for all that is known of the other host.
-    inner.expect_cold_start()?;
+    inner.expect_deletable()?;
     agent.store.remove::<VmRecord>(vm.name.as_str())?;
     let disks = inner.definition.places.disks.clone();
     let own = inner.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);

@@ -1,4 +1,4 @@
-//! VMs of this host: what they are, whether they run, and the one lock of each.
+//! VMs of this host: what they are, whether they run, and who may change them.
 //!
 //! ```text
 //!          start             stop, guest's own power-off
@@ -8,9 +8,9 @@
 //!                  paused
 //! ```
 //!
-//! **Invariants.** Everything that changes a VM holds its lock ([`Vm::lock`]),
-//! so that two requests never work on one QEMU. While a migration has the VM
-//! ([`Inner::migration`]), nothing else may change it. Who still holds a VM that
+//! **Invariants.** Everything that changes a VM holds its mutex ([`Vm::lock`]),
+//! so that two requests never work on one QEMU. While a migration holds the VM
+//! ([`lock::VmLock`]), nothing else may change it. A reference to a VM that
 //! has left this host ([`Inner::has_left`]) cannot change it either. A QEMU is
 //! recorded in the store before its guest runs the first instruction. A recorded
 //! VM whose definition cannot be read keeps its name and record.
@@ -19,6 +19,7 @@ pub(crate) mod announce;
 pub(crate) mod cgroup;
 pub(crate) mod create;
 pub(crate) mod files;
+pub(crate) mod lock;
 pub(crate) mod power;
 pub(crate) mod run;
 
@@ -27,17 +28,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_protocol::api;
-use limosa_protocol::id::{MigrationId, VmName};
+use limosa_protocol::id::VmName;
 use limosa_protocol::migration::Role;
 use limosa_protocol::vm::{Boot, Places, VmDefinition};
 use limosa_qemu::accelerator::Accelerator;
 use limosa_qemu::process::{self, ProcessId};
 use limosa_qemu::qmp::Qmp;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, watch};
 
+use self::lock::{Activity, Blocks, VmLock, expect_none};
 use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Failure, Hindrance, OrFail, Result};
-use crate::migration::handover::Handover;
 use crate::net::learn::Addresses;
 use crate::store::{MigrationRecord, VmRecord};
 
@@ -48,24 +49,24 @@ const LOOK_MAX: Duration = Duration::from_secs(3);
 pub(crate) struct Vm {
     pub(crate) name: VmName,
     /// The definition it came with: its identity, addresses, images and places,
-    /// which no other VM may have, to be compared without waiting for its lock.
-    pub(crate) taken: VmDefinition,
+    /// which no other VM may have, to be compared without waiting for its mutex.
+    pub(crate) reserved: VmDefinition,
     pub(crate) addresses: Addresses,
     /// Held by the console that is open: QEMU's serial line takes one at a time.
     pub(crate) console: Arc<Mutex<()>>,
+    /// The process of the QEMU that ended last.
+    qemu_ends: watch::Sender<Option<ProcessId>>,
     inner: Mutex<Inner>,
 }
 
-/// What the lock of a VM protects.
+/// What the mutex of a VM protects.
+#[derive(Clone)]
 pub(crate) struct Inner {
     pub(crate) definition: VmDefinition,
     pub(crate) record: VmRecord,
     pub(crate) qemu: Option<Qemu>,
-    /// The migration that has the VM, and which half is done here.
-    pub(crate) migration: Option<(MigrationId, Role)>,
-    /// A migration that is not settled with the other host yet; the VM may be
-    /// ours, and run, long before it is.
-    pub(crate) handover: Option<Handover>,
+    /// Of the migration that has the VM, or has yet to be settled.
+    pub(crate) lock: Option<VmLock>,
     /// Why the VM cannot be used, when it cannot.
     pub(crate) fault: Option<String>,
     /// Why nothing of the VM may be changed until the agent is restarted.
@@ -89,31 +90,25 @@ impl Vm {
     pub(crate) fn new(definition: VmDefinition, record: VmRecord) -> Self {
         Self {
             name: definition.name.clone(),
-            taken: definition.clone(),
+            reserved: definition.clone(),
             addresses: Addresses::default(),
             console: Arc::default(),
+            qemu_ends: watch::Sender::new(None),
             inner: Mutex::new(Inner {
                 definition,
                 record,
                 qemu: None,
-                migration: None,
+                lock: None,
                 fault: None,
                 unusable: None,
                 has_left: false,
-                handover: None,
             }),
         }
     }
 
-    /// Closes an earlier move of a VM that stayed, if that needs no word of its
-    /// destination: one that was never asked whether it is ready can have nothing of it.
-    pub(crate) async fn settle_alone(&self) {
-        let earlier = self.lock().await.handover.clone();
-        if let Some(Handover::Source(driver)) = earlier
-            && driver.status().is_ours
-        {
-            driver.move_on().await;
-        }
+    /// The process of the QEMU that ended last, whenever one ends while it is the VM's.
+    pub(crate) fn qemu_ends(&self) -> watch::Receiver<Option<ProcessId>> {
+        self.qemu_ends.subscribe()
     }
 
     /// Waits until nobody else works on the VM.
@@ -124,10 +119,8 @@ impl Vm {
     /// Locks the VM for a change that an operator wants.
     pub(crate) async fn lock_for_change(&self) -> Result<MutexGuard<'_, Inner>> {
         let inner = self.inner.lock().await;
-        match inner.hindrance() {
-            None => Ok(inner),
-            Some(hindrance) => Err(hindrance.into()),
-        }
+        expect_none(inner.hindrance())?;
+        Ok(inner)
     }
 
     /// The VM as operators see it. QEMU is asked without the lock: one that does
@@ -152,13 +145,13 @@ impl Vm {
     /// What is known of the VM here, and the QEMU that is to be asked for more.
     async fn view_without_qemu(&self) -> (api::Vm, Option<Qemu>) {
         let inner = self.inner.lock().await;
-        let status = inner.handover.as_ref().map(Handover::status);
-        let doubt = status.and_then(|status| status.doubt);
-        let is_ours = status.is_none_or(|status| status.is_ours);
+        let moving = inner.lock.as_ref().and_then(VmLock::moving);
+        let is_in_doubt =
+            inner.lock.as_ref().is_some_and(|lock| lock.activity == Activity::InDoubt);
         let mut asked = None;
-        let power = match (&inner.migration, &inner.qemu) {
+        let power = match (moving, &inner.qemu) {
             _ if inner.unusable.is_some() => api::Power::Fault,
-            _ if doubt.is_some() && !is_ours => api::Power::InDoubt,
+            _ if is_in_doubt => api::Power::InDoubt,
             _ if inner.record.given_up_to.is_some() => api::Power::GivenUp,
             (Some((_, Role::Source)), _) => api::Power::MovingOut,
             (Some((_, Role::Destination)), _) => api::Power::MovingIn,
@@ -176,14 +169,10 @@ impl Vm {
             epoch: inner.record.epoch,
             pid: inner.qemu.as_ref().map(|qemu| qemu.process.pid),
             accelerator: inner.qemu.as_ref().map(|qemu| wire_accelerator(qemu.accelerator)),
-            migration: inner.migration.map(|(id, _)| id),
+            migration: moving.map(|(id, _)| id),
             addresses: self.addresses.list(),
             fault: inner.unusable.clone().or_else(|| inner.fault.clone()),
-            doubt: inner
-                .handover
-                .as_ref()
-                .zip(doubt)
-                .map(|(driver, doubt)| driver.doubt_text(doubt)),
+            doubt: inner.lock.as_ref().and_then(|lock| lock.doubt.clone()),
             given_up_to: inner.record.given_up_to.clone(),
         };
         (view, asked)
@@ -196,60 +185,54 @@ impl Inner {
         self.qemu.as_ref().is_some_and(|current| current.process == qemu.process)
     }
 
-    /// What keeps anybody from changing the VM now, and what to do about it.
+    /// Why the VM may not be changed now, if it may not.
     pub(crate) fn hindrance(&self) -> Option<Hindrance> {
         let name = &self.definition.name;
         if self.has_left {
-            return Some(Hindrance {
-                message: format!("VM {name} has left this host meanwhile"),
-                remedy: "`limosa vm list` shows those there are".to_owned(),
-            });
+            return Some(Hindrance::new(
+                format!("VM {name} has left this host meanwhile"),
+                "`limosa vm list` shows those there are",
+            ));
         }
         if let Some(why) = &self.unusable {
-            let message = format!("VM {name} cannot be used");
-            return Some(Hindrance { message, remedy: why.clone() });
+            return Some(Hindrance::new(format!("VM {name} cannot be used"), why));
         }
-        if let Some(hindrance) = self.handover.as_ref().and_then(Handover::hindrance) {
-            return Some(hindrance);
-        }
-        if let Some((id, _)) = self.migration {
-            return Some(Hindrance {
-                message: format!("VM {name} is being moved"),
-                remedy: format!(
-                    "wait for it with `limosa migration watch {id}`, or end it with \
-                     `limosa migration cancel {id}`"
-                ),
-            });
-        }
-        self.unanswering()
+        self.blocks().and_then(|blocks| blocks.change.clone()).or_else(|| self.unanswering())
+    }
+
+    /// What the holder of the VM refuses to others.
+    pub(crate) fn blocks(&self) -> Option<&Blocks> {
+        self.lock.as_ref().map(|lock| &lock.blocks)
     }
 
     /// A QEMU that lives and does not answer has the VM's files and guest:
     /// nothing may be done as if it were off.
     fn unanswering(&self) -> Option<Hindrance> {
         let run = self.record.run.as_ref().filter(|_| self.qemu.is_none())?;
-        process::is_alive(&run.process).then(|| Hindrance {
-            message: format!(
-                "QEMU of VM {} (process {}) runs and does not answer",
-                self.definition.name, run.process.pid
-            ),
-            remedy: "restart limosad to try it again, or end that process and restart limosad"
-                .to_owned(),
+        process::is_alive(&run.process).then(|| {
+            Hindrance::new(
+                format!(
+                    "QEMU of VM {} (process {}) runs and does not answer",
+                    self.definition.name, run.process.pid
+                ),
+                "restart limosad to connect to it once more, or end that process and restart limosad",
+            )
         })
     }
 
     /// Fails when QEMU lives and does not answer.
     pub(crate) fn expect_answering(&self) -> Result<()> {
-        match self.unanswering() {
-            None => Ok(()),
-            Some(hindrance) => Err(hindrance.into()),
-        }
+        expect_none(self.unanswering())
     }
 
-    /// Whether the VM may be started anew from the disks of this host, or
-    /// deleted with them.
+    /// Fails when the guest may not be started from the disks of this host.
     pub(crate) fn expect_cold_start(&self) -> Result<()> {
-        self.handover.as_ref().map_or(Ok(()), Handover::expect_cold_start)
+        expect_none(self.blocks().and_then(|blocks| blocks.cold_start.clone()))
+    }
+
+    /// Fails when the disks of this host may not be removed.
+    pub(crate) fn expect_deletable(&self) -> Result<()> {
+        expect_none(self.blocks().and_then(|blocks| blocks.delete.clone()))
     }
 
     /// Only the owner may start a VM.
@@ -261,16 +244,6 @@ impl Inner {
                  an old copy. `limosa vm delete {0}` removes it, once nothing of it is needed",
                 self.definition.name
             ))),
-        }
-    }
-
-    /// Forgets a handover that is settled.
-    pub(crate) fn leave_handover(&mut self, id: MigrationId) {
-        if self.handover.as_ref().is_some_and(|handover| handover.id() == id) {
-            self.handover = None;
-        }
-        if self.migration.is_some_and(|(under_way, _)| under_way == id) {
-            self.migration = None;
         }
     }
 
@@ -423,6 +396,38 @@ mod tests {
         vm.lock().await.has_left = true;
         let refused = vm.lock_for_change().await.err().unwrap().to_string();
         assert!(refused.contains("has left"), "{refused}");
+    }
+
+    /// Goal: what a holder refuses is refused with its text, and nothing else is.
+    #[tokio::test]
+    async fn a_held_vm_refuses_what_its_lock_blocks() {
+        use limosa_protocol::id::MigrationId;
+
+        use super::lock::Holder;
+
+        let of_vm = record(Path::new("/nowhere"));
+        let vm = Vm::new(placeholder("web1".parse().unwrap(), &of_vm), of_vm);
+        let id = MigrationId(uuid::Uuid::nil());
+        let held = |activity, blocks| VmLock {
+            holder: Holder::Migration { id, role: Role::Source },
+            activity,
+            blocks,
+            doubt: None,
+        };
+        let change = Some(Hindrance::new("VM web1 is being moved", "wait for it"));
+        vm.lock().await.lock = Some(held(Activity::Moving, Blocks { change, ..Blocks::default() }));
+        let refused = vm.lock_for_change().await.err().unwrap().to_string();
+        assert_eq!(refused, "VM web1 is being moved: wait for it");
+        let view = vm.view().await;
+        assert_eq!((view.power, view.migration), (api::Power::MovingOut, Some(id)));
+        let delete = Some(Hindrance::new("VM web1 is not confirmed", "wait for it"));
+        vm.lock().await.lock =
+            Some(held(Activity::Settling, Blocks { delete, ..Blocks::default() }));
+        let inner = vm.lock_for_change().await.unwrap();
+        assert!(inner.expect_cold_start().is_ok() && inner.expect_deletable().is_err());
+        drop(inner);
+        let view = vm.view().await;
+        assert_eq!((view.power, view.migration), (api::Power::Off, None));
     }
 
     /// Goal: a folder that is not mounted, or holds another VM's definition,

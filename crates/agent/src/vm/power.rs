@@ -80,7 +80,7 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
     })?;
     let mut inner = vm.lock().await;
     // Its QEMU here also ends when the VM has moved meanwhile.
-    if inner.has_left || inner.migration.is_some() {
+    if inner.has_left || inner.lock.as_ref().is_some_and(|lock| lock.moving().is_some()) {
         return Err(Failure::conflict(format!(
             "VM {0} was taken by a move before its guest powered off: `limosa migration list` says \
              where it is; stop it there",

@@ -186,7 +186,6 @@ fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Result<Vec<DiskSpec>>
 
 /// Starts a VM that is off.
 pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Result<()> {
-    vm.settle_alone().await;
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!("VM {} is on already", vm.name)));
@@ -264,9 +263,7 @@ pub(super) fn note_end(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) {
         tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
     }
     tracing::info!(vm = %vm.name, "QEMU ended");
-    if let Some(handover) = &inner.handover {
-        handover.qemu_gone();
-    }
+    vm.qemu_ends.send_replace(Some(qemu.process.clone()));
 }
 
 async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefinition) {

@@ -139,10 +139,14 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Prob
 async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
     let mut is_here = false;
     for vm in agent.vms() {
-        let other = &vm.taken;
+        let other = &vm.reserved;
         if other.uuid == placed.uuid {
             let inner = tokio::time::timeout(SAME_VM_WAIT, vm.lock()).await;
-            problems.push(same_vm(agent, other, inner.ok().and_then(|inner| inner.migration)));
+            problems.push(same_vm(
+                agent,
+                other,
+                inner.ok().and_then(|inner| inner.lock.as_ref()?.moving()),
+            ));
             is_here = true;
             continue;
         }

@@ -16,7 +16,7 @@ use limosa_qemu::power::{self, RunState};
 
 use super::{check_qemu, problem};
 use crate::agent::{Agent, wire_accelerator};
-use crate::failure::{Result, chain};
+use crate::failure::{Hindrance, Result, chain};
 use crate::vm::power::stopped_by;
 use crate::vm::{Inner, create, files};
 
@@ -39,14 +39,9 @@ pub(super) async fn check(agent: &Agent, inner: &Inner, request: &MoveRequest) -
 
 /// Whether the VM is in a condition in which it can be moved.
 async fn check_condition(inner: &Inner) -> Option<Problem> {
-    if let Some(found) = inner.hindrance() {
-        return Some(problem(ProblemCode::Busy, found.message, found.remedy));
-    }
-    if let Some(driver) = &inner.handover
-        && driver.status().awaits_peer
-    {
-        let found = driver.awaited_answer();
-        return Some(problem(ProblemCode::Busy, found.message, found.remedy));
+    let of_next_move = || inner.blocks()?.next_move.clone();
+    if let Some(Hindrance { message, remedy }) = inner.hindrance().or_else(of_next_move) {
+        return Some(problem(ProblemCode::Busy, message, remedy));
     }
     if let Err(failure) = inner.expect_owned() {
         return Some(problem(
@@ -248,19 +243,21 @@ async fn look_at_image(agent: &Agent, disk: &Disk, path: &Path) -> Result<ImageF
             format!("see what is wrong with `qemu-img info -U {shown}`"),
         )
     })?;
-    match left_by_a_mirror(&disk.id, &shown.to_string(), &facts) {
+    match not_copied_by_mirror(&disk.id, &shown.to_string(), &facts) {
         None => Ok(facts),
-        Some((message, remedy)) => Err(problem(ProblemCode::HostAttached, message, remedy)),
+        Some(Hindrance { message, remedy }) => {
+            Err(problem(ProblemCode::HostAttached, message, remedy))
+        }
     }
 }
 
 /// What of an image a mirror would not bring across, and what to do about it: it copies
 /// what the guest sees and nothing else.
-fn left_by_a_mirror(disk: &DiskId, image: &str, facts: &ImageFacts) -> Option<(String, String)> {
+fn not_copied_by_mirror(disk: &DiskId, image: &str, facts: &ImageFacts) -> Option<Hindrance> {
     if let Some(backing) = &facts.backing {
-        return Some((
+        return Some(Hindrance::new(
             format!("disk {disk} stands on {backing}, which would not move with it"),
-            "make the image whole with `qemu-img convert`".to_owned(),
+            "make the image whole with `qemu-img convert`",
         ));
     }
     let (kept, what, remedy) = match (&facts.snapshots[..], &facts.bitmaps[..]) {
@@ -268,7 +265,7 @@ fn left_by_a_mirror(disk: &DiskId, image: &str, facts: &ImageFacts) -> Option<(S
         ([], bitmaps) => (bitmaps, "dirty bitmaps", "qemu-img bitmap --remove"),
         (snapshots, _) => (snapshots, "snapshots", "qemu-img snapshot -d"),
     };
-    Some((
+    Some(Hindrance::new(
         format!(
             "disk {disk} keeps {what} inside its image ({}), which would not move with it",
             kept.join(", ")
@@ -323,19 +320,18 @@ mod tests {
             snapshots: vec![],
             bitmaps: vec![],
         };
-        let told = |facts| left_by_a_mirror(&"root".parse().unwrap(), "/i.qcow2", &facts);
+        let told = |facts| not_copied_by_mirror(&"root".parse().unwrap(), "/i.qcow2", &facts);
         assert_eq!(told(whole.clone()), None);
         let snapshots = vec!["monday".to_owned(), "tuesday".to_owned()];
-        let (what, remedy) = told(ImageFacts { snapshots, ..whole.clone() }).unwrap();
-        assert!(
-            what.contains("monday, tuesday") && remedy.contains("snapshot -d"),
-            "{what} {remedy}"
-        );
+        let found = told(ImageFacts { snapshots, ..whole.clone() }).unwrap();
+        assert!(found.message.contains("monday, tuesday"), "{found:?}");
+        assert!(found.remedy.contains("snapshot -d"), "{found:?}");
         let bitmaps = vec!["backup".to_owned()];
-        let (what, remedy) = told(ImageFacts { bitmaps, ..whole.clone() }).unwrap();
-        assert!(what.contains("backup") && remedy.contains("bitmap --remove"), "{what} {remedy}");
+        let found = told(ImageFacts { bitmaps, ..whole.clone() }).unwrap();
+        assert!(found.message.contains("backup"), "{found:?}");
+        assert!(found.remedy.contains("bitmap --remove"), "{found:?}");
         let backing = Some("/base.qcow2".to_owned());
-        assert!(told(ImageFacts { backing, ..whole }).unwrap().0.contains("/base.qcow2"));
+        assert!(told(ImageFacts { backing, ..whole }).unwrap().message.contains("/base.qcow2"));
     }
 
     /// Goal: a guest that an error stopped is not taken for a paused one.

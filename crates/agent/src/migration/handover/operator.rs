@@ -8,14 +8,15 @@ use limosa_protocol::handover::{Doubt, Guest};
 use limosa_protocol::id::VmName;
 use limosa_protocol::peer::{DestinationVote, SourceDecision};
 
-use super::{Handover, Status};
+use super::Handover;
+use super::status::Status;
 use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, Result};
 
 /// What is known of a VM's handover on both hosts, and what forcing it here
 /// would risk.
 pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Result<Recovery> {
-    let driver = unsettled(agent, vm).await?;
+    let driver = unsettled(agent, vm)?;
     let status = driver.status();
     let peer = match &driver {
         Handover::Source(driver) => match driver.look_at_peer().await {
@@ -71,7 +72,7 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Re
             before.state
         )));
     }
-    let driver = unsettled(agent, vm).await?;
+    let driver = unsettled(agent, vm)?;
     expect_files(agent, vm).await?;
     let by = format!("{by}, {} ms since 1970", now_unix_ms());
     tracing::warn!(%vm, migration = %driver.id(), by, "an operator gives the VM to this host");
@@ -87,10 +88,9 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Re
     })
 }
 
-async fn unsettled(agent: &Arc<Agent>, vm: &VmName) -> Result<Handover> {
-    let found = agent.vm(vm)?;
-    let driver = found.lock().await.handover.clone();
-    driver.ok_or_else(|| {
+fn unsettled(agent: &Agent, vm: &VmName) -> Result<Handover> {
+    agent.vm(vm)?;
+    agent.migrations.unsettled(vm).ok_or_else(|| {
         Failure::conflict(format!(
             "VM {vm} needs no recovery: no migration of it waits for another host"
         ))

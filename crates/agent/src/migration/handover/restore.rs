@@ -76,7 +76,7 @@ async fn restore_source(
     receipt: Receipt,
 ) -> Result<Restored> {
     let vm = agent.vm(&record.view.vm)?;
-    let (id, is_told) = (record.view.id, record.view.ended_unix_ms.is_some());
+    let is_told = record.view.ended_unix_ms.is_some();
     let mut of_vm = vm.lock().await;
     let (guest, qemu) = if record.is_off() {
         end_reader(&record, &of_vm.definition).await?;
@@ -97,11 +97,9 @@ async fn restore_source(
     let (driver, actions) = SourceDriver::restore(agent, &vm, record, receipt, guest, qemu)?;
     if !is_told {
         driver.note_restart().await;
-        of_vm.migration = Some((id, Role::Source));
     }
-    let handover = Handover::Source(Arc::clone(&driver));
-    of_vm.handover = Some(handover.clone());
-    agent.migrations.add_restored(handover);
+    of_vm.lock = driver.initial_lock();
+    agent.migrations.add_restored(Handover::Source(Arc::clone(&driver)));
     Ok(Restored::Source(driver, actions))
 }
 
@@ -130,7 +128,6 @@ async fn restore_destination(
         .definition
         .clone()
         .ok_or_else(|| Failure::internal("its record has no definition of the VM"))?;
-    let id = record.view.id;
     let is_owner = record.handover.stage == Stage::Owner;
     let vm = match agent.vm(&definition.name) {
         Ok(vm) if is_owner => vm,
@@ -151,10 +148,8 @@ async fn restore_destination(
     let mut of_vm = vm.lock().await;
     let (driver, actions) =
         DestinationDriver::restore(agent, &vm, record, receipt, guest, qemu, definition)?;
-    of_vm.migration = Some((id, Role::Destination));
-    let handover = Handover::Destination(Arc::clone(&driver));
-    of_vm.handover = Some(handover.clone());
-    agent.migrations.add_restored(handover);
+    of_vm.lock = driver.initial_lock();
+    agent.migrations.add_restored(Handover::Destination(Arc::clone(&driver)));
     Ok(Restored::Destination(driver, actions))
 }
 

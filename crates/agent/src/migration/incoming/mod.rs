@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use hyper::body::Bytes;
 use limosa_plane::{PlaneError, PlaneEvent};
+use limosa_protocol::handover::{Record, Stage};
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Phase, Role};
 use limosa_protocol::peer::{FileReceived, Offer, OfferAnswer, RetryStarted};
@@ -40,7 +41,7 @@ use channels::Connections;
 
 use super::Slot;
 use super::compare::{self, Placed};
-use super::handover::{self, DestinationDriver, Handover};
+use super::handover::{DestinationDriver, Handover};
 use super::job::Job;
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
@@ -195,7 +196,7 @@ impl Incoming {
             agent.name.clone(),
         ));
         let record = MigrationRecord {
-            handover: handover::first_destination_record(&offer),
+            handover: Record::first(offer.migration, Stage::Preparing, offer.epoch),
             paused: false,
             plan: plan.clone(),
             view: job.view(),
@@ -206,18 +207,18 @@ impl Incoming {
             has_run: false,
             forced: None,
         };
+        // Held until the lock is on it: nobody is to start or delete what has only a name.
+        let mut of_vm = vm.lock().await;
         agent.add_vm(Arc::clone(&vm))?;
         let begun = DestinationDriver::begin(agent, &vm, &job, record, definition.clone());
         let driver = match begun {
             Ok(driver) => driver,
             Err(failure) => {
-                agent.drop_vm(&vm, &mut *vm.lock().await);
+                agent.drop_vm(&vm, &mut of_vm);
                 return Err(failure);
             }
         };
-        let mut of_vm = vm.lock().await;
-        of_vm.migration = Some((id, Role::Destination));
-        of_vm.handover = Some(Handover::Destination(Arc::clone(&driver)));
+        of_vm.lock = driver.initial_lock();
         drop(of_vm);
         let incoming = Arc::new(Self {
             agent: Arc::clone(agent),
@@ -225,7 +226,7 @@ impl Incoming {
             offer,
             definition,
             plan,
-            vm,
+            vm: Arc::clone(&vm),
             driver: Arc::clone(&driver),
             connections: Connections::default(),
             file_turn: Mutex::default(),

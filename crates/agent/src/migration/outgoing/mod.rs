@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use limosa_plane::{PlaneEvent, SourcePlane};
 use limosa_protocol::handover::{Record, Stage};
 use limosa_protocol::id::DiskId;
-use limosa_protocol::migration::{Migration, MoveRequest, Phase, Role};
+use limosa_protocol::migration::{Migration, MoveRequest, Phase};
 use limosa_protocol::peer::Offer;
 use limosa_protocol::plan::MigrationPlan;
 use limosa_qemu::power;
@@ -90,7 +90,10 @@ pub(crate) async fn begin(
     job: &Arc<Job>,
     slot: Slot<'_>,
 ) -> Result<Migration> {
-    void_earlier_move(vm).await?;
+    // What another host has to say of an earlier move, this one makes void.
+    if let Some(earlier) = agent.migrations.unsettled(&vm.name) {
+        earlier.move_on().await?;
+    }
     let mut inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
     inner.expect_cold_start()?;
@@ -116,8 +119,7 @@ pub(crate) async fn begin(
         }
     };
     agent.migrations.add(Handover::Source(Arc::clone(&driver)), None, slot);
-    inner.migration = Some((job.id(), Role::Source));
-    inner.handover = Some(Handover::Source(Arc::clone(&driver)));
+    inner.lock = driver.initial_lock();
     drop(inner);
     let view = job.view();
     supervise(Source {
@@ -142,15 +144,6 @@ pub(crate) async fn begin(
         exports: Vec::new(),
     });
     Ok(view)
-}
-
-/// What another host has to say of an earlier move, a new one makes void.
-async fn void_earlier_move(vm: &Vm) -> Result<()> {
-    let earlier = vm.lock().await.handover.clone();
-    match earlier {
-        Some(earlier) => earlier.move_on().await,
-        None => Ok(()),
-    }
 }
 
 /// The record of a migration whose offer is about to be made.

@@ -11,7 +11,7 @@ use tracing::Instrument;
 use super::DestinationDriver;
 use crate::failure::{Failure, Result};
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
-use crate::migration::handover::{ASK_EVERY, PeerAnswer};
+use crate::migration::handover::status::{ASK_EVERY, PeerAnswer};
 use crate::peer::{PeerClient, PeerError};
 
 /// How often a source that sends is asked whether it still means to.
@@ -182,11 +182,11 @@ impl DestinationDriver {
 
     /// Tells the machine of QEMU's end, once its watch has seen it.
     pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
-        let (driver, gone) = (Arc::downgrade(self), self.gone.clone());
+        let (driver, mut ends) = (Arc::downgrade(self), self.vm.qemu_ends());
         let mut status = self.status.subscribe();
         self.job.spawn(async move {
             let has_gone = tokio::select! {
-                () = gone.cancelled() => true,
+                ended = ends.changed() => ended.is_ok(),
                 // Settled, or never begun.
                 _ = status.wait_for(|now| now.ended.is_some()) => false,
             };

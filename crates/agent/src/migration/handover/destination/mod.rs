@@ -20,15 +20,14 @@ use limosa_protocol::handover::{
 };
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Outcome;
-use limosa_protocol::peer::Offer;
 use limosa_protocol::vm::VmDefinition;
 use tokio::sync::{Mutex, watch};
-use tokio_util::sync::CancellationToken;
 
-use super::{
-    Durable, PeerAnswer, Status, VmChange, end_unanswering, forget, report_doubt, report_unknown,
-    stop_guest,
-};
+use super::durable::{Durable, VmChange};
+use super::guest::{end_unanswering, stop_guest};
+use super::lock::{Parties, initial_lock};
+use super::report::{report_doubt, report_unknown};
+use super::status::{PeerAnswer, Status};
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
 use crate::migration::incoming::{self, Set, expect_paused, resume_guest};
@@ -36,6 +35,7 @@ use crate::migration::job::Job;
 use crate::peer::PeerClient;
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::announce::announce;
+use crate::vm::lock::VmLock;
 use crate::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its destination.
@@ -46,8 +46,6 @@ pub(crate) struct DestinationDriver {
     source: HostName,
     inner: Mutex<Inner>,
     status: watch::Sender<Status>,
-    /// QEMU of the VM has ended.
-    pub(super) gone: CancellationToken,
     /// Ended when the copy is given up, whoever waits for it.
     plane: BlockingMutex<Option<Arc<DestinationPlane>>>,
     /// The connection that is kept for the next question.
@@ -62,7 +60,11 @@ struct Inner {
     qemu: Option<Qemu>,
     /// Operators may work with the VM.
     is_open: bool,
-    /// What came of asking for the word that the source owes.
+    /// The VM is held for this migration: operators have not got it back.
+    is_under_way: bool,
+    /// The lock that was put on the VM last
+    lock: Option<VmLock>,
+    /// What came of asking for the message that the source owes.
     peer: PeerAnswer,
     /// Answers in a row that nothing is decided.
     undecided_count: u32,
@@ -82,11 +84,6 @@ fn status_of(machine: &Destination, peer: PeerAnswer) -> Status {
         may_force_owner: machine.may_force_owner(),
         awaits_peer: is_ours && machine.ended().is_none() && peer.is_silent(),
     }
-}
-
-/// The record of an offer that is taken.
-pub(crate) fn first_record(offer: &Offer) -> Record {
-    Record::first(offer.migration, Stage::Preparing, offer.epoch)
 }
 
 impl DestinationDriver {
@@ -138,7 +135,10 @@ impl DestinationDriver {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let source = record.view.source.clone();
-        let status = watch::Sender::new(status_of(&machine, PeerAnswer::Settles));
+        let now = status_of(&machine, PeerAnswer::Settles);
+        let lock = initial_lock(&record.view, now);
+        let is_under_way = record.view.ended_unix_ms.is_none();
+        let status = watch::Sender::new(now);
         let driver = Arc::new(Self {
             agent: Arc::clone(agent),
             vm: Arc::clone(vm),
@@ -150,11 +150,12 @@ impl DestinationDriver {
                 definition,
                 qemu,
                 is_open: false,
+                is_under_way,
+                lock,
                 peer: PeerAnswer::Settles,
                 undecided_count: 0,
             }),
             status,
-            gone: CancellationToken::new(),
             plane: BlockingMutex::default(),
             link: BlockingMutex::default(),
         });
@@ -173,6 +174,12 @@ impl DestinationDriver {
 
     pub(crate) fn status(&self) -> Status {
         *self.status.borrow()
+    }
+
+    /// The lock with which a migration begins, or goes on after a restart. Whoever made this
+    /// driver puts it on the VM, before it is used.
+    pub(crate) fn initial_lock(&self) -> Option<VmLock> {
+        initial_lock(&self.job.view(), self.status())
     }
 
     /// How it stands from now on.
@@ -440,19 +447,30 @@ impl DestinationDriver {
         if status.is_ours && !inner.is_open {
             self.open(inner).await;
         }
-        report_doubt(&self.job, &self.source, before, status);
+        if status.ended.is_none() {
+            self.publish_lock(inner, status).await;
+        }
+        report_doubt(&self.job, before, status);
         let Some(ended) = status.ended.filter(|_| before.ended.is_none()) else { return };
         self.job.publish(&inner.record.view);
+        // In one step, so that nobody finds a VM that is neither held nor gone.
         let mut of_vm = self.vm.lock().await;
-        of_vm.leave_handover(self.id());
-        if ended == Ended::Superseded {
-            of_vm.migration = None;
-        }
+        of_vm.lock = None;
         if ended == Ended::Stayed {
             self.agent.drop_vm(&self.vm, &mut of_vm);
         }
         drop(of_vm);
-        forget(&self.agent, self.id());
+        self.agent.migrations.forget(&self.agent.store, self.id());
+    }
+
+    /// Puts on the VM what others may not do with it now.
+    async fn publish_lock(&self, inner: &mut Inner, status: Status) {
+        let lock = Parties::of(&self.job.view()).lock(status, inner.is_under_way);
+        // The VM's mutex may be held for a while: nobody waits for it to find nothing new.
+        if inner.lock != lock {
+            self.vm.lock().await.lock.clone_from(&lock);
+            inner.lock = lock;
+        }
     }
 
     /// The VM is this host's: operators may work with it from here on.
@@ -460,8 +478,8 @@ impl DestinationDriver {
         inner.is_open = true;
         // It was kept for another attempt.
         self.end_plane();
+        inner.is_under_way = false;
         let mut of_vm = self.vm.lock().await;
-        of_vm.migration = None;
         if let Some(qemu) = &of_vm.qemu {
             // Found again after a restart, which may have come before the
             // guest was announced.

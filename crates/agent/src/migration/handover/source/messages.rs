@@ -9,7 +9,8 @@ use limosa_protocol::peer::{Commit, DestinationVote, Retired, SourceDecision, St
 use super::SourceDriver;
 use crate::failure::{Failure, Result};
 use crate::migration::handover::operator::{expect_forcible, expect_recorded};
-use crate::migration::handover::{ASK_EVERY, PeerAnswer, report_unknown};
+use crate::migration::handover::report::report_unknown;
+use crate::migration::handover::status::{ASK_EVERY, PeerAnswer};
 use crate::peer::{PeerClient, PeerError};
 
 /// Most words that are said in a row; what is left is said at the next silence.
@@ -180,11 +181,11 @@ impl SourceDriver {
 
     /// Tells the machine of QEMU's end, once its watch has seen it.
     pub(super) fn spawn_qemu_watch(self: &Arc<Self>) {
-        let (driver, gone) = (Arc::downgrade(self), self.gone.clone());
+        let (driver, mut ends) = (Arc::downgrade(self), self.vm.qemu_ends());
         let mut status = self.status.subscribe();
         self.job.spawn(async move {
             let has_gone = tokio::select! {
-                () = gone.cancelled() => true,
+                ended = ends.changed() => ended.is_ok(),
                 // Settled, or never begun.
                 _ = status.wait_for(|now| now.ended.is_some()) => false,
             };

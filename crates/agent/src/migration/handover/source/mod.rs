@@ -16,18 +16,19 @@ use limosa_protocol::handover::{
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Downtime, Outcome};
 use tokio::sync::{Mutex, watch};
-use tokio_util::sync::CancellationToken;
 
-use super::{
-    Durable, PeerAnswer, Status, VmChange, end_unanswering, forget, report_doubt, report_unknown,
-    stop_guest,
-};
+use super::durable::{Durable, VmChange};
+use super::guest::{end_unanswering, stop_guest};
+use super::lock::{Parties, initial_lock};
+use super::report::{report_doubt, report_unknown};
+use super::status::{PeerAnswer, Status};
 use crate::agent::Agent;
 use crate::failure::{Failure, Result};
 use crate::migration::job::Job;
 use crate::migration::outgoing::{free_source, left_behind, resume_source, undo_in_qemu};
 use crate::peer::PeerClient;
 use crate::store::MigrationRecord;
+use crate::vm::lock::VmLock;
 use crate::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its source.
@@ -38,9 +39,7 @@ pub(crate) struct SourceDriver {
     destination: HostName,
     inner: Mutex<Inner>,
     status: watch::Sender<Status>,
-    /// QEMU of the VM has ended.
-    pub(super) gone: CancellationToken,
-    /// The connection that is kept for the next word.
+    /// The connection that is kept for the next message.
     link: std::sync::Mutex<Option<Arc<PeerClient>>>,
 }
 
@@ -57,6 +56,10 @@ struct Inner {
     peer: PeerAnswer,
     /// Operators may work with the VM.
     is_open: bool,
+    /// The VM is held for this migration: operators have not got it back.
+    is_under_way: bool,
+    /// The lock that was put on the VM last
+    lock: Option<VmLock>,
 }
 
 /// What the end of a move tells of it.
@@ -132,7 +135,10 @@ impl SourceDriver {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let destination = record.view.destination.clone();
-        let status = watch::Sender::new(status_of(&machine, PeerAnswer::Settles));
+        let now = status_of(&machine, PeerAnswer::Settles);
+        let lock = initial_lock(&record.view, now);
+        let is_under_way = record.view.ended_unix_ms.is_none();
+        let status = watch::Sender::new(now);
         let driver = Arc::new(Self {
             agent: Arc::clone(agent),
             vm: Arc::clone(vm),
@@ -147,10 +153,11 @@ impl SourceDriver {
                 reason_is_theirs: false,
                 peer: PeerAnswer::Settles,
                 is_open: false,
+                is_under_way,
+                lock,
             }),
             link: std::sync::Mutex::default(),
             status,
-            gone: CancellationToken::new(),
         });
         driver.spawn_qemu_watch();
         driver
@@ -162,6 +169,12 @@ impl SourceDriver {
 
     pub(crate) fn status(&self) -> Status {
         *self.status.borrow()
+    }
+
+    /// The lock with which a migration begins, or goes on after a restart. Whoever made this
+    /// driver puts it on the VM, before it is used.
+    pub(crate) fn initial_lock(&self) -> Option<VmLock> {
+        initial_lock(&self.job.view(), self.status())
     }
 
     /// How it stands from now on.
@@ -348,18 +361,29 @@ impl SourceDriver {
             inner.is_open = true;
             self.let_go(inner).await;
         }
-        report_doubt(&self.job, &self.destination, before, status);
+        if status.ended.is_none() {
+            self.publish_lock(inner, status).await;
+        }
+        report_doubt(&self.job, before, status);
         let Some(ended) = status.ended.filter(|_| before.ended.is_none()) else { return };
+        // In one step, so that nobody finds a VM that is neither held nor gone.
         let mut of_vm = self.vm.lock().await;
+        of_vm.lock = None;
         if ended == Ended::Moved {
             self.agent.drop_vm(&self.vm, &mut of_vm);
         }
-        of_vm.leave_handover(self.job.id());
-        if ended == Ended::Superseded {
-            of_vm.migration = None;
-        }
         drop(of_vm);
-        forget(&self.agent, self.job.id());
+        self.agent.migrations.forget(&self.agent.store, self.job.id());
+    }
+
+    /// Puts on the VM what others may not do with it now.
+    async fn publish_lock(&self, inner: &mut Inner, status: Status) {
+        let lock = Parties::of(&self.job.view()).lock(status, inner.is_under_way);
+        // The VM's mutex may be held for a while: nobody waits for it to find nothing new.
+        if inner.lock != lock {
+            self.vm.lock().await.lock.clone_from(&lock);
+            inner.lock = lock;
+        }
     }
 
     /// The VM is an operator's again; the other host is asked on beside it.
@@ -375,7 +399,6 @@ impl SourceDriver {
             let reason = inner.reason.take().map_or_else(String::new, |reason| reason + "; ");
             inner.reason = Some(format!("{reason}QEMU of the VM ended, so it is off"));
         }
-        let mut of_vm = self.vm.lock().await;
-        of_vm.migration = None;
+        inner.is_under_way = false;
     }
 }
