@@ -13,6 +13,8 @@ use limosa_protocol::peer::CHANNEL_COUNT_MAX;
 use serde::Deserialize;
 use tokio::net::TcpListener;
 
+use crate::host::QemuSettings;
+
 /// Where the configuration is looked for when no other place is given.
 pub(crate) const PATH_DEFAULT: &str = "/etc/limosa/limosad.toml";
 
@@ -33,35 +35,8 @@ pub(crate) struct Config {
     pub(crate) runtime_folder: PathBuf,
     /// Group whose members may use the local socket, besides root.
     pub(crate) group: String,
-    pub(crate) qemu: QemuConfig,
+    pub(crate) qemu: QemuSettings,
     pub(crate) migration: MigrationConfig,
-}
-
-/// Which QEMU is used, and how.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct QemuConfig {
-    /// The emulator; a bare name is looked up in PATH.
-    pub(crate) binary: PathBuf,
-    /// The image tool; a bare name is looked up in PATH.
-    pub(crate) img: PathBuf,
-    /// UEFI firmware of VMs that want it.
-    pub(crate) uefi_code: PathBuf,
-    /// UEFI variables with which such a VM begins.
-    pub(crate) uefi_variables: PathBuf,
-    /// `auto`, `kvm` or `tcg`.
-    pub(crate) accelerator: Accelerator,
-    /// User as whom QEMU runs when the agent is root.
-    pub(crate) user: String,
-}
-
-/// Accelerator asked for by the operator.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Accelerator {
-    Auto,
-    Kvm,
-    Tcg,
 }
 
 /// Most migrations that a host may have under way, both ways together.
@@ -95,21 +70,8 @@ impl Default for Config {
             folder: "/var/lib/limosa".into(),
             runtime_folder: "/run/limosa".into(),
             group: "limosa".into(),
-            qemu: QemuConfig::default(),
+            qemu: QemuSettings::default(),
             migration: MigrationConfig::default(),
-        }
-    }
-}
-
-impl Default for QemuConfig {
-    fn default() -> Self {
-        Self {
-            binary: "qemu-system-x86_64".into(),
-            img: "qemu-img".into(),
-            uefi_code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
-            uefi_variables: "/usr/share/OVMF/OVMF_VARS_4M.fd".into(),
-            accelerator: Accelerator::Auto,
-            user: "limosa-qemu".into(),
         }
     }
 }

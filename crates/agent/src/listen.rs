@@ -184,7 +184,7 @@ async fn one_remote(
     match (peer.role, is_channel) {
         (PeerRole::Host, true) => {
             let name: HostName = peer.name.parse()?;
-            crate::migration::incoming::accept_channel(&agent, &name, stream).await?;
+            crate::migration::incoming::accept_channel(&agent.migrations, &name, stream).await?;
         }
         (PeerRole::Host, false) => {
             serve(stream, api, Caller::Host { name: peer.name.parse()? }).await;

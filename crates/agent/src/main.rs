@@ -17,6 +17,8 @@ mod config;
 mod documents;
 mod failure;
 mod fault;
+mod hex;
+mod host;
 mod listen;
 mod migration;
 mod net;
@@ -68,10 +70,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let agent = Agent::open(config).await?;
-    agent.restore_switches().await?;
-    vm::restore(&agent).await?;
-    let restored = migration::handover::restore(&agent).await?;
-    agent.migrations.queue.restore(&agent.store)?;
+    agent.host.restore_switches().await?;
+    vm::restore::restore(&agent.host).await?;
+    let restored = migration::handover::restore(&agent.migrations).await?;
+    agent.migrations.queue.restore(&agent.host.store)?;
     let router = api::router(Arc::clone(&agent));
     let mut servers = tokio::task::JoinSet::new();
     for listener in agent.config.listeners().await? {
@@ -79,13 +81,13 @@ async fn run(config: Config) -> anyhow::Result<()> {
     }
     // The peer may be asked, and ask back, while this settles.
     migration::handover::settle(restored);
-    tokio::spawn(migration::queue::run(Arc::clone(&agent)));
+    tokio::spawn(migration::queue::run(Arc::clone(&agent.migrations)));
     servers.spawn(listen::local(Arc::clone(&agent), router));
     tracing::info!(
-        host = %agent.name,
-        qemu = %agent.qemu.facts.version,
-        accelerator = %agent.qemu.accelerator,
-        reason = agent.qemu.accelerator_reason,
+        host = %agent.host.name,
+        qemu = %agent.host.qemu.facts.version,
+        accelerator = %agent.host.qemu.accelerator,
+        reason = agent.host.qemu.accelerator_reason,
         fingerprint = %agent.identity.fingerprint(),
         "limosad is up"
     );

@@ -25,9 +25,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-use crate::agent::{Agent, encode_hex, now_unix_s, pairing_connector};
+use crate::agent::Agent;
 use crate::caller::Caller;
 use crate::failure::{Failure, OrFail, Result, chain};
+use crate::hex::encode_hex;
+use crate::host::clock::now_unix_s;
 use crate::peer::{USER_AGENT, connect, with_port};
 use crate::store::PeerRecord;
 
@@ -71,7 +73,7 @@ async fn start(
     let peer = Fingerprint::of_certificate(&certificate_der);
     let own = agent.identity.fingerprint();
     let (responder, answer) =
-        Responder::respond(&code, own, peer, agent.name.as_str(), &start.offer)
+        Responder::respond(&code, own, peer, agent.host.name.as_str(), &start.offer)
             .map_err(|error| Failure::bad_request(error.to_string()))?;
     *conversation.0.lock().await = Some((responder, start.port));
     Ok(Json(answer))
@@ -135,7 +137,8 @@ pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Result<PairedH
         Failure::bad_request(format!("{error}: type it as `limosa host invite` shows it"))
     })?;
     let address = with_port(&request.address);
-    let stream = connect(&address, &pairing_connector(agent)).await.map_err(|what| {
+    let connector = tls::pairing_client_config(&agent.identity).into();
+    let stream = connect(&address, &connector).await.map_err(|what| {
         Failure::peer(format!(
             "no pairing with {address}: {what} (an invitation must be open there: \
              `limosa host invite`)"
@@ -149,7 +152,7 @@ pub(crate) async fn pair(agent: &Agent, request: &PairRequest) -> Result<PairedH
     // Both messages go over the connection whose certificate was read above.
     let client = limosa_http::Client::over(USER_AGENT, stream);
     let (initiator, offer) =
-        Initiator::start(&code, agent.identity.fingerprint(), peer, agent.name.as_str())
+        Initiator::start(&code, agent.identity.fingerprint(), peer, agent.host.name.as_str())
             .map_err(|error| Failure::bad_request(error.to_string()))?;
     let port = agent.config.port();
     let answer: Answer = ask(&client, "/pair/v1/start", &Start { offer, port }).await?;
@@ -189,13 +192,13 @@ async fn ask<B: Serialize, R: DeserializeOwned>(
 
 fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> Result<PairedHost> {
     let name: HostName = name.parse().map_err(|error| Failure::bad_request(format!("{error}")))?;
-    if name == agent.name {
+    if name == agent.host.name {
         return Err(Failure::conflict(format!(
             "both hosts are called {name}: give one of them another `name` in its configuration"
         )));
     }
     let fingerprint = Fingerprint::of_certificate(&certificate);
-    let known: Option<PeerRecord> = agent.store.get(name.as_str())?;
+    let known: Option<PeerRecord> = agent.host.store.get(name.as_str())?;
     if known.is_some_and(|known| known.fingerprint != fingerprint.to_string()) {
         return Err(Failure::conflict(format!(
             "another host is already paired as {name}: `limosa host unpair {name}` first, \
@@ -213,7 +216,7 @@ fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> R
         .trust
         .insert(TrustedPeer::new(name.to_string(), PeerRole::Host, certificate))
         .map_err(|error| Failure::conflict(error.to_string()))?;
-    if let Err(error) = agent.store.put(name.as_str(), &peer) {
+    if let Err(error) = agent.host.store.put(name.as_str(), &peer) {
         agent.trust.remove(name.as_str());
         return Err(error.into());
     }
@@ -223,20 +226,20 @@ fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> R
 
 /// Trusts a host no more.
 pub(crate) fn unpair(agent: &Agent, name: &HostName) -> Result<()> {
-    if agent.store.get::<PeerRecord>(name.as_str())?.is_none() {
+    if agent.host.store.get::<PeerRecord>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!(
             "no host {name} is paired with this one: `limosa host list` shows those that are"
         )));
     }
     agent.trust.remove(name.as_str());
-    agent.store.remove::<PeerRecord>(name.as_str())?;
+    agent.host.store.remove::<PeerRecord>(name.as_str())?;
     tracing::info!(peer = %name, "unpaired");
     Ok(())
 }
 
 /// All paired hosts.
 pub(crate) fn list(agent: &Agent) -> Result<Vec<PairedHost>> {
-    let peers = agent.store.all::<PeerRecord>()?;
+    let peers = agent.host.store.all::<PeerRecord>()?;
     peers
         .into_iter()
         .map(|(name, peer)| {

@@ -16,8 +16,10 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::{Body, Named, Shared};
-use crate::agent::{Agent, encode_hex, wire_accelerator};
+use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
+use crate::hex::encode_hex;
+use crate::host::wire_accelerator;
 use crate::pairing;
 use crate::store::OperatorRecord;
 
@@ -36,17 +38,17 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 #[utoipa::path(get, path = "/v1/host", tag = "host", responses((status = 200, body = Host)))]
 async fn show(State(agent): Shared) -> Result<Json<Host>> {
     let memory = memory().or_fail("reading /proc/meminfo")?;
-    let switches = agent.store.all::<Switch>()?;
+    let switches = agent.host.store.all::<Switch>()?;
     Ok(Json(Host {
-        name: agent.name.clone(),
+        name: agent.host.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         peer_versions: (PEER_VERSION_MIN, PEER_VERSION),
         fingerprint: agent.identity.fingerprint().to_string(),
         qemu: api::Qemu {
-            binary: agent.qemu.binary.clone(),
-            version: agent.qemu.facts.version.to_string(),
-            accelerator: wire_accelerator(agent.qemu.accelerator),
-            accelerator_reason: agent.qemu.accelerator_reason.clone(),
+            binary: agent.host.qemu.binary.clone(),
+            version: agent.host.qemu.facts.version.to_string(),
+            accelerator: wire_accelerator(agent.host.qemu.accelerator),
+            accelerator_reason: agent.host.qemu.accelerator_reason.clone(),
         },
         memory_bytes: memory.0,
         memory_free_bytes: memory.1,
@@ -108,7 +110,7 @@ async fn unpair(State(agent): Shared, Named(name): Named<HostName>) -> Result<Js
 /// Operators who may command from afar
 #[utoipa::path(get, path = "/v1/operators", tag = "host", responses((status = 200, body = Vec<Operator>)))]
 async fn operators(State(agent): Shared) -> Result<Json<Vec<Operator>>> {
-    let records = agent.store.all::<OperatorRecord>()?;
+    let records = agent.host.store.all::<OperatorRecord>()?;
     let operators = records.into_iter().map(|(name, record)| {
         let name = name.parse().or_fail("reading the state store")?;
         Ok(Operator { name, fingerprint: record.fingerprint })
@@ -130,7 +132,7 @@ async fn add_operator(
     })?;
     let fingerprint = Fingerprint::of_certificate(&der);
     let name = request.name;
-    if agent.store.get::<OperatorRecord>(name.as_str())?.is_some() {
+    if agent.host.store.get::<OperatorRecord>(name.as_str())?.is_some() {
         return Err(Failure::conflict(format!(
             "there is an operator {name} already: remove that one first, or take another name"
         )));
@@ -147,7 +149,7 @@ async fn add_operator(
         .map_err(|error| Failure::conflict(error.to_string()))?;
     let record =
         OperatorRecord { fingerprint: fingerprint.to_string(), certificate_hex: encode_hex(&der) };
-    if let Err(error) = agent.store.put(name.as_str(), &record) {
+    if let Err(error) = agent.host.store.put(name.as_str(), &record) {
         agent.trust.remove(name.as_str());
         return Err(error.into());
     }
@@ -161,10 +163,10 @@ async fn remove_operator(
     State(agent): Shared,
     Named(name): Named<OperatorName>,
 ) -> Result<Json<()>> {
-    if agent.store.get::<OperatorRecord>(name.as_str())?.is_none() {
+    if agent.host.store.get::<OperatorRecord>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!("no operator {name}")));
     }
     agent.trust.remove(name.as_str());
-    agent.store.remove::<OperatorRecord>(name.as_str())?;
+    agent.host.store.remove::<OperatorRecord>(name.as_str())?;
     Ok(Json(()))
 }

@@ -33,14 +33,14 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 /// All migrations, oldest first
 #[utoipa::path(get, path = "/v1/migrations", tag = "migration", responses((status = 200, body = Vec<Migration>)))]
 async fn list(State(agent): Shared) -> Result<Json<Vec<Migration>>> {
-    agent.migrations.list(&agent.store).map(Json)
+    agent.migrations.list().map(Json)
 }
 
 /// One migration
 #[utoipa::path(get, path = "/v1/migrations/{id}", tag = "migration", params(("id" = String, Path)),
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure)))]
 async fn show(State(agent): Shared, Named(id): Named<MigrationId>) -> Result<Json<Migration>> {
-    agent.migrations.view(&agent.store, id).map(Json)
+    agent.migrations.view(id).map(Json)
 }
 
 /// Server-sent events: the migration at once, at each change, and at its end
@@ -50,7 +50,7 @@ async fn events(
     State(agent): Shared,
     Named(id): Named<MigrationId>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
-    let first = agent.migrations.view(&agent.store, id)?;
+    let first = agent.migrations.view(id)?;
     let later = match agent.migrations.subscribe(id) {
         Some(views) => tokio_stream::wrappers::WatchStream::from_changes(views).boxed(),
         None => stream::empty().boxed(),
@@ -77,5 +77,5 @@ async fn events(
 #[utoipa::path(post, path = "/v1/migrations/{id}/cancel", tag = "migration", params(("id" = String, Path)),
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn cancel(State(agent): Shared, Named(id): Named<MigrationId>) -> Result<Json<Migration>> {
-    agent.migrations.cancel(&agent.store, id).map(Json)
+    agent.migrations.cancel(id).map(Json)
 }

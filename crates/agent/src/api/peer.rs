@@ -68,7 +68,7 @@ fn host(caller: Caller) -> Result<HostName> {
 
 fn incoming(agent: &Agent, id: MigrationId, caller: Caller) -> Result<Arc<Incoming>> {
     agent.migrations.incoming(id, &host(caller)?).ok_or_else(|| {
-        Failure::not_found(format!("migration {id} is not under way at {}", agent.name))
+        Failure::not_found(format!("migration {id} is not under way at {}", agent.host.name))
     })
 }
 
@@ -80,7 +80,7 @@ fn recorded(
     role: Role,
 ) -> Result<Option<MigrationRecord>> {
     let caller = host(caller)?;
-    let record: Option<MigrationRecord> = agent.store.get(&id.to_string())?;
+    let record: Option<MigrationRecord> = agent.host.store.get(&id.to_string())?;
     Ok(record.filter(|record| *record.peer() == caller && record.view.role == role))
 }
 
@@ -89,8 +89,8 @@ async fn compare_offer(
     Extension(caller): Extension<Caller>,
     Body(offer): Body<Value>,
 ) -> Result<Json<OfferAnswer>> {
-    let problems = match compare::read_offer(&agent, &host(caller)?, offer)? {
-        Ok(offer) => compare::check_offer(&agent, &offer).await?,
+    let problems = match compare::read_offer(&agent.migrations, &host(caller)?, offer)? {
+        Ok(offer) => compare::check_offer(&agent.migrations, &offer).await?,
         Err(problem) => vec![problem],
     };
     Ok(Json(OfferAnswer { problems, is_full: agent.migrations.is_full() }))
@@ -102,8 +102,8 @@ async fn accept(
     Body(offer): Body<Value>,
 ) -> Result<Json<OfferAnswer>> {
     let from = host(caller)?;
-    match compare::read_offer(&agent, &from, offer)? {
-        Ok(offer) => Incoming::accept(&agent, &from, offer).await.map(Json),
+    match compare::read_offer(&agent.migrations, &from, offer)? {
+        Ok(offer) => Incoming::accept(&agent.migrations, &from, offer).await.map(Json),
         Err(problem) => Ok(Json(OfferAnswer { problems: vec![problem], is_full: false })),
     }
 }
@@ -159,7 +159,7 @@ async fn retry(
     if let Ok(incoming) = incoming(&agent, id, caller.clone()) {
         return incoming.begin_retry(request.attempt).instrument(incoming.span()).await.map(Json);
     }
-    let reason = format!("limosad on {} was restarted: the move cannot go on", agent.name);
+    let reason = format!("limosad on {} was restarted: the move cannot go on", agent.host.name);
     if let Some(driver) = driver(&agent, id, caller)? {
         driver.give_up(&reason).await;
     }

@@ -21,7 +21,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 /// All virtual switches
 #[utoipa::path(get, path = "/v1/switches", tag = "switch", responses((status = 200, body = Vec<Switch>)))]
 async fn list(State(agent): Shared) -> Result<Json<Vec<Switch>>> {
-    let switches = agent.store.all::<Switch>()?;
+    let switches = agent.host.store.all::<Switch>()?;
     Ok(Json(switches.into_iter().map(|(_, switch)| switch).collect()))
 }
 
@@ -30,21 +30,21 @@ async fn list(State(agent): Shared) -> Result<Json<Vec<Switch>>> {
     responses((status = 200, body = Switch), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Result<Json<Switch>> {
     let name = switch.name.clone();
-    let _placing = agent.placing.lock().await;
-    if agent.store.get::<Switch>(name.as_str())?.is_some() {
+    let _placing = agent.host.allocation_lock.lock().await;
+    if agent.host.store.get::<Switch>(name.as_str())?.is_some() {
         return Err(Failure::conflict(format!("there is a virtual switch {name} already")));
     }
     let bridge = Net::bridge_name(&name);
     if let Some(uplink) = &switch.uplink {
-        agent.net.link(uplink).await?;
+        agent.host.net.link(uplink).await?;
     }
-    let was_there = agent.net.index(&bridge).await?.is_some();
+    let was_there = agent.host.net.index(&bridge).await?.is_some();
     switch.bridge = Some(bridge);
-    let made = agent.net.ensure_bridge(&name, switch.uplink.as_deref()).await;
-    if let Err(failure) = made.and_then(|_| Ok(agent.store.put(name.as_str(), &switch)?)) {
+    let made = agent.host.net.ensure_bridge(&name, switch.uplink.as_deref()).await;
+    if let Err(failure) = made.and_then(|_| Ok(agent.host.store.put(name.as_str(), &switch)?)) {
         // One that was there before may carry VMs.
         if !was_there {
-            agent.net.remove_bridge(&name).await?;
+            agent.host.net.remove_bridge(&name).await?;
         }
         return Err(failure);
     }
@@ -55,16 +55,16 @@ async fn create(State(agent): Shared, Body(mut switch): Body<Switch>) -> Result<
 #[utoipa::path(delete, path = "/v1/switches/{name}", tag = "switch", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn delete(State(agent): Shared, Named(name): Named<SwitchName>) -> Result<Json<()>> {
-    let _placing = agent.placing.lock().await;
-    if agent.store.get::<Switch>(name.as_str())?.is_none() {
+    let _placing = agent.host.allocation_lock.lock().await;
+    if agent.host.store.get::<Switch>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!("no virtual switch {name}")));
     }
-    for vm in agent.vms() {
+    for vm in agent.host.vms.all() {
         if vm.reserved.nics.iter().any(|nic| nic.switch == name) {
             return Err(Failure::conflict(format!("VM {} is plugged into {name}", vm.name)));
         }
     }
-    agent.net.remove_bridge(&name).await?;
-    agent.store.remove::<Switch>(name.as_str())?;
+    agent.host.net.remove_bridge(&name).await?;
+    agent.host.store.remove::<Switch>(name.as_str())?;
     Ok(Json(()))
 }

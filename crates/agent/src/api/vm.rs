@@ -49,14 +49,14 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 #[utoipa::path(get, path = "/v1/vms", tag = "vm", responses((status = 200, body = Vec<Vm>)))]
 async fn list(State(agent): Shared) -> Json<Vec<Vm>> {
     // Beside each other: one that makes us wait does so for itself alone.
-    Json(join_all(agent.vms().iter().map(|vm| vm.view())).await)
+    Json(join_all(agent.host.vms.all().iter().map(|vm| vm.view())).await)
 }
 
 /// Make a VM
 #[utoipa::path(post, path = "/v1/vms", tag = "vm", request_body = VmDefinition,
     responses((status = 200, body = Vm), (status = 400, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn create_vm(State(agent): Shared, Body(definition): Body<VmDefinition>) -> Result<Json<Vm>> {
-    let vm = create::create(&agent, definition).await?;
+    let vm = create::create(&agent.host, definition).await?;
     Ok(Json(vm.view().await))
 }
 
@@ -64,22 +64,22 @@ async fn create_vm(State(agent): Shared, Body(definition): Body<VmDefinition>) -
 #[utoipa::path(get, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure)))]
 async fn show(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
-    Ok(Json(agent.vm(&name)?.view().await))
+    Ok(Json(agent.host.vm(&name)?.view().await))
 }
 
 /// Delete a VM that is off, with the files in its own places
 #[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<()>> {
-    migration::delete_vm(&agent, &agent.vm(&name)?).await.map(Json)
+    migration::delete_vm(&agent.migrations, &agent.host.vm(&name)?).await.map(Json)
 }
 
 /// Start a VM
 #[utoipa::path(post, path = "/v1/vms/{name}/start", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn start(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
-    let vm = agent.vm(&name)?;
-    migration::start_vm(&agent, &vm).await?;
+    let vm = agent.host.vm(&name)?;
+    migration::start_vm(&agent.migrations, &vm).await?;
     Ok(Json(vm.view().await))
 }
 
@@ -91,8 +91,8 @@ async fn stop(
     Named(name): Named<VmName>,
     Body(request): Body<StopRequest>,
 ) -> Result<Json<Vm>> {
-    let vm = agent.vm(&name)?;
-    power::stop(&agent, &vm, &request).await?;
+    let vm = agent.host.vm(&name)?;
+    power::stop(&agent.host, &vm, &request).await?;
     Ok(Json(vm.view().await))
 }
 
@@ -100,7 +100,7 @@ async fn stop(
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
-    let vm = agent.vm(&name)?;
+    let vm = agent.host.vm(&name)?;
     power::pause(&vm).await?;
     Ok(Json(vm.view().await))
 }
@@ -109,8 +109,8 @@ async fn pause(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn resume(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
-    let vm = agent.vm(&name)?;
-    power::resume(&agent, &vm).await?;
+    let vm = agent.host.vm(&name)?;
+    power::resume(&agent.host, &vm).await?;
     Ok(Json(vm.view().await))
 }
 
@@ -128,7 +128,7 @@ async fn console(
             "the console is raw bytes: ask for an upgrade to {CONSOLE_PROTOCOL}"
         )));
     }
-    let vm = agent.vm(&name)?;
+    let vm = agent.host.vm(&name)?;
     vm.lock().await.running()?;
     // QEMU would let a second one connect, and keep it waiting without a word.
     let only = tokio::time::timeout(CONSOLE_FREE_WAIT, Arc::clone(&vm.console).lock_owned());
@@ -137,7 +137,7 @@ async fn console(
             "the console of VM {name} is open already: leave it there first, with Ctrl-]"
         ))
     })?;
-    let socket = agent.runtime_folder(&name).join(CONSOLE_SOCKET);
+    let socket = agent.host.folders.runtime_of(&name).join(CONSOLE_SOCKET);
     let mut serial = UnixStream::connect(&socket)
         .await
         .or_fail(&format!("connecting to the console of VM {name}"))?;
@@ -168,8 +168,8 @@ async fn compare(
     Named(name): Named<VmName>,
     Body(request): Body<MoveRequest>,
 ) -> Result<Json<Comparison>> {
-    let vm = agent.vm(&name)?;
-    let preflight = migration::compare::preflight(&agent, &vm, &request).await?;
+    let vm = agent.host.vm(&name)?;
+    let preflight = migration::compare::preflight(&agent.migrations, &vm, &request).await?;
     let (problems, notes) = (preflight.problems, preflight.notes);
     Ok(Json(Comparison { vm: name, to: request.to, problems, notes }))
 }
@@ -178,7 +178,7 @@ async fn compare(
 #[utoipa::path(get, path = "/v1/vms/{name}/recover", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Recovery), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn recovery(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Recovery>> {
-    handover::recovery(&agent, &name).await.map(Json)
+    handover::recovery(&agent.migrations, &name).await.map(Json)
 }
 
 /// Give a VM to this host, the other one being gone; it may then run twice if it is not
@@ -196,7 +196,7 @@ async fn recover(
             request.confirm
         )));
     }
-    handover::force_owner(&agent, &name, &caller.to_string()).await.map(Json)
+    handover::force_owner(&agent.migrations, &name, &caller.to_string()).await.map(Json)
 }
 
 /// Move a VM to another host; the answer comes at once, the work is a job that may wait in a queue
@@ -207,6 +207,6 @@ async fn move_vm(
     Named(name): Named<VmName>,
     Body(request): Body<MoveRequest>,
 ) -> Result<Json<Migration>> {
-    let vm = agent.vm(&name)?;
-    migration::queue::request_move(&agent, &vm, request).await.map(Json)
+    let vm = agent.host.vm(&name)?;
+    migration::queue::request_move(&agent.migrations, &vm, request).await.map(Json)
 }

@@ -25,8 +25,8 @@ use uuid::Uuid;
 pub(crate) use destination::{Placed, check_offer, place_offer, read_offer};
 pub(crate) use source::movable;
 
-use crate::agent::Agent;
 use crate::failure::{Failure, Result};
+use crate::migration::Migrations;
 use crate::peer::{NoPeer, PeerClient, PeerError, pairing_remedy};
 use crate::vm::{Inner, Vm};
 
@@ -65,24 +65,24 @@ impl Preflight {
 
 /// Compares a VM with a destination.
 pub(crate) async fn preflight(
-    agent: &Arc<Agent>,
+    migrations: &Arc<Migrations>,
     vm: &Arc<Vm>,
     request: &MoveRequest,
 ) -> Result<Preflight> {
     let mut notes = Vec::new();
-    if agent.migrations.is_full() {
-        notes.push(agent.migrations.source_full(&agent.name));
+    if migrations.is_full() {
+        notes.push(migrations.source_full());
     }
     // A copy, so that looking at images keeps nobody from the VM.
     let inner = vm.lock().await.clone();
-    let mut problems = source::check(agent, &inner, request).await;
+    let mut problems = source::check(migrations, &inner, request).await;
     let (offer, unusable) =
-        source::describe(agent, &inner, request, MigrationId(Uuid::now_v7())).await?;
+        source::describe(migrations, &inner, request, MigrationId(Uuid::now_v7())).await?;
     problems.extend(unusable);
-    if request.to == agent.name {
+    if request.to == migrations.host.name {
         return Ok(Preflight { problems, notes });
     }
-    let link = match PeerClient::open(&agent.store, &agent.identity, &request.to) {
+    let link = match PeerClient::open(&migrations.host.store, &migrations.identity, &request.to) {
         Ok(link) => link,
         Err(error) => {
             problems.push(not_linked(&request.to, error)?);
@@ -166,12 +166,12 @@ fn no_answer(to: &HostName, error: &PeerError) -> Problem {
 
 /// Says all that the destination must know of a VM.
 pub(crate) async fn make_offer(
-    agent: &Agent,
+    migrations: &Migrations,
     inner: &Inner,
     request: &MoveRequest,
     migration: MigrationId,
 ) -> Result<Offer> {
-    let (offer, unusable) = source::describe(agent, inner, request, migration).await?;
+    let (offer, unusable) = source::describe(migrations, inner, request, migration).await?;
     if unusable.is_empty() {
         return Ok(offer);
     }

@@ -13,8 +13,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
-use crate::agent::now_unix_ms;
 use crate::failure::{Failure, Result};
+use crate::host::clock::now_unix_ms;
 
 /// One migration under way.
 pub(crate) struct Job {
@@ -58,7 +58,7 @@ impl Job {
         })
     }
 
-    /// A job that goes on after a restart of the agent.
+    /// A job that goes on after a restart of the migrations.
     pub(crate) fn of_view(view: Migration) -> Self {
         let now = Instant::now();
         // A log of many moves is read by these three.

@@ -24,13 +24,16 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use limosa_auth::Identity;
 use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_protocol::migration::{Migration, Note, QueueReason, Role};
 use tokio::sync::watch;
 
-use crate::agent::Agent;
+use crate::config::MigrationConfig;
+
 use crate::failure::{Failure, Result};
-use crate::store::{MigrationRecord, QueueRecord, Store, StoreError};
+use crate::host::Host;
+use crate::store::{MigrationRecord, QueueRecord, StoreError};
 use crate::vm::{Vm, create, run};
 use handover::Handover;
 use incoming::Incoming;
@@ -38,21 +41,23 @@ use job::Job;
 use queue::Queue;
 
 /// Starts a VM that is off.
-pub(crate) async fn start_vm(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Result<()> {
-    agent.migrations.close_alone(&vm.name).await;
-    run::start(agent, vm).await
+pub(crate) async fn start_vm(migrations: &Arc<Migrations>, vm: &Arc<Vm>) -> Result<()> {
+    migrations.close_alone(&vm.name).await;
+    run::start(&migrations.host, vm).await
 }
 
 /// Deletes a VM that is off.
-pub(crate) async fn delete_vm(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
-    agent.migrations.close_alone(&vm.name).await;
-    create::delete(agent, vm).await
+pub(crate) async fn delete_vm(migrations: &Migrations, vm: &Arc<Vm>) -> Result<()> {
+    migrations.close_alone(&vm.name).await;
+    create::delete(&migrations.host, vm).await
 }
 
-/// All migrations under way, and those that wait.
+/// All migrations under way, those that wait, and what they need of this host.
 pub(crate) struct Migrations {
-    /// Most of them, both ways together.
-    count_max: usize,
+    pub(crate) host: Arc<Host>,
+    /// This host's, shown to peers
+    pub(crate) identity: Identity,
+    pub(crate) settings: MigrationConfig,
     under_way: Mutex<BTreeMap<MigrationId, UnderWay>>,
     /// Slots of migrations that are about to be added.
     reserved_count: AtomicUsize,
@@ -93,10 +98,12 @@ impl Migrations {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Room for so many migrations at a time.
-    pub(crate) fn new(count_max: usize) -> Self {
+    /// No migrations yet.
+    pub(crate) fn new(host: Arc<Host>, identity: Identity, settings: MigrationConfig) -> Self {
         Self {
-            count_max,
+            host,
+            identity,
+            settings,
             under_way: Mutex::default(),
             reserved_count: AtomicUsize::new(0),
             queue: Queue::default(),
@@ -105,7 +112,7 @@ impl Migrations {
 
     fn has_room(&self, under_way: &BTreeMap<MigrationId, UnderWay>) -> bool {
         let reserved = self.reserved_count.load(Ordering::Relaxed);
-        moving_count(under_way) + reserved < self.count_max
+        moving_count(under_way) + reserved < usize::from(self.settings.concurrent_max)
     }
 
     /// Whether no further migration may begin on this host.
@@ -114,8 +121,9 @@ impl Migrations {
     }
 
     /// Why a move waits while this host is full.
-    pub(crate) fn source_full(&self, here: &HostName) -> Note {
-        let message = format!("{} migrations are under way at {here}", self.count_max);
+    pub(crate) fn source_full(&self) -> Note {
+        let (count, here) = (self.settings.concurrent_max, &self.host.name);
+        let message = format!("{count} migrations are under way at {here}");
         Note { code: QueueReason::SourceFull, message }
     }
 
@@ -165,9 +173,9 @@ impl Migrations {
     }
 
     /// Forgets a migration that is settled; its record stays, and is still answered from.
-    pub(crate) fn forget(&self, store: &Store, id: MigrationId) {
+    pub(crate) fn forget(&self, id: MigrationId) {
         self.remove(id);
-        if let Err(error) = store.forget_old_migrations() {
+        if let Err(error) = self.host.store.forget_old_migrations() {
             tracing::warn!(error = crate::failure::chain(&error), "old migrations stay recorded");
         }
     }
@@ -205,14 +213,14 @@ impl Migrations {
     }
 
     /// All migrations, the oldest first: those recorded, as they are now.
-    pub(crate) fn list(&self, store: &Store) -> Result<Vec<Migration>> {
-        let recorded = match store.all::<MigrationRecord>() {
+    pub(crate) fn list(&self) -> Result<Vec<Migration>> {
+        let recorded = match self.host.store.all::<MigrationRecord>() {
             Ok(recorded) => recorded,
             // Those under way are what an operator now needs to see.
             Err(StoreError::Failed) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
-        let ended_in_queue = match store.all::<QueueRecord>() {
+        let ended_in_queue = match self.host.store.all::<QueueRecord>() {
             Ok(recorded) => recorded,
             Err(StoreError::Failed) => Vec::new(),
             Err(error) => return Err(error.into()),
@@ -228,7 +236,7 @@ impl Migrations {
     }
 
     /// One migration as it is now.
-    pub(crate) fn view(&self, store: &Store, id: MigrationId) -> Result<Migration> {
+    pub(crate) fn view(&self, id: MigrationId) -> Result<Migration> {
         if let Some(under_way) = self.lock().get(&id) {
             return Ok(under_way.job().view());
         }
@@ -236,9 +244,9 @@ impl Migrations {
             return Ok(job.view());
         }
         let key = id.to_string();
-        let view = match store.get::<MigrationRecord>(&key)? {
+        let view = match self.host.store.get::<MigrationRecord>(&key)? {
             Some(record) => Some(record.view),
-            None => store.get::<QueueRecord>(&key)?.map(|record| record.view),
+            None => self.host.store.get::<QueueRecord>(&key)?.map(|record| record.view),
         };
         view.ok_or_else(|| {
             Failure::not_found(format!(
@@ -254,10 +262,10 @@ impl Migrations {
     }
 
     /// Asks a migration to end; it does so on its own time.
-    pub(crate) fn cancel(&self, store: &Store, id: MigrationId) -> Result<Migration> {
+    pub(crate) fn cancel(&self, id: MigrationId) -> Result<Migration> {
         let under_way = self.lock().get(&id).cloned();
         if under_way.is_none()
-            && let Some(cancelled) = self.queue.cancel(store, id)
+            && let Some(cancelled) = self.queue.cancel(&self.host.store, id)
         {
             return cancelled;
         }
@@ -272,7 +280,7 @@ impl Migrations {
                 Ok(under_way.job().view())
             }
             None => {
-                let view = self.view(store, id)?;
+                let view = self.view(id)?;
                 let end = view.outcome.map_or("unknown", |outcome| outcome.as_str());
                 Err(Failure::conflict(format!("migration {id} has ended already: {end}")))
             }

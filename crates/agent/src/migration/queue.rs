@@ -10,7 +10,7 @@
 //! first; one that waits for its destination does not hold up those for other hosts.
 //!
 //! **Invariants.** A waiting entry is on the disk before its operator is answered, so it
-//! outlives the agent. An id is never both in the queue and under way after a restart: the
+//! outlives the migrations. An id is never both in the queue and under way after a restart: the
 //! migration's own record comes first.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,8 +26,9 @@ use uuid::Uuid;
 
 use super::job::Job;
 use super::{compare, outgoing};
-use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, Result};
+use crate::host::clock::now_unix_ms;
+use crate::migration::Migrations;
 use crate::store::{MigrationRecord, QueueRecord, Store, StoreError};
 use crate::vm::Vm;
 
@@ -227,73 +228,73 @@ fn forget_ended(store: &Store) -> Result<(), StoreError> {
 
 /// Moves a VM: begins at once if both hosts have room and nothing waits before it.
 pub(crate) async fn request_move(
-    agent: &Arc<Agent>,
+    migrations: &Arc<Migrations>,
     vm: &Arc<Vm>,
     request: MoveRequest,
 ) -> Result<Migration> {
-    let queue = &agent.migrations.queue;
+    let queue = &migrations.queue;
     expect_no_entry(&queue.lock(), &vm.name)?;
-    let preflight = compare::preflight(agent, vm, &request).await?;
+    let preflight = compare::preflight(migrations, vm, &request).await?;
     preflight.expect_possible(vm, &request)?;
     let id = MigrationId(Uuid::now_v7());
     let to = request.to.clone();
-    let job = Job::new(id, vm.name.clone(), Role::Source, agent.name.clone(), to.clone());
+    let job = Job::new(id, vm.name.clone(), Role::Source, migrations.host.name.clone(), to.clone());
     let job = Arc::new(job);
     let why = preflight.notes.into_iter().next().or_else(|| queue.behind(&to));
-    let slot = if why.is_none() { agent.migrations.reserve() } else { None };
+    let slot = if why.is_none() { migrations.reserve() } else { None };
     match slot {
-        Some(slot) => outgoing::begin(agent, vm, request, &job, slot).await,
+        Some(slot) => outgoing::begin(migrations, vm, request, &job, slot).await,
         None => {
-            let why = why.unwrap_or_else(|| agent.migrations.source_full(&agent.name));
-            queue.push(&agent.store, &job, request, why)
+            let why = why.unwrap_or_else(|| migrations.source_full());
+            queue.push(&migrations.host.store, &job, request, why)
         }
     }
 }
 
-/// Starts waiting moves as room comes, for as long as the agent runs.
-pub(crate) async fn run(agent: Arc<Agent>) {
-    let queue = &agent.migrations.queue;
+/// Starts waiting moves as room comes, for as long as the migrations runs.
+pub(crate) async fn run(migrations: Arc<Migrations>) {
+    let queue = &migrations.queue;
     loop {
         if queue.waiting().is_empty() {
             queue.changed.notified().await;
         } else {
             tokio::time::timeout(TRY_EVERY, queue.changed.notified()).await.ok();
         }
-        if let Err(failure) = try_all(&agent).await {
+        if let Err(failure) = try_all(&migrations).await {
             tracing::error!(%failure, "the queue of moves is not worked on");
         }
     }
 }
 
 /// Tries each waiting move once, oldest first.
-async fn try_all(agent: &Arc<Agent>) -> Result<()> {
-    let queue = &agent.migrations.queue;
+async fn try_all(migrations: &Arc<Migrations>) -> Result<()> {
+    let queue = &migrations.queue;
     let mut held_up = BTreeSet::new();
     for entry in queue.waiting() {
-        if agent.migrations.is_full() {
+        if migrations.is_full() {
             return Ok(());
         }
         if held_up.contains(&entry.request.to) {
             continue;
         }
         let id = entry.job.id();
-        match try_one(agent, &entry).await {
+        match try_one(migrations, &entry).await {
             Ok(Attempt::Left) => {}
             Ok(Attempt::Waits(why)) => {
-                queue.keep_waiting(&agent.store, id, why)?;
+                queue.keep_waiting(&migrations.host.store, id, why)?;
                 held_up.insert(entry.request.to);
             }
-            Err(failure) => queue.end(&agent.store, id, failure.to_string())?,
+            Err(failure) => queue.end(&migrations.host.store, id, failure.to_string())?,
         }
     }
     Ok(())
 }
 
 /// Starts a waiting move if it can; an error ends it.
-async fn try_one(agent: &Arc<Agent>, entry: &Entry) -> Result<Attempt> {
-    let (queue, id) = (&agent.migrations.queue, entry.job.id());
-    let vm = agent.vm(&entry.job.view().vm)?;
-    let preflight = compare::preflight(agent, &vm, &entry.request).await?;
+async fn try_one(migrations: &Arc<Migrations>, entry: &Entry) -> Result<Attempt> {
+    let (queue, id) = (&migrations.queue, entry.job.id());
+    let vm = migrations.host.vm(&entry.job.view().vm)?;
+    let preflight = compare::preflight(migrations, &vm, &entry.request).await?;
     if let Some(problem) = preflight.only_problem(ProblemCode::Unreachable) {
         // After a restart of both hosts one is up before the other.
         let message = problem.message.clone();
@@ -303,12 +304,12 @@ async fn try_one(agent: &Arc<Agent>, entry: &Entry) -> Result<Attempt> {
     if let Some(why) = preflight.notes.into_iter().next() {
         return Ok(Attempt::Waits(why));
     }
-    let Some(slot) = agent.migrations.reserve() else {
-        return Ok(Attempt::Waits(agent.migrations.source_full(&agent.name)));
+    let Some(slot) = migrations.reserve() else {
+        return Ok(Attempt::Waits(migrations.source_full()));
     };
     if queue.start(id) {
-        outgoing::begin(agent, &vm, entry.request.clone(), &entry.job, slot).await?;
-        queue.forget(&agent.store, id)?;
+        outgoing::begin(migrations, &vm, entry.request.clone(), &entry.job, slot).await?;
+        queue.forget(&migrations.host.store, id)?;
     }
     Ok(Attempt::Left)
 }

@@ -5,16 +5,15 @@ use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::power;
 
 use super::{Qemu, Vm, run};
-use crate::agent::Agent;
 use crate::failure::chain;
-use crate::net::announce;
+use crate::net::{Net, announce};
 
 /// Announces each card of a VM with the addresses that were seen with it. What
 /// fails is logged: the guest runs either way.
-pub(crate) async fn announce(agent: &Agent, vm: &Vm, definition: &VmDefinition, qemu: &Qemu) {
+pub(crate) async fn announce(net: &Net, vm: &Vm, definition: &VmDefinition, qemu: &Qemu) {
     let mut cards = Vec::new();
     for nic in &definition.nics {
-        if let (Some(mac), Some(link)) = (nic.mac, run::switch_link(agent, &nic.switch).await) {
+        if let (Some(mac), Some(link)) = (nic.mac, run::switch_link(net, &nic.switch).await) {
             cards.push((link, mac));
         }
     }

@@ -11,8 +11,8 @@ use limosa_qemu::image::{self, ImageError, ImageFormat};
 use uuid::Uuid;
 
 use super::{DEFINITION_FILE, Vm, files, write_definition};
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
+use crate::host::{Host, HostQemu};
 use crate::net::{Net, deterministic_mac};
 use crate::store::VmRecord;
 
@@ -20,11 +20,11 @@ use crate::store::VmRecord;
 const MACHINE_ALIAS: &str = "q35";
 
 /// Makes a VM from a definition: checks all of it, then makes its files.
-pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> Result<Arc<Vm>> {
+pub(crate) async fn create(host: &Arc<Host>, mut definition: VmDefinition) -> Result<Arc<Vm>> {
     definition.check().map_err(|error| Failure::bad_request(error.to_string()))?;
-    complete(agent, &mut definition)?;
-    let _placing = agent.placing.lock().await;
-    check_host(agent, &definition).await?;
+    complete(host, &mut definition)?;
+    let _placing = host.allocation_lock.lock().await;
+    check_host(host, &definition).await?;
     let configuration = files::place(&definition.places.configuration, "configuration")?.to_owned();
     let record = VmRecord {
         configuration: configuration.clone(),
@@ -35,20 +35,20 @@ pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> 
     // The name is taken from here on, so that a second request finds it taken.
     let vm = Arc::new(Vm::new(definition.clone(), record.clone()));
     let mut locked = vm.lock().await;
-    agent.add_vm(Arc::clone(&vm))?;
+    host.vms.add(&host.name, Arc::clone(&vm))?;
     let mut made = Vec::new();
-    let result = make_files(agent, &mut definition, &mut made).await;
+    let result = make_files(&host.qemu, &mut definition, &mut made).await;
     let result = result.and_then(|()| {
         made.push(configuration.join(DEFINITION_FILE));
         write_definition(&definition, &configuration)?;
         files::sync_parents(&made)?;
-        Ok(agent.store.put(definition.name.as_str(), &record)?)
+        Ok(host.store.put(definition.name.as_str(), &record)?)
     });
     if let Err(failure) = result {
         for left in files::remove_made(&made) {
             tracing::warn!(vm = %definition.name, left, "not removed after a failed creation");
         }
-        agent.drop_vm(&vm, &mut locked);
+        host.vms.remove(&vm, &mut locked);
         return Err(failure);
     }
     locked.definition = definition;
@@ -58,40 +58,40 @@ pub(crate) async fn create(agent: &Arc<Agent>, mut definition: VmDefinition) -> 
 }
 
 /// Fills in everything that the definition leaves open.
-fn complete(agent: &Agent, definition: &mut VmDefinition) -> Result<()> {
+fn complete(host: &Host, definition: &mut VmDefinition) -> Result<()> {
     let uuid = *definition.uuid.get_or_insert_with(Uuid::new_v4);
     for (index, nic) in definition.nics.iter_mut().enumerate() {
         nic.mac.get_or_insert_with(|| deterministic_mac(uuid, index));
     }
-    definition.machine = resolve_machine(agent, &definition.machine)?;
-    files::fill_places(agent, definition);
+    definition.machine = resolve_machine(&host.qemu, &definition.machine)?;
+    files::fill_places(&host.folders, definition);
     Ok(())
 }
 
-fn resolve_machine(agent: &Agent, wished: &str) -> Result<String> {
-    let facts = &agent.qemu.facts;
+fn resolve_machine(qemu: &HostQemu, wished: &str) -> Result<String> {
+    let facts = &qemu.facts;
     let resolved = facts.resolve_machine(wished).ok_or_else(|| {
         Failure::bad_request(format!(
             "QEMU {} has no machine type {wished} with a version in its name, which is the same \
              on every host: give one that `{} -machine help` lists, such as pc-q35-7.2; \
              {MACHINE_ALIAS} takes the newest",
             facts.version,
-            agent.qemu.binary.display()
+            qemu.binary.display()
         ))
     })?;
     Ok(resolved.to_owned())
 }
 
-async fn check_host(agent: &Agent, definition: &VmDefinition) -> Result<()> {
+async fn check_host(host: &Host, definition: &VmDefinition) -> Result<()> {
     for nic in &definition.nics {
-        if agent.net.index(&Net::bridge_name(&nic.switch)).await?.is_none() {
+        if host.net.index(&Net::bridge_name(&nic.switch)).await?.is_none() {
             return Err(Failure::bad_request(format!(
                 "no virtual switch {0} here: make it with `limosa switch create {0}`",
                 nic.switch
             )));
         }
     }
-    for vm in agent.vms() {
+    for vm in host.vms.all() {
         let other = &vm.reserved;
         if other.name != definition.name
             && other.places.configuration == definition.places.configuration
@@ -134,7 +134,7 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Result<()> {
         })?;
     }
     if definition.boot.firmware == Firmware::Uefi {
-        for file in [&agent.config.qemu.uefi_code, &agent.config.qemu.uefi_variables] {
+        for file in [&host.qemu.uefi_code, &host.qemu.uefi_variables] {
             std::fs::File::open(file).map_err(|error| {
                 Failure::bad_request(format!(
                     "no UEFI firmware here: {}: {error}: install the package ovmf, or set \
@@ -145,7 +145,7 @@ async fn check_host(agent: &Agent, definition: &VmDefinition) -> Result<()> {
         }
     }
     for disk in &definition.disks {
-        check_disk(agent, disk).await?;
+        check_disk(&host.qemu, disk).await?;
     }
     Ok(())
 }
@@ -176,7 +176,7 @@ fn check_configuration(definition: &VmDefinition) -> Result<()> {
     Ok(())
 }
 
-async fn check_disk(agent: &Agent, disk: &Disk) -> Result<()> {
+async fn check_disk(qemu: &HostQemu, disk: &Disk) -> Result<()> {
     let path = files::image(disk)?;
     if !path.exists() {
         return match (disk.kind, disk.size_mib) {
@@ -193,9 +193,9 @@ async fn check_disk(agent: &Agent, disk: &Disk) -> Result<()> {
         };
     }
     check_is_file(path, disk)?;
-    let facts = image::image_facts(&agent.qemu.img, path, format_of(disk.format))
+    let facts = image::image_facts(&qemu.img, path, format_of(disk.format))
         .await
-        .map_err(|error| unusable_image(agent, disk, path, &error))?;
+        .map_err(|error| unusable_image(qemu, disk, path, &error))?;
     if let Some(backing) = facts.backing {
         return Err(Failure::bad_request(format!(
             "{} stands on the image {backing}, which would not move with it: make it whole with \
@@ -232,13 +232,13 @@ fn check_is_file(path: &Path, disk: &Disk) -> Result<()> {
     )))
 }
 
-fn unusable_image(agent: &Agent, disk: &Disk, path: &Path, error: &ImageError) -> Failure {
+fn unusable_image(qemu: &HostQemu, disk: &Disk, path: &Path, error: &ImageError) -> Failure {
     let (shown, reason) = (path.display(), crate::failure::chain(error));
     Failure::bad_request(match error {
         ImageError::Closed { .. } => format!(
             "{shown}: {reason}: give it the image with `chown {} {shown}`, and a way through its \
              folders with `chmod a+x`",
-            agent.qemu.user.as_ref().map_or(0, |user| user.uid)
+            qemu.user.as_ref().map_or(0, |user| user.uid)
         ),
         _ => format!("{shown} is not an image of format {}: {reason}", disk.format.as_str()),
     })
@@ -253,7 +253,7 @@ pub(crate) fn format_of(format: DiskFormat) -> ImageFormat {
 }
 
 async fn make_files(
-    agent: &Agent,
+    qemu: &HostQemu,
     definition: &mut VmDefinition,
     made: &mut Vec<PathBuf>,
 ) -> Result<()> {
@@ -276,7 +276,7 @@ async fn make_files(
         }
     }
     if let Some(to) = files::uefi_variables(definition)? {
-        let from = &agent.config.qemu.uefi_variables;
+        let from = &qemu.uefi_variables;
         files::copy(from, &to).or_fail(&format!(
             "copying {} to {}",
             from.display(),
@@ -287,14 +287,14 @@ async fn make_files(
     for disk in &definition.disks {
         let path = files::image(disk)?;
         let Some(size_mib) = disk.size_mib.filter(|_| !path.exists()) else { continue };
-        make_image(agent, path, disk.format, size_mib << 20, made).await?;
+        make_image(qemu, path, disk.format, size_mib << 20, made).await?;
     }
     Ok(())
 }
 
 /// Makes an empty image for QEMU's user.
 pub(crate) async fn make_image(
-    agent: &Agent,
+    qemu: &HostQemu,
     path: &Path,
     format: DiskFormat,
     size_bytes: u64,
@@ -310,10 +310,8 @@ pub(crate) async fn make_image(
     made.push(path.to_owned());
     // What is in it is the guest's: nobody else of this host reads it.
     std::fs::set_permissions(path, Permissions::from_mode(0o600)).or_fail(&doing)?;
-    agent.give_to_qemu(path).or_fail(&doing)?;
-    image::image_create(&agent.qemu.img, path, format_of(format), size_bytes)
-        .await
-        .or_fail(&doing)?;
+    qemu.give_file(path).or_fail(&doing)?;
+    image::image_create(&qemu.img, path, format_of(format), size_bytes).await.or_fail(&doing)?;
     // A record will name it.
     let file = tokio::fs::File::open(path).await.or_fail(&doing)?;
     file.sync_all().await.or_fail(&doing)
@@ -321,7 +319,7 @@ pub(crate) async fn make_image(
 
 /// Deletes a VM that is off, with the files that lie in its own places. Its name
 /// is free only when they are gone.
-pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
+pub(crate) async fn delete(host: &Host, vm: &Arc<Vm>) -> Result<()> {
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!(
@@ -330,17 +328,17 @@ pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
         )));
     }
     inner.expect_deletable()?;
-    agent.store.remove::<VmRecord>(vm.name.as_str())?;
+    host.store.remove::<VmRecord>(vm.name.as_str())?;
     let disks = inner.definition.places.disks.clone();
     let own = inner.definition.disks.iter().filter(|disk| disk.kind == DiskKind::Disk);
     let images = own.filter_map(|disk| disk.path.clone());
-    let mut all = files::everything(agent, &inner.definition, images);
+    let mut all = files::everything(&host.folders, &inner.definition, images);
     // An image that an operator brought from elsewhere is theirs.
     all.retain(|path| {
         let is_image = inner.definition.disks.iter().any(|disk| disk.path.as_ref() == Some(path));
         !is_image || disks.as_deref().is_some_and(|folder| path.starts_with(folder))
     });
-    let runtime = agent.runtime_folder(&vm.name);
+    let runtime = host.folders.runtime_of(&vm.name);
     if runtime.exists()
         && let Err(error) = std::fs::remove_dir_all(&runtime)
     {
@@ -349,7 +347,7 @@ pub(crate) async fn delete(agent: &Agent, vm: &Arc<Vm>) -> Result<()> {
     for left in files::remove_made(&all) {
         tracing::warn!(vm = %vm.name, left, "not removed with its VM");
     }
-    agent.drop_vm(vm, &mut inner);
+    host.vms.remove(vm, &mut inner);
     tracing::info!(vm = %vm.name, "deleted");
     Ok(())
 }

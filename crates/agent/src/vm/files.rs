@@ -8,12 +8,11 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use limosa_protocol::id::VmName;
 use limosa_protocol::vm::{Disk, Firmware, Places, VmDefinition};
 
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
 use crate::fault::{self, Edge, Kind};
+use crate::host::Folders;
 
 /// Name of the kernel in a configuration folder.
 pub(crate) const KERNEL_FILE: &str = "kernel";
@@ -56,14 +55,9 @@ pub(crate) fn places_in(folder: &Path) -> Places {
     }
 }
 
-/// The usual folder of a VM.
-pub(crate) fn usual_folder(agent: &Agent, name: &VmName) -> PathBuf {
-    agent.config.folder.join("vms").join(name.as_str())
-}
-
 /// Fills in the places that a definition leaves open.
-pub(crate) fn fill_places(agent: &Agent, definition: &mut VmDefinition) {
-    let usual = places_in(&usual_folder(agent, &definition.name));
+pub(crate) fn fill_places(folders: &Folders, definition: &mut VmDefinition) {
+    let usual = places_in(&folders.files_of(&definition.name));
     let places = &mut definition.places;
     places.configuration = places.configuration.take().or(usual.configuration);
     places.disks = places.disks.take().or(usual.disks);
@@ -182,13 +176,13 @@ pub(crate) fn remove_made(made: &[PathBuf]) -> Vec<String> {
 ///
 /// - `images`: the disk images that are to go.
 pub(crate) fn everything(
-    agent: &Agent,
+    folders: &Folders,
     definition: &VmDefinition,
     images: impl IntoIterator<Item = PathBuf>,
 ) -> Vec<PathBuf> {
     let mut all = Vec::new();
     let configuration = definition.places.configuration.clone();
-    let usual = usual_folder(agent, &definition.name);
+    let usual = folders.files_of(&definition.name);
     all.extend(own_places(definition, &usual));
     all.extend(
         definition

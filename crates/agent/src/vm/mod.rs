@@ -21,7 +21,9 @@ pub(crate) mod create;
 pub(crate) mod files;
 pub(crate) mod lock;
 pub(crate) mod power;
+pub(crate) mod restore;
 pub(crate) mod run;
+pub(crate) mod run_state;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,10 +39,10 @@ use limosa_qemu::qmp::Qmp;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
 use self::lock::{Activity, Blocks, VmLock, expect_none};
-use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Failure, Hindrance, OrFail, Result};
+use crate::host::qemu::wire_accelerator;
 use crate::net::learn::Addresses;
-use crate::store::{MigrationRecord, VmRecord};
+use crate::store::VmRecord;
 
 /// Longest wait for QEMU when somebody only looks at its VM.
 const LOOK_MAX: Duration = Duration::from_secs(3);
@@ -128,7 +130,7 @@ impl Vm {
     pub(crate) async fn view(&self) -> api::Vm {
         let (mut view, asked) = self.view_without_qemu().await;
         if let Some(qemu) = asked {
-            let looked = tokio::time::timeout(LOOK_MAX, power::look(&qemu.qmp)).await;
+            let looked = tokio::time::timeout(LOOK_MAX, run_state::power_state(&qemu.qmp)).await;
             let (power, stopped_by) = match looked {
                 Ok((power, why)) => (power, why.map(|why| format!("its guest {why}"))),
                 Err(_) => {
@@ -291,61 +293,6 @@ pub(crate) fn read_definition(folder: &Path) -> Result<VmDefinition> {
     Ok(definition)
 }
 
-/// Reads all recorded VMs and finds their QEMUs again. One that cannot be read
-/// keeps no other from being found.
-pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<()> {
-    let migrations = agent.store.all::<MigrationRecord>()?;
-    for (key, record) in agent.store.all::<VmRecord>()? {
-        let Ok(name) = key.parse::<VmName>() else {
-            tracing::error!(vm = key, "a record whose key is no name of a VM is left alone");
-            continue;
-        };
-        let (vm, unusable) = match recorded_definition(&name, &record, &migrations) {
-            Ok(definition) => (Vm::new(definition, record), None),
-            Err(failure) => {
-                (Vm::new(placeholder(name, &record), record), Some(failure.to_string()))
-            }
-        };
-        let vm = Arc::new(vm);
-        if let Err(failure) = agent.add_vm(Arc::clone(&vm)) {
-            tracing::error!(vm = key, %failure, "a recorded VM is left out");
-        } else if let Some(failure) = unusable {
-            tracing::error!(vm = key, failure, "a recorded VM cannot be used");
-            vm.lock().await.unusable = Some(format!(
-                "{failure}. Mount or put back what is missing there, then restart limosad"
-            ));
-        } else {
-            recall_addresses(&vm, &migrations).await;
-            run::reattach(agent, &vm).await;
-        }
-    }
-    cgroup::remove_stale().await;
-    Ok(())
-}
-
-/// The definition of a recorded VM. That of a VM which is just changing hosts is
-/// also in its migration's record: its files may be half removed.
-fn recorded_definition(
-    name: &VmName,
-    record: &VmRecord,
-    migrations: &[(String, MigrationRecord)],
-) -> Result<VmDefinition> {
-    let read = read_definition(&record.configuration).and_then(|definition| {
-        if definition.name == *name {
-            return Ok(definition);
-        }
-        let path = record.configuration.join(DEFINITION_FILE);
-        let other = definition.name;
-        Err(Failure::conflict(format!("{} is the definition of VM {other}", path.display())))
-    });
-    read.or_else(|failure| {
-        let unsettled = migrations.iter().map(|(_, migration)| migration);
-        let mut unsettled = unsettled.filter(|migration| !migration.is_ended());
-        let own = unsettled.rfind(|migration| migration.view.vm == *name);
-        own.and_then(|migration| migration.definition.clone()).ok_or(failure)
-    })
-}
-
 /// What stands for a definition that cannot be read: its name and its folder.
 fn placeholder(name: VmName, record: &VmRecord) -> VmDefinition {
     VmDefinition {
@@ -359,20 +306,6 @@ fn placeholder(name: VmName, record: &VmRecord) -> VmDefinition {
         disks: Vec::new(),
         nics: Vec::new(),
         places: Places { configuration: Some(record.configuration.clone()), ..Places::default() },
-    }
-}
-
-/// Addresses that came with the VM's last move: one that is still paused since
-/// then has had no way to show them here.
-async fn recall_addresses(vm: &Vm, migrations: &[(String, MigrationRecord)]) {
-    let inner = vm.lock().await;
-    let own = |record: &&MigrationRecord| {
-        let moved = record.definition.as_ref().filter(|_| record.view.role == Role::Destination);
-        moved.is_some_and(|moved| moved.uuid == inner.definition.uuid)
-    };
-    // Keys are in the order of time.
-    if let Some(last) = migrations.iter().map(|(_, record)| record).rfind(own) {
-        vm.addresses.take(&last.addresses, &inner.definition.nics);
     }
 }
 
@@ -428,22 +361,5 @@ mod tests {
         drop(inner);
         let view = vm.view().await;
         assert_eq!((view.power, view.migration), (api::Power::Off, None));
-    }
-
-    /// Goal: a folder that is not mounted, or holds another VM's definition,
-    /// gives no definition, and the reason.
-    #[test]
-    fn a_definition_that_is_missing_or_anothers_is_told() {
-        let folder = tempfile::tempdir().unwrap();
-        let of_vm = record(folder.path());
-        let name: VmName = "web1".parse().unwrap();
-        let missing = recorded_definition(&name, &of_vm, &[]).unwrap_err().to_string();
-        assert!(missing.contains(DEFINITION_FILE), "{missing}");
-        let definition: VmDefinition = toml::from_str("name = 'web1'\nmemory_mib = 64").unwrap();
-        write_definition(&definition, folder.path()).unwrap();
-        assert_eq!(recorded_definition(&name, &of_vm, &[]).unwrap(), definition);
-        let other = recorded_definition(&"web2".parse().unwrap(), &of_vm, &[]);
-        let other = other.unwrap_err().to_string();
-        assert!(other.contains("of VM web1"), "{other}");
     }
 }

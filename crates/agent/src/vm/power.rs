@@ -1,37 +1,20 @@
-//! Pausing, resuming and stopping a VM; what its QEMU says of it.
+//! Pausing, resuming and stopping a VM.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use limosa_protocol::api::{self, StopRequest};
+use limosa_protocol::api::StopRequest;
 use limosa_qemu::power::{self, RunState};
 use limosa_qemu::process;
-use limosa_qemu::qmp::Qmp;
 
 use super::announce::announce;
+use super::run_state::stopped_by;
 use super::{Qemu, Vm, run};
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
+use crate::host::Host;
 
 /// Most seconds that a guest is waited for.
 const STOP_SECONDS_MAX: u32 = 3600;
-
-/// What QEMU says of its guest, and why that stands if nobody paused it.
-pub(crate) async fn look(qmp: &Qmp) -> (api::Power, Option<&'static str>) {
-    let Ok(status) = power::query_status(qmp).await else { return (api::Power::Fault, None) };
-    let power = match status {
-        RunState::Running => api::Power::Running,
-        RunState::Paused
-        | RunState::Prelaunch
-        | RunState::Postmigrate
-        | RunState::FinishMigrate
-        | RunState::Inmigrate
-        | RunState::Suspended => api::Power::Paused,
-        RunState::Shutdown => api::Power::Off,
-        _ => api::Power::Fault,
-    };
-    (power, stopped_by(status))
-}
 
 /// Stops the vCPUs.
 pub(crate) async fn pause(vm: &Vm) -> Result<()> {
@@ -41,7 +24,7 @@ pub(crate) async fn pause(vm: &Vm) -> Result<()> {
 
 /// Lets the vCPUs run on. The guest is announced, because it may have been moved
 /// while it was paused.
-pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Result<()> {
+pub(crate) async fn resume(host: &Host, vm: &Vm) -> Result<()> {
     let inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
     let qemu = inner.running()?;
@@ -52,18 +35,18 @@ pub(crate) async fn resume(agent: &Agent, vm: &Vm) -> Result<()> {
         _ => power::cont(&qemu.qmp).await,
     }
     .or_fail(&doing)?;
-    announce(agent, vm, &inner.definition, qemu).await;
+    announce(&host.net, vm, &inner.definition, qemu).await;
     Ok(())
 }
 
 /// Stops a VM: asks its guest, or turns it off.
-pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> Result<()> {
+pub(crate) async fn stop(host: &Host, vm: &Arc<Vm>, request: &StopRequest) -> Result<()> {
     let mut inner = vm.lock_for_change().await?;
     let qemu = inner.running()?.clone();
     if request.force {
         run::end(&qemu).await?;
         // Whoever looks next sees a VM that is off.
-        run::note_end(agent, vm, &mut inner, &qemu);
+        run::note_end(&host.store, vm, &mut inner, &qemu);
         return Ok(());
     }
     expect_listening(vm, &qemu).await?;
@@ -87,7 +70,7 @@ pub(crate) async fn stop(agent: &Agent, vm: &Arc<Vm>, request: &StopRequest) -> 
             vm.name
         )));
     }
-    run::note_end(agent, vm, &mut inner, &qemu);
+    run::note_end(&host.store, vm, &mut inner, &qemu);
     Ok(())
 }
 
@@ -105,16 +88,4 @@ async fn expect_listening(vm: &Vm, qemu: &Qemu) -> Result<()> {
          turn it off with `limosa vm stop --force {0}`",
         vm.name
     )))
-}
-
-/// Why a guest is paused that nobody paused.
-pub(crate) fn stopped_by(status: RunState) -> Option<&'static str> {
-    Some(match status {
-        RunState::IoError => "was stopped by an error of its disk",
-        RunState::InternalError => "was stopped by an error within QEMU",
-        RunState::Watchdog => "was stopped by its watchdog",
-        RunState::GuestPanicked => "has crashed",
-        RunState::Unknown => "is in a condition that Limosa does not know",
-        _ => return None,
-    })
 }

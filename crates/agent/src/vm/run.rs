@@ -13,11 +13,11 @@ use limosa_qemu::process::{self, InheritedFds, ProcessSpec};
 use limosa_qemu::{power, qmp::Qmp, ram};
 
 use super::{Inner, Qemu, Vm, cgroup, create, files};
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result, chain};
 use crate::fault::{self, Edge, Kind};
+use crate::host::{Folders, Host, HostQemu};
 use crate::net::{Net, learn, tap_name};
-use crate::store::{RunRecord, VmRecord};
+use crate::store::{RunRecord, Store, VmRecord};
 
 /// Longest wait for a QEMU that was just started to answer.
 const QEMU_START: Duration = Duration::from_secs(20);
@@ -29,25 +29,21 @@ const QEMU_EXIT: Duration = Duration::from_secs(10);
 /// Starts QEMU for a VM, its vCPUs stopped.
 ///
 /// - `incoming`: it waits for a migration.
-pub(crate) async fn launch(
-    agent: &Agent,
-    definition: &VmDefinition,
-    incoming: bool,
-) -> Result<Qemu> {
+pub(crate) async fn launch(host: &Host, definition: &VmDefinition, incoming: bool) -> Result<Qemu> {
     fault::reach(Kind::Host, "launch", Edge::Before).await;
-    let launched = spawn(agent, definition, incoming).await;
+    let launched = spawn(host, definition, incoming).await;
     fault::reach(Kind::Host, "launch", Edge::After).await;
     launched
 }
 
-async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Result<Qemu> {
-    let runtime = agent.runtime_folder(&definition.name);
-    make_runtime_folder(agent, &runtime)?;
+async fn spawn(host: &Host, definition: &VmDefinition, incoming: bool) -> Result<Qemu> {
+    let runtime = host.folders.runtime_of(&definition.name);
+    make_runtime_folder(&host.qemu, &runtime)?;
     let mut inherited = InheritedFds::default();
-    let ram_bytes = agent.qemu.accelerator.ram_bytes(definition.memory_bytes());
+    let ram_bytes = host.qemu.accelerator.ram_bytes(definition.memory_bytes());
     let memfd = ram::create(ram_bytes).or_fail("creating the memory of a guest")?;
     let ram_fd = inherited.add(memfd);
-    let nics = plug_nics(agent, definition, &mut inherited).await?;
+    let nics = plug_nics(&host.net, definition, &mut inherited).await?;
     let spec = LaunchSpec {
         name: definition.name.to_string(),
         uuid: definition.uuid.unwrap_or_default().to_string(),
@@ -56,21 +52,21 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Resu
         vcpus: definition.vcpus,
         machine: definition.machine.clone(),
         cpu: definition.cpu.clone(),
-        accelerator: agent.qemu.accelerator,
-        boot: boot_spec(agent, definition)?,
-        disks: disk_specs(agent, definition)?,
+        accelerator: host.qemu.accelerator,
+        boot: boot_spec(&host.qemu, definition)?,
+        disks: disk_specs(&host.qemu, definition)?,
         nics,
         runtime_dir: runtime.clone(),
         incoming,
     };
-    let arguments = launch::command_line(&spec, &agent.qemu.facts)
+    let arguments = launch::command_line(&spec, &host.qemu.facts)
         .or_fail(&format!("VM {} cannot be started by this QEMU", definition.name))?;
     let configuration = files::place(&definition.places.configuration, "configuration")?;
     let group = cgroup::make(definition);
     let spawned = process::spawn(&ProcessSpec {
-        binary: agent.qemu.binary.clone(),
+        binary: host.qemu.binary.clone(),
         args: arguments,
-        user: agent.qemu.user.clone(),
+        user: host.qemu.user.clone(),
         cgroup: group.clone(),
         stderr_log: configuration.join("qemu.log"),
         inherited,
@@ -92,7 +88,7 @@ async fn spawn(agent: &Agent, definition: &VmDefinition, incoming: bool) -> Resu
             )));
         }
     };
-    Ok(Qemu { process: process.id, qmp, accelerator: agent.qemu.accelerator, cgroup: group })
+    Ok(Qemu { process: process.id, qmp, accelerator: host.qemu.accelerator, cgroup: group })
 }
 
 /// Ends a QEMU and waits until it is gone. Its guest's memory is lost.
@@ -109,7 +105,7 @@ pub(crate) async fn end(qemu: &Qemu) -> Result<()> {
     Ok(())
 }
 
-fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Result<()> {
+fn make_runtime_folder(qemu: &HostQemu, runtime: &std::path::Path) -> Result<()> {
     let doing = format!("making {}", runtime.display());
     // Sockets of a QEMU that is gone would be in the way.
     if runtime.exists() {
@@ -117,18 +113,18 @@ fn make_runtime_folder(agent: &Agent, runtime: &std::path::Path) -> Result<()> {
     }
     std::fs::create_dir_all(runtime).or_fail(&doing)?;
     std::fs::set_permissions(runtime, std::fs::Permissions::from_mode(0o700)).or_fail(&doing)?;
-    agent.give_to_qemu(runtime).or_fail(&doing)
+    qemu.give_file(runtime).or_fail(&doing)
 }
 
 async fn plug_nics(
-    agent: &Agent,
+    net: &Net,
     definition: &VmDefinition,
     inherited: &mut InheritedFds,
 ) -> Result<Vec<NicSpec>> {
     let uuid = definition.uuid.unwrap_or_default();
     let mut specs = Vec::new();
     for (index, nic) in definition.nics.iter().enumerate() {
-        let tap = agent.net.make_tap(&tap_name(uuid, index), &nic.switch).await?;
+        let tap = net.make_tap(&tap_name(uuid, index), &nic.switch).await?;
         let mac = nic.mac.ok_or_else(|| Failure::internal("a NIC without a MAC address"))?;
         specs.push(NicSpec {
             id: format!("nic{index}"),
@@ -139,12 +135,12 @@ async fn plug_nics(
     Ok(specs)
 }
 
-fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Result<BootSpec> {
+fn boot_spec(qemu: &HostQemu, definition: &VmDefinition) -> Result<BootSpec> {
     let boot = &definition.boot;
     let uefi = match files::uefi_variables(definition)? {
         Some(variables) => {
-            agent.give_to_qemu(&variables).or_fail("giving UEFI's variables to QEMU")?;
-            Some(UefiSpec { code: agent.config.qemu.uefi_code.clone(), variables })
+            qemu.give_file(&variables).or_fail("giving UEFI's variables to QEMU")?;
+            Some(UefiSpec { code: qemu.uefi_code.clone(), variables })
         }
         None => None,
     };
@@ -156,12 +152,12 @@ fn boot_spec(agent: &Agent, definition: &VmDefinition) -> Result<BootSpec> {
     Ok(BootSpec { uefi, kernel })
 }
 
-fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Result<Vec<DiskSpec>> {
+fn disk_specs(qemu: &HostQemu, definition: &VmDefinition) -> Result<Vec<DiskSpec>> {
     let spec = |disk: &limosa_protocol::vm::Disk| {
         let path = files::image(disk)?.to_owned();
         let is_disk = disk.kind == DiskKind::Disk;
         if is_disk {
-            agent.give_to_qemu(&path).or_fail(&format!(
+            qemu.give_file(&path).or_fail(&format!(
                 "VM {} cannot be started: its image {}",
                 definition.name,
                 path.display()
@@ -185,32 +181,32 @@ fn disk_specs(agent: &Agent, definition: &VmDefinition) -> Result<Vec<DiskSpec>>
 }
 
 /// Starts a VM that is off.
-pub(crate) async fn start(agent: &Arc<Agent>, vm: &Arc<Vm>) -> Result<()> {
+pub(crate) async fn start(host: &Arc<Host>, vm: &Arc<Vm>) -> Result<()> {
     let mut inner = vm.lock_for_change().await?;
     if inner.qemu.is_some() {
         return Err(Failure::conflict(format!("VM {} is on already", vm.name)));
     }
     inner.expect_owned()?;
     inner.expect_cold_start()?;
-    let qemu = launch(agent, &inner.definition, false).await?;
+    let qemu = launch(host, &inner.definition, false).await?;
     let started = async {
-        record(agent, vm, &mut inner, &qemu)?;
+        record(&host.store, vm, &mut inner, &qemu)?;
         power::cont(&qemu.qmp).await.or_fail(&format!("starting VM {}", vm.name))
     };
     if let Err(failure) = started.await {
         end(&qemu).await?;
-        forget(agent, vm, &mut inner)?;
+        forget(&host.store, vm, &mut inner)?;
         return Err(failure);
     }
-    watch(agent, vm, &mut inner, qemu).await;
-    tracing::info!(vm = %vm.name, accelerator = %agent.qemu.accelerator, "started");
+    watch(host, vm, &mut inner, qemu).await;
+    tracing::info!(vm = %vm.name, accelerator = %host.qemu.accelerator, "started");
     Ok(())
 }
 
 /// Writes down which QEMU is the VM's.
-pub(crate) fn record(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) -> Result<()> {
+pub(crate) fn record(store: &Store, vm: &Vm, inner: &mut Inner, qemu: &Qemu) -> Result<()> {
     inner.record.run = Some(run_record(qemu));
-    Ok(agent.store.put::<VmRecord>(vm.name.as_str(), &inner.record)?)
+    Ok(store.put::<VmRecord>(vm.name.as_str(), &inner.record)?)
 }
 
 /// What is written down of a QEMU.
@@ -223,26 +219,26 @@ pub(crate) fn run_record(qemu: &Qemu) -> RunRecord {
 }
 
 /// Notes that the VM's QEMU is gone.
-fn forget(agent: &Agent, vm: &Vm, inner: &mut Inner) -> Result<()> {
+fn forget(store: &Store, vm: &Vm, inner: &mut Inner) -> Result<()> {
     inner.qemu = None;
     if inner.record.run.take().is_some() {
-        agent.store.put::<VmRecord>(vm.name.as_str(), &inner.record)?;
+        store.put::<VmRecord>(vm.name.as_str(), &inner.record)?;
     }
     Ok(())
 }
 
 /// Makes a QEMU the VM's, and watches it and the addresses its guest uses.
-pub(crate) async fn watch(agent: &Arc<Agent>, vm: &Arc<Vm>, inner: &mut Inner, qemu: Qemu) {
+pub(crate) async fn watch(host: &Arc<Host>, vm: &Arc<Vm>, inner: &mut Inner, qemu: Qemu) {
     inner.qemu = Some(qemu.clone());
     inner.fault = None;
-    listen_for_addresses(agent, vm, &inner.definition).await;
-    let (agent, vm) = (Arc::clone(agent), Arc::clone(vm));
+    listen_for_addresses(&host.net, vm, &inner.definition).await;
+    let (host, vm) = (Arc::clone(host), Arc::clone(vm));
     tokio::spawn(async move {
         qemu.qmp.wait_closed().await;
         let ended = process::wait_exit(&qemu.process, QEMU_EXIT).await;
         let mut inner = vm.lock().await;
         if ended.is_ok() {
-            note_end(&agent, &vm, &mut inner, &qemu);
+            note_end(&host.store, &vm, &mut inner, &qemu);
         } else if inner.has(&qemu) {
             inner.fault = Some(format!(
                 "QEMU (process {}) closed its socket and still runs: end it with \
@@ -254,23 +250,23 @@ pub(crate) async fn watch(agent: &Arc<Agent>, vm: &Arc<Vm>, inner: &mut Inner, q
 }
 
 /// Notes that a QEMU ended, if it is still the VM's.
-pub(super) fn note_end(agent: &Agent, vm: &Vm, inner: &mut Inner, qemu: &Qemu) {
+pub(super) fn note_end(store: &Store, vm: &Vm, inner: &mut Inner, qemu: &Qemu) {
     if !inner.has(qemu) {
         return;
     }
     cgroup::remove(qemu.cgroup.as_deref());
-    if let Err(failure) = forget(agent, vm, inner) {
+    if let Err(failure) = forget(store, vm, inner) {
         tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
     }
     tracing::info!(vm = %vm.name, "QEMU ended");
     vm.qemu_ends.send_replace(Some(qemu.process.clone()));
 }
 
-async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefinition) {
+async fn listen_for_addresses(net: &Net, vm: &Arc<Vm>, definition: &VmDefinition) {
     let uuid = definition.uuid.unwrap_or_default();
     for (index, nic) in definition.nics.iter().enumerate() {
         let name = tap_name(uuid, index);
-        let (Ok(Some(link)), Some(mac)) = (agent.net.index(&name).await, nic.mac) else {
+        let (Ok(Some(link)), Some(mac)) = (net.index(&name).await, nic.mac) else {
             tracing::warn!(vm = %vm.name, tap = name, "the addresses of a NIC are not learnt");
             continue;
         };
@@ -285,24 +281,24 @@ async fn listen_for_addresses(agent: &Agent, vm: &Arc<Vm>, definition: &VmDefini
 }
 
 /// Finds the QEMU of a VM again after a restart of the agent.
-pub(crate) async fn reattach(agent: &Arc<Agent>, vm: &Arc<Vm>) {
+pub(crate) async fn reattach(host: &Arc<Host>, vm: &Arc<Vm>) {
     let mut inner = vm.lock().await;
     let Some(run) = inner.record.run.clone() else {
-        end_unrecorded(agent, &inner.definition).await;
+        end_unrecorded(&host.folders, &inner.definition).await;
         return;
     };
     if !process::is_alive(&run.process) {
         tracing::warn!(vm = %vm.name, "QEMU ended while the agent was away");
         cgroup::remove(run.cgroup.as_deref());
-        if let Err(failure) = forget(agent, vm, &mut inner) {
+        if let Err(failure) = forget(&host.store, vm, &mut inner) {
             tracing::error!(vm = %vm.name, %failure, "the VM's end was not recorded");
         }
         return;
     }
-    match reconnect(agent, &inner.definition, &run).await {
+    match reconnect(&host.folders, &inner.definition, &run).await {
         Ok(qemu) => {
             tracing::info!(vm = %vm.name, pid = qemu.process.pid, "found again");
-            watch(agent, vm, &mut inner, qemu).await;
+            watch(host, vm, &mut inner, qemu).await;
         }
         Err(failure) => {
             tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
@@ -313,11 +309,11 @@ pub(crate) async fn reattach(agent: &Arc<Agent>, vm: &Arc<Vm>) {
 
 /// Connects to a recorded QEMU that is alive.
 pub(crate) async fn reconnect(
-    agent: &Agent,
+    folders: &Folders,
     definition: &VmDefinition,
     run: &RunRecord,
 ) -> Result<Qemu> {
-    let socket = agent.runtime_folder(&definition.name).join(launch::QMP_SOCKET);
+    let socket = folders.runtime_of(&definition.name).join(launch::QMP_SOCKET);
     let qmp = process::connect(&run.process, &socket, QEMU_ANSWER).await.or_fail(&format!(
         "the QEMU of VM {} (process {}) does not answer at {}",
         definition.name,
@@ -334,7 +330,7 @@ pub(crate) async fn reconnect(
 
 /// Ends every QEMU that was started for a VM but not recorded: the agent died in
 /// between, and its guest never ran.
-pub(crate) async fn end_unrecorded(agent: &Agent, definition: &VmDefinition) {
+pub(crate) async fn end_unrecorded(folders: &Folders, definition: &VmDefinition) {
     let name = &definition.name;
     // One that has not got as far as its socket is found by its cgroup.
     if let Some(group) = cgroup::of(definition) {
@@ -346,7 +342,7 @@ pub(crate) async fn end_unrecorded(agent: &Agent, definition: &VmDefinition) {
         }
         cgroup::remove(Some(&group));
     }
-    let socket = agent.runtime_folder(name).join(launch::QMP_SOCKET);
+    let socket = folders.runtime_of(name).join(launch::QMP_SOCKET);
     let Ok(qmp) = Qmp::connect(&socket, QEMU_ANSWER).await else { return };
     tracing::warn!(vm = %name, "ending a QEMU that was started and not recorded");
     if let Err(error) = power::quit(&qmp).await {
@@ -356,8 +352,8 @@ pub(crate) async fn end_unrecorded(agent: &Agent, definition: &VmDefinition) {
 
 /// Index of the link on which a switch of this host can be spoken on.
 pub(crate) async fn switch_link(
-    agent: &Agent,
+    net: &Net,
     switch: &limosa_protocol::id::SwitchName,
 ) -> Option<u32> {
-    agent.net.index(&Net::bridge_name(switch)).await.ok().flatten()
+    net.index(&Net::bridge_name(switch)).await.ok().flatten()
 }

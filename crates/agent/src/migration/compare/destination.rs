@@ -13,8 +13,9 @@ use limosa_protocol::vm::{Firmware, VmDefinition};
 use serde_json::Value;
 
 use super::{check_qemu, problem, storage};
-use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Failure, OrFail, Result};
+use crate::host::wire_accelerator;
+use crate::migration::Migrations;
 use crate::vm::files;
 
 /// Longest wait to hear what becomes of the same VM, which somebody works on.
@@ -23,20 +24,20 @@ const SAME_VM_WAIT: Duration = Duration::from_secs(1);
 /// Memory that a VM's QEMU needs besides guest RAM, in bytes.
 const QEMU_OVERHEAD_BYTES: u64 = 128 << 20;
 
-/// Reads an offer whose version this agent speaks; another one is a problem,
+/// Reads an offer whose version this migrations speaks; another one is a problem,
 /// whatever else it holds.
 pub(crate) fn read_offer(
-    agent: &Agent,
+    migrations: &Migrations,
     from: &HostName,
     offer: Value,
 ) -> Result<Result<Offer, Problem>> {
-    if let Some(problem) = check_version(from, &agent.name, &offer) {
+    if let Some(problem) = check_version(from, &migrations.host.name, &offer) {
         return Ok(Err(problem));
     }
     serde_json::from_value(offer).map(Ok).map_err(|error| {
         Failure::bad_request(format!(
             "the offer is not understood, though {from} and {} speak the same version: {error}",
-            agent.name
+            migrations.host.name
         ))
     })
 }
@@ -74,11 +75,13 @@ pub(crate) struct Placed {
 }
 
 /// Gives an offered VM its places at this host.
-pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> Placed {
+pub(crate) fn place_offer(migrations: &Migrations, offer: &Offer) -> Placed {
     let mut plan = offer.plan.clone();
     let mut definition = offer.definition.clone();
-    let folder =
-        offer.storage_path.clone().unwrap_or_else(|| files::usual_folder(agent, &definition.name));
+    let folder = offer
+        .storage_path
+        .clone()
+        .unwrap_or_else(|| migrations.host.folders.files_of(&definition.name));
     definition.places = files::places_in(&folder);
     for (path, name) in [
         (&mut definition.boot.kernel, files::KERNEL_FILE),
@@ -105,7 +108,7 @@ pub(crate) fn place_offer(agent: &Agent, offer: &Offer) -> Placed {
 }
 
 /// Everything at this host that stands against an offer. Touches nothing.
-pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Problem>> {
+pub(crate) async fn check_offer(migrations: &Migrations, offer: &Offer) -> Result<Vec<Problem>> {
     offer
         .definition
         .check()
@@ -114,7 +117,7 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Prob
         .plan
         .check(&offer.definition)
         .map_err(|error| Failure::bad_request(format!("the offered plan: {error}")))?;
-    let Placed { definition: placed, plan } = place_offer(agent, offer);
+    let Placed { definition: placed, plan } = place_offer(migrations, offer);
     let mut problems = Vec::new();
     if let Some(disk) = plan.left_behind().next() {
         problems.push(problem(
@@ -123,27 +126,31 @@ pub(crate) async fn check_offer(agent: &Agent, offer: &Offer) -> Result<Vec<Prob
             format!("take {} out of the VM's definition", disk.id),
         ));
     }
-    check_switches(agent, &placed, &mut problems)?;
+    check_switches(migrations, &placed, &mut problems)?;
     // What lies in its places is its own, then, and not in the way.
-    if !check_names(agent, &placed, &mut problems).await {
-        storage::check(agent, &placed, &plan, offer, &mut problems).await?;
+    if !check_names(migrations, &placed, &mut problems).await {
+        storage::check(migrations, &placed, &plan, offer, &mut problems).await?;
     }
-    check_memory(agent, offer, &mut problems)?;
-    check_machine(agent, offer, &mut problems);
-    check_cpu(agent, offer, &mut problems);
+    check_memory(migrations, offer, &mut problems)?;
+    check_machine(migrations, offer, &mut problems);
+    check_cpu(migrations, offer, &mut problems);
     Ok(problems)
 }
 
 /// Whether VMs of this host take the VM's name or addresses; `true` if it, or
 /// what passes for it, is here or on its way already.
-async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) -> bool {
+async fn check_names(
+    migrations: &Migrations,
+    placed: &VmDefinition,
+    problems: &mut Vec<Problem>,
+) -> bool {
     let mut is_here = false;
-    for vm in agent.vms() {
+    for vm in migrations.host.vms.all() {
         let other = &vm.reserved;
         if other.uuid == placed.uuid {
             let inner = tokio::time::timeout(SAME_VM_WAIT, vm.lock()).await;
             problems.push(same_vm(
-                agent,
+                migrations,
                 other,
                 inner.ok().and_then(|inner| inner.lock.as_ref()?.moving()),
             ));
@@ -153,15 +160,18 @@ async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Pr
         if other.name == placed.name {
             problems.push(problem(
                 ProblemCode::NameTaken,
-                format!("host {} already has another VM {}", agent.name, other.name),
-                format!("delete VM {} on {}, or move to another host", other.name, agent.name),
+                format!("host {} already has another VM {}", migrations.host.name, other.name),
+                format!(
+                    "delete VM {} on {}, or move to another host",
+                    other.name, migrations.host.name
+                ),
             ));
             continue;
         }
         if other.places.configuration == placed.places.configuration {
             problems.push(problem(
                 ProblemCode::NotEmpty,
-                format!("VM {} on {} has the same folder", other.name, agent.name),
+                format!("VM {} on {} has the same folder", other.name, migrations.host.name),
                 "name another one with --storage-path",
             ));
         }
@@ -169,7 +179,10 @@ async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Pr
             if other.nics.iter().any(|nic| nic.mac == Some(mac)) {
                 problems.push(problem(
                     ProblemCode::MacTaken,
-                    format!("VM {} on {} has the MAC address {mac} too", other.name, agent.name),
+                    format!(
+                        "VM {} on {} has the MAC address {mac} too",
+                        other.name, migrations.host.name
+                    ),
                     "give one of the two another address",
                 ));
             }
@@ -180,8 +193,12 @@ async fn check_names(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Pr
 
 /// A VM of the offered identity is at this host. Nobody is told to delete it:
 /// it may be the one that is to live.
-fn same_vm(agent: &Agent, other: &VmDefinition, migration: Option<(MigrationId, Role)>) -> Problem {
-    let (name, here) = (&other.name, &agent.name);
+fn same_vm(
+    migrations: &Migrations,
+    other: &VmDefinition,
+    migration: Option<(MigrationId, Role)>,
+) -> Problem {
+    let (name, here) = (&other.name, &migrations.host.name);
     match migration {
         Some((id, Role::Destination)) => problem(
             ProblemCode::Busy,
@@ -207,15 +224,19 @@ fn same_vm(agent: &Agent, other: &VmDefinition, migration: Option<(MigrationId, 
     }
 }
 
-fn check_switches(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Problem>) -> Result<()> {
+fn check_switches(
+    migrations: &Migrations,
+    placed: &VmDefinition,
+    problems: &mut Vec<Problem>,
+) -> Result<()> {
     let mut switches: Vec<_> = placed.nics.iter().map(|nic| &nic.switch).collect();
     switches.sort();
     switches.dedup();
     for switch in switches {
-        if agent.store.get::<Switch>(switch.as_str())?.is_none() {
+        if migrations.host.store.get::<Switch>(switch.as_str())?.is_none() {
             problems.push(problem(
                 ProblemCode::SwitchMissing,
-                format!("host {} has no virtual switch {switch}", agent.name),
+                format!("host {} has no virtual switch {switch}", migrations.host.name),
                 format!(
                     "make it there with `limosa switch create {switch}`, or name another one with \
                      --switch {switch}=OTHER"
@@ -226,10 +247,10 @@ fn check_switches(agent: &Agent, placed: &VmDefinition, problems: &mut Vec<Probl
     Ok(())
 }
 
-fn check_memory(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> Result<()> {
+fn check_memory(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) -> Result<()> {
     let (_, memory_free) = crate::api::memory().or_fail("reading /proc/meminfo")?;
     // Guests that are on their way fill theirs only as they come.
-    let receiving = agent.migrations.receiving_but(offer.migration);
+    let receiving = migrations.receiving_but(offer.migration);
     let promised: u64 = receiving.iter().map(|incoming| incoming.memory_to_come_bytes()).sum();
     let memory_free = memory_free.saturating_sub(promised);
     let need = offer.definition.memory_bytes() + QEMU_OVERHEAD_BYTES;
@@ -248,15 +269,15 @@ fn check_memory(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) -> Re
     Ok(())
 }
 
-fn check_machine(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
-    let facts = &agent.qemu.facts;
+fn check_machine(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) {
+    let facts = &migrations.host.qemu.facts;
     let definition = &offer.definition;
-    problems.extend(check_qemu(&agent.name, facts.version, &facts.missing_commands()));
-    let code = &agent.config.qemu.uefi_code;
+    problems.extend(check_qemu(&migrations.host.name, facts.version, &facts.missing_commands()));
+    let code = &migrations.host.qemu.uefi_code;
     if definition.boot.firmware == Firmware::Uefi && !code.is_file() {
         problems.push(problem(
             ProblemCode::FirmwareMissing,
-            format!("{} has no UEFI firmware at {}", agent.name, code.display()),
+            format!("{} has no UEFI firmware at {}", migrations.host.name, code.display()),
             "install the package ovmf there, or set qemu.uefi_code",
         ));
     }
@@ -267,28 +288,30 @@ fn check_machine(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
             format!(
                 "QEMU {} of {} does not know the machine type {}; {} has QEMU \
                  {major}.{minor}.{micro}",
-                facts.version, agent.name, definition.machine, offer.source
+                facts.version, migrations.host.name, definition.machine, offer.source
             ),
             "upgrade QEMU at the destination, or give the VM an older machine type while it is off",
         ));
     }
-    if offer.plan.moves_memory() && offer.accelerator != wire_accelerator(agent.qemu.accelerator) {
+    if offer.plan.moves_memory()
+        && offer.accelerator != wire_accelerator(migrations.host.qemu.accelerator)
+    {
         problems.push(problem(
             ProblemCode::Accelerator,
             format!(
                 "the VM runs with {} and {} would run it with {} ({})",
                 offer.accelerator,
-                agent.name,
-                agent.qemu.accelerator,
-                agent.qemu.accelerator_reason
+                migrations.host.name,
+                migrations.host.qemu.accelerator,
+                migrations.host.qemu.accelerator_reason
             ),
             "set qemu.accelerator alike on both hosts, or move the VM while it is off",
         ));
     }
 }
 
-fn check_cpu(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
-    let facts = &agent.qemu.facts;
+fn check_cpu(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) {
+    let facts = &migrations.host.qemu.facts;
     let cpu = &offer.definition.cpu;
     let here = facts.cpu_features(cpu);
     let mut missing: Vec<_> =
@@ -304,7 +327,7 @@ fn check_cpu(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
             ProblemCode::CpuFeatures,
             format!(
                 "the CPU of {} lacks what the model {cpu} shows the guest: {}",
-                agent.name,
+                migrations.host.name,
                 missing.join(", ")
             ),
             "give the VM a CPU model that both hosts have, such as qemu64 or a versioned one",

@@ -15,24 +15,29 @@ use limosa_qemu::image::{self, ImageFacts};
 use limosa_qemu::power::{self, RunState};
 
 use super::{check_qemu, problem};
-use crate::agent::{Agent, wire_accelerator};
 use crate::failure::{Hindrance, Result, chain};
-use crate::vm::power::stopped_by;
+use crate::host::wire_accelerator;
+use crate::migration::Migrations;
+use crate::vm::run_state::stopped_by;
 use crate::vm::{Inner, create, files};
 
 /// Everything at this host that stands against a move, apart from files.
-pub(super) async fn check(agent: &Agent, inner: &Inner, request: &MoveRequest) -> Vec<Problem> {
+pub(super) async fn check(
+    migrations: &Migrations,
+    inner: &Inner,
+    request: &MoveRequest,
+) -> Vec<Problem> {
     let mut problems = Vec::new();
-    if request.to == agent.name {
+    if request.to == migrations.host.name {
         problems.push(problem(
             ProblemCode::SameHost,
-            format!("VM {} is on {} already", inner.definition.name, agent.name),
+            format!("VM {} is on {} already", inner.definition.name, migrations.host.name),
             "name another host with --to",
         ));
     }
     problems.extend(check_condition(inner).await);
-    let facts = &agent.qemu.facts;
-    problems.extend(check_qemu(&agent.name, facts.version, &facts.missing_commands()));
+    let facts = &migrations.host.qemu.facts;
+    problems.extend(check_qemu(&migrations.host.name, facts.version, &facts.missing_commands()));
     check_request(&inner.definition, request, &mut problems);
     problems
 }
@@ -124,7 +129,7 @@ fn check_request(definition: &VmDefinition, request: &MoveRequest, problems: &mu
 /// Says all that the destination must know of a VM, and which of its files
 /// cannot move.
 pub(super) async fn describe(
-    agent: &Agent,
+    migrations: &Migrations,
     inner: &Inner,
     request: &MoveRequest,
     migration: MigrationId,
@@ -134,7 +139,7 @@ pub(super) async fn describe(
     let mut disks = Vec::new();
     for disk in &definition.disks {
         let path = files::image(disk)?;
-        let (item, unusable) = plan_disk(agent, disk, path, request).await;
+        let (item, unusable) = plan_disk(migrations, disk, path, request).await;
         problems.extend(unusable);
         disks.push(item);
     }
@@ -143,12 +148,13 @@ pub(super) async fn describe(
         let size = look_at_file(name, &path).map_err(|problem| problems.push(problem));
         small_files.push((name.to_owned(), size.unwrap_or(0)));
     }
-    let facts = &agent.qemu.facts;
-    let accelerator = inner.qemu.as_ref().map_or(agent.qemu.accelerator, |qemu| qemu.accelerator);
+    let facts = &migrations.host.qemu.facts;
+    let accelerator =
+        inner.qemu.as_ref().map_or(migrations.host.qemu.accelerator, |qemu| qemu.accelerator);
     let offer = Offer {
         peer_version: PEER_VERSION,
         migration,
-        source: agent.name.clone(),
+        source: migrations.host.name.clone(),
         epoch: inner.record.epoch,
         definition: definition.clone(),
         plan: MigrationPlan {
@@ -179,7 +185,7 @@ fn memory_item(inner: &Inner) -> MemoryItem {
 /// A disk as an item of the plan, and why it cannot move if it cannot. A file that cannot be
 /// read is planned as an empty one, so that the destination checks the rest.
 async fn plan_disk(
-    agent: &Agent,
+    migrations: &Migrations,
     disk: &Disk,
     path: &Path,
     request: &MoveRequest,
@@ -202,7 +208,7 @@ async fn plan_disk(
         );
         return (item, Some(found));
     }
-    match look_at_image(agent, disk, path).await {
+    match look_at_image(migrations, disk, path).await {
         Ok(facts) => {
             item.virtual_bytes = facts.virtual_size;
             item.allocated_bytes = facts.actual_size;
@@ -219,7 +225,11 @@ async fn plan_disk(
 }
 
 /// Facts of a disk's image, or why it cannot move.
-async fn look_at_image(agent: &Agent, disk: &Disk, path: &Path) -> Result<ImageFacts, Problem> {
+async fn look_at_image(
+    migrations: &Migrations,
+    disk: &Disk,
+    path: &Path,
+) -> Result<ImageFacts, Problem> {
     let shown = path.display();
     let found = std::fs::metadata(path).map_err(|error| {
         problem(
@@ -235,7 +245,8 @@ async fn look_at_image(agent: &Agent, disk: &Disk, path: &Path) -> Result<ImageF
             "move its content into an image file, or detach it",
         ));
     }
-    let facts = image::image_facts(&agent.qemu.img, path, create::format_of(disk.format)).await;
+    let facts =
+        image::image_facts(&migrations.host.qemu.img, path, create::format_of(disk.format)).await;
     let facts = facts.map_err(|error| {
         problem(
             ProblemCode::FileUnusable,

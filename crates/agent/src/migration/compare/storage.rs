@@ -23,9 +23,10 @@ use limosa_protocol::vm::VmDefinition;
 use rustix::fs::Access;
 
 use super::problem;
-use crate::agent::{Agent, QemuUser};
 use crate::failure::Result;
+use crate::migration::Migrations;
 use crate::vm::files;
+use limosa_qemu::process::User;
 
 /// Room that must stay free on a file system, in bytes.
 const DISK_RESERVE_BYTES: u64 = 64 << 20;
@@ -41,21 +42,21 @@ struct Wanted {
 
 /// What stands against the paths of a placed VM.
 pub(super) async fn check(
-    agent: &Agent,
+    migrations: &Migrations,
     placed: &VmDefinition,
     plan: &MigrationPlan,
     offer: &Offer,
     problems: &mut Vec<Problem>,
 ) -> Result<()> {
     check_form(placed, requested_paths(offer), problems);
-    check_roots(agent, offer, problems);
+    check_roots(migrations, offer, problems);
     check_free(placed, problems)?;
     let mut room = BTreeMap::<u64, Room>::new();
     let mut told = Vec::new();
     let wanted = wanted(placed, plan, offer)?;
     for wanted in wanted.iter().filter(|wanted| is_whole(&wanted.folder)) {
         let found = match ground(&wanted.folder) {
-            Ok(ground) => usable(agent, &ground).await.map(|room| (ground, room)),
+            Ok(ground) => usable(migrations, &ground).await.map(|room| (ground, room)),
             Err(why) => Err(why),
         };
         match found {
@@ -68,17 +69,17 @@ pub(super) async fn check(
             Err(why) => {
                 problems.push(problem(
                     ProblemCode::BadPath,
-                    format!("{} at {}: {why}", wanted.folder.display(), agent.name),
+                    format!("{} at {}: {why}", wanted.folder.display(), migrations.host.name),
                     format!(
                         "fix that on {}, or name another place with {}",
-                        agent.name, wanted.option
+                        migrations.host.name, wanted.option
                     ),
                 ));
                 told.push(why);
             }
         }
     }
-    for (device, bytes) in promised(agent, offer) {
+    for (device, bytes) in promised(migrations, offer) {
         if let Some(room) = room.get_mut(&device) {
             room.free_bytes = room.free_bytes.saturating_sub(bytes);
         }
@@ -88,8 +89,8 @@ pub(super) async fn check(
 }
 
 /// By file system: bytes that VMs which are moving in have yet to write.
-fn promised(agent: &Agent, offer: &Offer) -> Vec<(u64, u64)> {
-    let receiving = agent.migrations.receiving_but(offer.migration);
+fn promised(migrations: &Migrations, offer: &Offer) -> Vec<(u64, u64)> {
+    let receiving = migrations.receiving_but(offer.migration);
     let images = receiving.iter().flat_map(|incoming| incoming.images_to_come_bytes());
     let on_device = images.filter_map(|(image, bytes)| {
         let folder = ground(image.parent()?).ok()?;
@@ -116,8 +117,9 @@ fn is_whole(path: &Path) -> bool {
 
 /// Whether the paths that were asked for lie where other hosts may have files
 /// made: a paired host is not to write to any folder of this one.
-fn check_roots(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
-    let roots = || [&agent.config.folder].into_iter().chain(&agent.config.migration.storage_roots);
+fn check_roots(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) {
+    let roots =
+        || [&migrations.host.folders.state].into_iter().chain(&migrations.settings.storage_roots);
     let outside = |path: &&PathBuf| is_whole(path) && !roots().any(|root| path.starts_with(root));
     for path in requested_paths(offer).filter(outside) {
         let list: Vec<String> = roots().map(|root| root.display().to_string()).collect();
@@ -125,14 +127,14 @@ fn check_roots(agent: &Agent, offer: &Offer, problems: &mut Vec<Problem>) {
             ProblemCode::BadPath,
             format!(
                 "{} takes no VMs at {}, only in {}",
-                agent.name,
+                migrations.host.name,
                 path.display(),
                 list.join(", ")
             ),
             format!(
                 "name a place in one of these, or add one to `storage_roots` in section \
                  `migration` of limosad.toml on {} and restart limosad",
-                agent.name
+                migrations.host.name
             ),
         ));
     }
@@ -258,7 +260,7 @@ impl Room {
 
 /// Whether folders and files can be made in a ground and reached by QEMU; how
 /// much room there is.
-async fn usable(agent: &Agent, ground: &Path) -> Result<Room, String> {
+async fn usable(migrations: &Migrations, ground: &Path) -> Result<Room, String> {
     let shown = ground.display();
     let at = |error: io::Error| format!("{shown}: {error}");
     rustix::fs::access(ground, Access::WRITE_OK | Access::EXEC_OK).map_err(
@@ -267,7 +269,7 @@ async fn usable(agent: &Agent, ground: &Path) -> Result<Room, String> {
             _ => format!("limosad may make nothing in {shown}: {error}"),
         },
     )?;
-    let user = agent.qemu.user.as_ref();
+    let user = migrations.host.qemu.user.as_ref();
     if let Some(closed) = first_closed(user, ground).await.map_err(at)? {
         return Err(format!(
             "QEMU's user may not pass through the folder {} (`chmod a+x`, or set qemu.user)",
@@ -281,7 +283,7 @@ async fn usable(agent: &Agent, ground: &Path) -> Result<Room, String> {
 }
 
 /// The first folder on the way that QEMU's user may not pass through.
-async fn first_closed(user: Option<&QemuUser>, ground: &Path) -> io::Result<Option<PathBuf>> {
+async fn first_closed(user: Option<&User>, ground: &Path) -> io::Result<Option<PathBuf>> {
     if may_pass(user, ground).await? {
         return Ok(None);
     }
@@ -300,7 +302,7 @@ async fn first_closed(user: Option<&QemuUser>, ground: &Path) -> io::Result<Opti
 ///
 /// The kernel is asked, by a process of that user: modes alone would miss access
 /// control lists.
-async fn may_pass(user: Option<&QemuUser>, folder: &Path) -> io::Result<bool> {
+async fn may_pass(user: Option<&User>, folder: &Path) -> io::Result<bool> {
     let mut test = tokio::process::Command::new("test");
     test.arg("-x").arg(folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     if let Some(user) = user {
@@ -339,7 +341,7 @@ mod tests {
     /// Method: as root with a user of its own, else as ourselves.
     #[tokio::test]
     async fn a_closed_folder_on_the_way_is_named() {
-        let user = rustix::process::geteuid().is_root().then_some(QemuUser {
+        let user = rustix::process::geteuid().is_root().then_some(User {
             uid: 65534,
             gid: 65534,
             groups: Vec::new(),

@@ -12,6 +12,7 @@ use limosa_protocol::migration::{Migration, Role};
 
 use super::status::{PeerAnswer, Status};
 use crate::failure::Hindrance;
+use crate::vm::Vm;
 use crate::vm::lock::{Activity, Blocks, Holder, VmLock};
 
 /// Whose handover it is, for texts.
@@ -161,6 +162,15 @@ impl Parties {
 /// restart, operators have the VM back.
 pub(super) fn initial_lock(view: &Migration, status: Status) -> Option<VmLock> {
     Parties::of(view).lock(status, view.ended_unix_ms.is_none())
+}
+
+/// Puts the lock on the VM, unless it is the one that was published last.
+pub(super) async fn publish_lock(vm: &Vm, last: &mut Option<VmLock>, lock: Option<VmLock>) {
+    // The VM's mutex may be held for a while: nobody waits for it to find nothing new.
+    if *last != lock {
+        vm.lock().await.lock.clone_from(&lock);
+        *last = lock;
+    }
 }
 
 #[cfg(test)]

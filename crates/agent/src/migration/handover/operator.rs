@@ -10,13 +10,14 @@ use limosa_protocol::peer::{DestinationVote, SourceDecision};
 
 use super::Handover;
 use super::status::Status;
-use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, Result};
+use crate::host::clock::now_unix_ms;
+use crate::migration::Migrations;
 
 /// What is known of a VM's handover on both hosts, and what forcing it here
 /// would risk.
-pub(crate) async fn recovery(agent: &Arc<Agent>, vm: &VmName) -> Result<Recovery> {
-    let driver = unsettled(agent, vm)?;
+pub(crate) async fn recovery(migrations: &Arc<Migrations>, vm: &VmName) -> Result<Recovery> {
+    let driver = unsettled(migrations, vm)?;
     let status = driver.status();
     let peer = match &driver {
         Handover::Source(driver) => match driver.look_at_peer().await {
@@ -57,8 +58,12 @@ fn unanswered(text: String) -> RecoveryPeer {
 
 /// Gives the VM to this host. The operator has made sure that the other host
 /// does not run it; nothing here can.
-pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Result<Recovery> {
-    let before = recovery(agent, vm).await?;
+pub(crate) async fn force_owner(
+    migrations: &Arc<Migrations>,
+    vm: &VmName,
+    by: &str,
+) -> Result<Recovery> {
+    let before = recovery(migrations, vm).await?;
     if before.peer.answers && !before.peer.has_lost_records {
         return Err(Failure::conflict(format!(
             "{} answers ({}): the two hosts settle this by themselves within seconds; nothing was \
@@ -72,8 +77,8 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Re
             before.state
         )));
     }
-    let driver = unsettled(agent, vm)?;
-    expect_files(agent, vm).await?;
+    let driver = unsettled(migrations, vm)?;
+    expect_files(migrations, vm).await?;
     let by = format!("{by}, {} ms since 1970", now_unix_ms());
     tracing::warn!(%vm, migration = %driver.id(), by, "an operator gives the VM to this host");
     match &driver {
@@ -88,9 +93,9 @@ pub(crate) async fn force_owner(agent: &Arc<Agent>, vm: &VmName, by: &str) -> Re
     })
 }
 
-fn unsettled(agent: &Agent, vm: &VmName) -> Result<Handover> {
-    agent.vm(vm)?;
-    agent.migrations.unsettled(vm).ok_or_else(|| {
+fn unsettled(migrations: &Migrations, vm: &VmName) -> Result<Handover> {
+    migrations.host.vm(vm)?;
+    migrations.unsettled(vm).ok_or_else(|| {
         Failure::conflict(format!(
             "VM {vm} needs no recovery: no migration of it waits for another host"
         ))
@@ -98,9 +103,9 @@ fn unsettled(agent: &Agent, vm: &VmName) -> Result<Handover> {
 }
 
 /// Fails when the disks are not here any more: a source may have begun to free
-/// them when its agent ended.
-async fn expect_files(agent: &Arc<Agent>, vm: &VmName) -> Result<()> {
-    let found = agent.vm(vm)?;
+/// them when its migrations ended.
+async fn expect_files(migrations: &Arc<Migrations>, vm: &VmName) -> Result<()> {
+    let found = migrations.host.vm(vm)?;
     let of_vm = found.lock().await;
     for disk in &of_vm.definition.disks {
         if let Some(image) = disk.path.as_ref().filter(|image| !image.exists()) {

@@ -1,4 +1,4 @@
-//! After a restart of the agent: every unsettled migration's machine is made
+//! After a restart of the migrations: every unsettled migration's machine is made
 //! again of its record, before anybody can ask for its VM; then it goes on.
 //!
 //! | record | guest's QEMU | first |
@@ -18,8 +18,8 @@ use limosa_qemu::power::{self, RunState};
 use limosa_qemu::process::{self, ProcessId};
 
 use super::{DestinationDriver, Durable, Handover, SourceDriver, VmChange};
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
+use crate::migration::Migrations;
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, cgroup, run};
 
@@ -31,19 +31,19 @@ pub(crate) enum Restored {
 
 /// Makes the machines of all unsettled migrations. Their VMs are fenced from
 /// here on; nothing is done yet.
-pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<Vec<Restored>> {
+pub(crate) async fn restore(migrations: &Arc<Migrations>) -> anyhow::Result<Vec<Restored>> {
     let mut all = Vec::new();
-    for (id, record) in agent.store.all::<MigrationRecord>()? {
+    for (id, record) in migrations.host.store.all::<MigrationRecord>()? {
         if record.is_ended() {
             continue;
         }
         let vm = record.view.vm.clone();
-        match restore_one(agent, record).await {
+        match restore_one(migrations, record).await {
             Ok(restored) => all.push(restored),
             Err(failure) => {
                 tracing::error!(migration = id, %vm, %failure, "it cannot be settled");
                 // Nobody may work with a VM whose owner is not known.
-                if let Ok(vm) = agent.vm(&vm) {
+                if let Ok(vm) = migrations.host.vm(&vm) {
                     let why = format!("its migration {id} cannot be settled: {failure}");
                     vm.lock().await.unusable.get_or_insert(why);
                 }
@@ -53,29 +53,32 @@ pub(crate) async fn restore(agent: &Arc<Agent>) -> anyhow::Result<Vec<Restored>>
     Ok(all)
 }
 
-async fn restore_one(agent: &Arc<Agent>, mut record: MigrationRecord) -> Result<Restored> {
+async fn restore_one(
+    migrations: &Arc<Migrations>,
+    mut record: MigrationRecord,
+) -> Result<Restored> {
     // What was read may so far be only in the kernel's memory, when a sync
     // failed before the restart.
     let read = record.handover;
     // The VM's record was written in one step with it, and is as uncertain.
-    let vm = match agent.store.get::<VmRecord>(record.view.vm.as_str())? {
+    let vm = match migrations.host.store.get::<VmRecord>(record.view.vm.as_str())? {
         Some(of_vm) => VmChange::Put(of_vm),
         None => VmChange::Remove,
     };
-    let mut store = Durable { store: &agent.store, migration: &mut record, vm };
+    let mut store = Durable { store: &migrations.host.store, migration: &mut record, vm };
     let receipt = persist(&mut store, read)?;
     match record.view.role {
-        Role::Source => restore_source(agent, record, receipt).await,
-        Role::Destination => restore_destination(agent, record, receipt).await,
+        Role::Source => restore_source(migrations, record, receipt).await,
+        Role::Destination => restore_destination(migrations, record, receipt).await,
     }
 }
 
 async fn restore_source(
-    agent: &Arc<Agent>,
+    migrations: &Arc<Migrations>,
     record: MigrationRecord,
     receipt: Receipt,
 ) -> Result<Restored> {
-    let vm = agent.vm(&record.view.vm)?;
+    let vm = migrations.host.vm(&record.view.vm)?;
     let is_told = record.view.ended_unix_ms.is_some();
     let mut of_vm = vm.lock().await;
     let (guest, qemu) = if record.is_off() {
@@ -94,12 +97,12 @@ async fn restore_source(
             (None, _) => (Guest::Gone, None),
         }
     };
-    let (driver, actions) = SourceDriver::restore(agent, &vm, record, receipt, guest, qemu)?;
+    let (driver, actions) = SourceDriver::restore(migrations, &vm, record, receipt, guest, qemu)?;
     if !is_told {
         driver.note_restart().await;
     }
     of_vm.lock = driver.initial_lock();
-    agent.migrations.add_restored(Handover::Source(Arc::clone(&driver)));
+    migrations.add_restored(Handover::Source(Arc::clone(&driver)));
     Ok(Restored::Source(driver, actions))
 }
 
@@ -116,7 +119,7 @@ async fn end_reader(record: &MigrationRecord, definition: &VmDefinition) -> Resu
 }
 
 async fn restore_destination(
-    agent: &Arc<Agent>,
+    migrations: &Arc<Migrations>,
     mut record: MigrationRecord,
     receipt: Receipt,
 ) -> Result<Restored> {
@@ -129,7 +132,7 @@ async fn restore_destination(
         .clone()
         .ok_or_else(|| Failure::internal("its record has no definition of the VM"))?;
     let is_owner = record.handover.stage == Stage::Owner;
-    let vm = match agent.vm(&definition.name) {
+    let vm = match migrations.host.vm(&definition.name) {
         Ok(vm) if is_owner => vm,
         _ => {
             // The name is taken until it is settled.
@@ -140,23 +143,23 @@ async fn restore_destination(
                 given_up_to: None,
             };
             let vm = Arc::new(Vm::new(definition.clone(), of_vm));
-            agent.add_vm(Arc::clone(&vm))?;
+            migrations.host.vms.add(&migrations.host.name, Arc::clone(&vm))?;
             vm
         }
     };
-    let (guest, qemu) = look_at_destination(agent, &vm, &record).await;
+    let (guest, qemu) = look_at_destination(migrations, &vm, &record).await;
     let mut of_vm = vm.lock().await;
     let (driver, actions) =
-        DestinationDriver::restore(agent, &vm, record, receipt, guest, qemu, definition)?;
+        DestinationDriver::restore(migrations, &vm, record, receipt, guest, qemu, definition)?;
     of_vm.lock = driver.initial_lock();
-    agent.migrations.add_restored(Handover::Destination(Arc::clone(&driver)));
+    migrations.add_restored(Handover::Destination(Arc::clone(&driver)));
     Ok(Restored::Destination(driver, actions))
 }
 
 /// What has become of the QEMU that received. "Running" unless the guest surely
 /// never ran here.
 async fn look_at_destination(
-    agent: &Agent,
+    migrations: &Migrations,
     vm: &Vm,
     record: &MigrationRecord,
 ) -> (Guest, Option<Qemu>) {
@@ -166,7 +169,7 @@ async fn look_at_destination(
             tracing::error!(vm = %vm.name, %failure, "it holds the images open");
         }
         if record.run.is_none() {
-            run::end_unrecorded(agent, &definition).await;
+            run::end_unrecorded(&migrations.host.folders, &definition).await;
         }
         return (Guest::Off, None);
     }
@@ -175,7 +178,7 @@ async fn look_at_destination(
         (Some(qemu), _) => Some(qemu),
         (None, Some(run)) if process::is_alive(&run.process) => {
             let definition = vm.lock().await.definition.clone();
-            match run::reconnect(agent, &definition, run).await {
+            match run::reconnect(&migrations.host.folders, &definition, run).await {
                 Ok(qemu) => Some(qemu),
                 Err(failure) => {
                     tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
@@ -185,7 +188,7 @@ async fn look_at_destination(
         }
         (None, Some(_)) => return (Guest::Gone, None),
         (None, None) => {
-            run::end_unrecorded(agent, &vm.lock().await.definition).await;
+            run::end_unrecorded(&migrations.host.folders, &vm.lock().await.definition).await;
             return (Guest::Gone, None);
         }
     };

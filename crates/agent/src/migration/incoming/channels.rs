@@ -23,9 +23,9 @@ use tokio_rustls::server::TlsStream;
 use tracing::Instrument;
 
 use super::Incoming;
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result, chain};
 use crate::fault::{self, Edge, Kind};
+use crate::migration::Migrations;
 use crate::migration::outgoing::link_wait;
 use crate::peer::into_blocking;
 
@@ -171,7 +171,7 @@ impl Inner {
 
 /// Takes a data connection of a paired host, past its hello.
 pub(crate) async fn accept_channel(
-    agent: &Arc<Agent>,
+    migrations: &Arc<Migrations>,
     from: &HostName,
     mut stream: TlsStream<TcpStream>,
 ) -> anyhow::Result<()> {
@@ -183,8 +183,7 @@ pub(crate) async fn accept_channel(
         Ok(serde_json::from_slice::<ChannelHello>(&text)?)
     };
     let hello = tokio::time::timeout(HELLO_MAX, read).await??;
-    let incoming = agent
-        .migrations
+    let incoming = migrations
         .incoming(hello.migration, from)
         .ok_or_else(|| anyhow::anyhow!("a channel for a migration that is not under way"))?;
     fault::reach(Kind::Answer, "channel", Edge::Before).await;
@@ -228,7 +227,7 @@ impl Incoming {
         let incoming = Arc::clone(self);
         let attempt = *self.attempt.borrow();
         self.job.spawn(async move {
-            tokio::time::sleep(link_wait(&incoming.agent) + WAIT_LONGER).await;
+            tokio::time::sleep(link_wait(&incoming.migrations) + WAIT_LONGER).await;
             let is_last = *incoming.attempt.borrow() == attempt;
             if is_last && !incoming.connections.have_come() {
                 incoming.fail("the source opened no channels".to_owned()).await;
@@ -243,7 +242,7 @@ impl Incoming {
         mut lost: watch::Receiver<Option<PlaneError>>,
     ) {
         let (incoming, job) = (Arc::downgrade(self), Arc::clone(&self.job));
-        let wait = link_wait(&self.agent) + WAIT_LONGER;
+        let wait = link_wait(&self.migrations) + WAIT_LONGER;
         self.job.spawn(async move {
             loop {
                 let why = lost.wait_for(Option::is_some).await.map(|why| why.clone());

@@ -43,8 +43,8 @@ use super::Slot;
 use super::compare::{self, Placed};
 use super::handover::{DestinationDriver, Handover};
 use super::job::Job;
-use crate::agent::Agent;
 use crate::failure::{Failure, Result};
+use crate::migration::Migrations;
 use crate::store::{MigrationRecord, VmRecord};
 use crate::vm::{Qemu, Vm, files};
 
@@ -53,7 +53,7 @@ const BLOCK_BYTES: u64 = 512;
 
 /// What one migration receives at its destination.
 pub(crate) struct Incoming {
-    agent: Arc<Agent>,
+    migrations: Arc<Migrations>,
     job: Arc<Job>,
     offer: Offer,
     definition: VmDefinition,
@@ -137,7 +137,7 @@ impl Incoming {
 
     /// Takes an offer: checks it again, takes the VM's name and makes place.
     pub(crate) async fn accept(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         from: &HostName,
         offer: Offer,
     ) -> Result<OfferAnswer> {
@@ -147,28 +147,28 @@ impl Incoming {
                 offer.source
             )));
         }
-        let _placing = agent.placing.lock().await;
+        let _placing = migrations.host.allocation_lock.lock().await;
         let id = offer.migration;
         // The answer may have been lost, and the source asks again.
-        if let Some(incoming) = agent.migrations.incoming(id, from)
+        if let Some(incoming) = migrations.incoming(id, from)
             && incoming.offer == offer
             && incoming.driver.expect_preparing().is_ok()
         {
             return Ok(OfferAnswer { problems: Vec::new(), is_full: false });
         }
         // A number that is known already would replace what it stands for.
-        let known: Option<MigrationRecord> = agent.store.get(&id.to_string())?;
+        let known: Option<MigrationRecord> = migrations.host.store.get(&id.to_string())?;
         if known.is_some() {
             return Err(Failure::conflict(format!("migration {id} was offered before")));
         }
-        let problems = compare::check_offer(agent, &offer).await?;
+        let problems = compare::check_offer(migrations, &offer).await?;
         if !problems.is_empty() {
             return Ok(OfferAnswer { problems, is_full: false });
         }
-        let Some(slot) = agent.migrations.reserve() else {
+        let Some(slot) = migrations.reserve() else {
             return Ok(OfferAnswer { problems, is_full: true });
         };
-        let incoming = Self::take(agent, offer, slot).await?;
+        let incoming = Self::take(migrations, offer, slot).await?;
         if let Err(failure) = incoming.make_place().instrument(incoming.span()).await {
             incoming.driver.give_up(&failure.to_string()).await;
             return Err(failure);
@@ -177,9 +177,9 @@ impl Incoming {
     }
 
     /// Takes the VM's name, records the offer and begins.
-    async fn take(agent: &Arc<Agent>, offer: Offer, slot: Slot<'_>) -> Result<Arc<Self>> {
+    async fn take(migrations: &Arc<Migrations>, offer: Offer, slot: Slot<'_>) -> Result<Arc<Self>> {
         let id = offer.migration;
-        let Placed { definition, plan } = compare::place_offer(agent, &offer);
+        let Placed { definition, plan } = compare::place_offer(migrations, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
         let of_vm = VmRecord {
             configuration: configuration.to_owned(),
@@ -193,7 +193,7 @@ impl Incoming {
             definition.name.clone(),
             Role::Destination,
             offer.source.clone(),
-            agent.name.clone(),
+            migrations.host.name.clone(),
         ));
         let record = MigrationRecord {
             handover: Record::first(offer.migration, Stage::Preparing, offer.epoch),
@@ -209,19 +209,19 @@ impl Incoming {
         };
         // Held until the lock is on it: nobody is to start or delete what has only a name.
         let mut of_vm = vm.lock().await;
-        agent.add_vm(Arc::clone(&vm))?;
-        let begun = DestinationDriver::begin(agent, &vm, &job, record, definition.clone());
+        migrations.host.vms.add(&migrations.host.name, Arc::clone(&vm))?;
+        let begun = DestinationDriver::begin(migrations, &vm, &job, record, definition.clone());
         let driver = match begun {
             Ok(driver) => driver,
             Err(failure) => {
-                agent.drop_vm(&vm, &mut of_vm);
+                migrations.host.vms.remove(&vm, &mut of_vm);
                 return Err(failure);
             }
         };
         of_vm.lock = driver.initial_lock();
         drop(of_vm);
         let incoming = Arc::new(Self {
-            agent: Arc::clone(agent),
+            migrations: Arc::clone(migrations),
             job,
             offer,
             definition,
@@ -234,7 +234,7 @@ impl Incoming {
             inner: Mutex::default(),
         });
         let receiving = Some(Arc::clone(&incoming));
-        agent.migrations.add(Handover::Destination(Arc::clone(&driver)), receiving, slot);
+        migrations.add(Handover::Destination(Arc::clone(&driver)), receiving, slot);
         incoming.spawn_cancel_watch();
         driver.spawn_settling();
         Ok(incoming)

@@ -12,8 +12,8 @@ use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 
 use super::Incoming;
-use crate::agent::Agent;
 use crate::failure::{OrFail, Result};
+use crate::migration::Migrations;
 use crate::vm::{Qemu, cgroup, create, definition_files, files, run, write_definition};
 
 impl Incoming {
@@ -54,8 +54,14 @@ impl Incoming {
         for (image, disk) in self.plan.images_to_make() {
             // Nobody wants it any more if it was given up meanwhile.
             self.driver.expect_preparing()?;
-            create::make_image(&self.agent, &image.path, image.format, disk.virtual_bytes, made)
-                .await?;
+            create::make_image(
+                &self.migrations.host.qemu,
+                &image.path,
+                image.format,
+                disk.virtual_bytes,
+                made,
+            )
+            .await?;
         }
         let (definition, made) = (self.definition.clone(), made.clone());
         let finish = move || finish(&definition, &made);
@@ -104,7 +110,7 @@ pub(crate) fn removable(plan: &MigrationPlan, made: Vec<PathBuf>) -> Vec<PathBuf
 
 /// Ends an incoming QEMU and removes what was made for it. Says what stayed.
 pub(crate) async fn free(
-    agent: &Agent,
+    migrations: &Migrations,
     definition: &VmDefinition,
     qemu: Option<&Qemu>,
     made: &[PathBuf],
@@ -116,7 +122,7 @@ pub(crate) async fn free(
     }
     cgroup::remove_of(definition);
     let mut left = Vec::new();
-    let runtime = agent.runtime_folder(&definition.name);
+    let runtime = migrations.host.folders.runtime_of(&definition.name);
     if runtime.exists()
         && let Err(error) = std::fs::remove_dir_all(&runtime)
     {

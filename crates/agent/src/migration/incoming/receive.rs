@@ -21,8 +21,8 @@ use super::super::outgoing::plane_settings;
 use super::channels::Set;
 use super::place::removable;
 use super::{Incoming, Inner};
-use crate::agent::random_token;
 use crate::failure::{Failure, OrFail, Result, chain};
+use crate::hex::random_token;
 use crate::vm::{files, run};
 
 /// Most plane events that wait to be looked at.
@@ -101,8 +101,8 @@ impl Incoming {
 
     /// Starts a QEMU that waits for what comes.
     pub(super) async fn start_qemu(&self, inner: &mut Inner) -> Result<Parts> {
-        let agent = &self.agent;
-        let launched = run::launch(agent, &self.definition, true).await;
+        let migrations = &self.migrations;
+        let launched = run::launch(&migrations.host, &self.definition, true).await;
         let noted = match launched {
             Ok(qemu) => match self.driver.note_qemu(&qemu).await {
                 Ok(()) => Ok(qemu),
@@ -117,12 +117,12 @@ impl Incoming {
         if noted.is_err() && !self.driver.still_prepares().await {
             // What was made by a launch that went on after all else was freed.
             let made = removable(&self.plan, inner.made.clone());
-            super::free(agent, &self.definition, None, &made).await;
+            super::free(migrations, &self.definition, None, &made).await;
         }
         let qemu = noted?;
         inner.qemu = Some(qemu.clone());
         let doing = "preparing QEMU at the destination";
-        let runtime = agent.runtime_folder(&self.definition.name);
+        let runtime = migrations.host.folders.runtime_of(&self.definition.name);
         let nbd = runtime.join(NBD_SOCKET);
         block::start_nbd_server(&qemu.qmp, &nbd).await.or_fail(doing)?;
         let mut disks = Vec::new();
@@ -180,7 +180,7 @@ impl Incoming {
             ram: parts.ram,
             disks: parts.disks,
             qemu_incoming: parts.qemu_incoming,
-            settings: plane_settings(&self.agent),
+            settings: plane_settings(&self.migrations),
             read_back: self.plan.verifies_fully(),
             on_event: Arc::new(move |event| match event {
                 PlaneEvent::LinkLost(error) => drop(lost.send_replace(Some(error))),
@@ -239,7 +239,7 @@ fn append_blocking(path: &Path, offset: u64, part: &[u8], size_bytes: u64) -> Re
     if size_bytes > peer::FILE_BYTES_MAX {
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
     }
-    // The first part makes the file, in a folder that only the agent writes.
+    // The first part makes the file, in a folder that only the migrations writes.
     let mut file = OpenOptions::new()
         .append(true)
         .create(offset == 0)

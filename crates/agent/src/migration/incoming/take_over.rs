@@ -43,7 +43,7 @@ impl Incoming {
     async fn read_contents(&self, inner: &mut Inner, part: Option<Part>) -> Result<Digests> {
         let settled = self.settle(inner).await?;
         let contents = verify::Contents {
-            agent: &self.agent,
+            migrations: &self.migrations,
             definition: &self.definition,
             qemu: inner.qemu.as_ref(),
             plan: &self.plan,

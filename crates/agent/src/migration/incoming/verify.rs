@@ -8,8 +8,8 @@ use limosa_protocol::vm::VmDefinition;
 use limosa_qemu::{image, ram};
 use tokio::io::AsyncReadExt;
 
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
+use crate::migration::Migrations;
 use crate::vm::{Qemu, create};
 
 /// What both hosts tell of something: digests of its parts; none if theirs lacks
@@ -18,7 +18,7 @@ type Told<'a> = (Part, &'a Vec<String>, Option<&'a Vec<String>>);
 
 /// Something whose contents are read again.
 pub(crate) struct Contents<'a> {
-    pub(crate) agent: &'a Agent,
+    pub(crate) migrations: &'a Migrations,
     pub(crate) definition: &'a VmDefinition,
     /// The guest's QEMU, which stands. Without one there is no RAM.
     pub(crate) qemu: Option<&'a Qemu>,
@@ -143,7 +143,7 @@ impl Contents<'_> {
         let doing = format!("reading {} again", path.display());
         let range = part.from_bytes..part.to_bytes;
         let format = create::format_of(image.format);
-        let tool = &self.agent.qemu.img;
+        let tool = &self.migrations.host.qemu.img;
         let mut child = image::read_content(tool, path, format, range).or_fail(&doing)?;
         let content = child.stdout.take().ok_or_else(|| Failure::internal(doing.clone()))?;
         let digests = digests(content, part).await.or_fail(&doing)?;

@@ -23,8 +23,8 @@ use tokio::time::Instant;
 use tracing::Instrument;
 
 use super::Source;
-use crate::agent::Agent;
 use crate::failure::{Failure, Result, chain};
+use crate::migration::Migrations;
 use crate::migration::job::Job;
 use crate::peer::{PeerClient, PeerError, into_blocking};
 
@@ -287,7 +287,7 @@ impl Drop for Retry<'_> {
 impl Source {
     /// Retries for as long as a migration waits for a lost link.
     pub(super) fn retry(&self) -> Retry<'_> {
-        self.retry_for(link_wait(&self.agent))
+        self.retry_for(link_wait(&self.migrations))
     }
 
     pub(super) fn retry_for(&self, wait: Duration) -> Retry<'_> {
@@ -301,7 +301,7 @@ impl Source {
             LinkState::Lost { since, .. } => Some(*since),
             _ => None,
         };
-        Retry { job: &self.job, wait: link_wait(&self.agent), lost }
+        Retry { job: &self.job, wait: link_wait(&self.migrations), lost }
     }
 
     /// Ends with the reason when the link is given up.
@@ -322,6 +322,6 @@ impl Source {
 }
 
 /// How long a lost link is waited for.
-pub(crate) fn link_wait(agent: &Agent) -> Duration {
-    Duration::from_secs(agent.config.migration.link_wait_s.into())
+pub(crate) fn link_wait(migrations: &Migrations) -> Duration {
+    Duration::from_secs(migrations.settings.link_wait_s.into())
 }

@@ -114,7 +114,7 @@ impl Source {
 
     async fn start_memory(&mut self) -> Result<()> {
         let doing = "starting the move of RAM";
-        let socket = self.agent.runtime_folder(&self.vm.name).join("migrate.sock");
+        let socket = self.migrations.host.folders.runtime_of(&self.vm.name).join("migrate.sock");
         let listener = socket::listen(&socket).or_fail(doing)?;
         let plane = self.plane()?;
         plane.attach_migration_socket(listener).or_fail(doing)?;

@@ -1,4 +1,4 @@
-//! `mirror`: QEMU copies each disk into an NBD export of this agent, whose
+//! `mirror`: QEMU copies each disk into an NBD export of this migrations, whose
 //! blocks cross on the channels; from `ready` on both sides stay equal.
 
 use std::path::{Path, PathBuf};
@@ -199,7 +199,7 @@ impl Source {
     }
 
     fn mirror_socket(&self, index: usize) -> PathBuf {
-        self.agent.runtime_folder(&self.vm.name).join(format!("m{index}.sock"))
+        self.migrations.host.folders.runtime_of(&self.vm.name).join(format!("m{index}.sock"))
     }
 
     /// Fails when the data plane or an export failed.

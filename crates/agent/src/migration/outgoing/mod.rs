@@ -40,8 +40,8 @@ pub(crate) use retire::{free_source, left_behind};
 use super::handover::{Handover, SourceDriver};
 use super::job::Job;
 use super::{Slot, compare};
-use crate::agent::Agent;
 use crate::failure::{Failure, OrFail, Result};
+use crate::migration::Migrations;
 use crate::peer::PeerClient;
 use crate::store::MigrationRecord;
 use crate::vm::{Inner, Qemu, Vm, run};
@@ -53,7 +53,7 @@ const EVENT_COUNT_MAX: usize = 64;
 
 /// One migration at its source.
 pub(crate) struct Source {
-    agent: Arc<Agent>,
+    migrations: Arc<Migrations>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     link: Arc<PeerClient>,
@@ -84,29 +84,29 @@ pub(crate) struct Source {
 
 /// Begins a migration that has passed preflight: records it, and leaves the rest to a task.
 pub(crate) async fn begin(
-    agent: &Arc<Agent>,
+    migrations: &Arc<Migrations>,
     vm: &Arc<Vm>,
     request: MoveRequest,
     job: &Arc<Job>,
     slot: Slot<'_>,
 ) -> Result<Migration> {
     // What another host has to say of an earlier move, this one makes void.
-    if let Some(earlier) = agent.migrations.unsettled(&vm.name) {
+    if let Some(earlier) = migrations.unsettled(&vm.name) {
         earlier.move_on().await?;
     }
     let mut inner = vm.lock_for_change().await?;
     inner.expect_owned()?;
     inner.expect_cold_start()?;
     job.begin();
-    let offer = compare::make_offer(agent, &inner, &request, job.id()).await?;
+    let offer = compare::make_offer(migrations, &inner, &request, job.id()).await?;
     let was_running = runs(&inner).await?;
     let qemu = match &inner.qemu {
         Some(qemu) => qemu.clone(),
         // A VM that is off needs something that reads its disks.
-        None => run::launch(agent, &inner.definition, false).await?,
+        None => run::launch(&migrations.host, &inner.definition, false).await?,
     };
     let record = first_record(&inner, &offer, job, was_running, &qemu);
-    let started = SourceDriver::begin(agent, vm, job, record, &qemu)
+    let started = SourceDriver::begin(migrations, vm, job, record, &qemu)
         .and_then(|driver| Ok((Arc::clone(&driver), driver.link()?)));
     let (driver, link) = match started {
         Ok(started) => started,
@@ -114,16 +114,16 @@ pub(crate) async fn begin(
             if inner.qemu.is_none() {
                 run::end(&qemu).await?;
             }
-            agent.store.remove::<MigrationRecord>(&job.id().to_string())?;
+            migrations.host.store.remove::<MigrationRecord>(&job.id().to_string())?;
             return Err(failure);
         }
     };
-    agent.migrations.add(Handover::Source(Arc::clone(&driver)), None, slot);
+    migrations.add(Handover::Source(Arc::clone(&driver)), None, slot);
     inner.lock = driver.initial_lock();
     drop(inner);
     let view = job.view();
     supervise(Source {
-        agent: Arc::clone(agent),
+        migrations: Arc::clone(migrations),
         vm: Arc::clone(vm),
         job: Arc::clone(job),
         link,

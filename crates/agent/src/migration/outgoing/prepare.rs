@@ -18,8 +18,9 @@ use tokio::sync::mpsc;
 use super::super::compare::destination_full;
 use super::link::{self, Connector, link_wait};
 use super::{EVENT_COUNT_MAX, Source};
-use crate::agent::{Agent, now_unix_ms};
 use crate::failure::{Failure, OrFail, Result};
+use crate::host::clock::now_unix_ms;
+use crate::migration::Migrations;
 
 /// Pause between two offers to a destination that is full.
 const OFFER_EVERY: Duration = Duration::from_secs(1);
@@ -30,7 +31,7 @@ impl Source {
         for (name, path) in crate::vm::files::small_files(&self.offer.definition)? {
             self.send_file(name, &path).await?;
         }
-        let channel_count = self.agent.config.migration.channels;
+        let channel_count = self.migrations.settings.channels;
         let token = self.receive(channel_count).await?;
         let connector = Connector {
             link: Arc::clone(&self.link),
@@ -118,7 +119,7 @@ impl Source {
     ) -> Result<()> {
         let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
         self.events = Some(events);
-        let wait = link_wait(&self.agent);
+        let wait = link_wait(&self.migrations);
         let (state, job) = (self.link_state.clone(), Arc::clone(&self.job));
         let through = Arc::clone(&self.through);
         let spec = SourceSpec {
@@ -126,7 +127,7 @@ impl Source {
             return_path,
             ram: self.ram()?,
             disks: self.disks(),
-            settings: plane_settings(&self.agent),
+            settings: plane_settings(&self.migrations),
             on_event: Arc::new(move |event| {
                 let through = through.load(Ordering::Acquire);
                 let event = link::take_event(&state, &job, wait, through, event);
@@ -146,7 +147,7 @@ impl Source {
     /// Has a lost link brought again, from now on.
     pub(super) fn keep_link(&mut self) {
         let (Some(connector), Some(plane)) = (self.connector.clone(), &self.plane) else { return };
-        let (state, wait) = (self.link_state.clone(), link_wait(&self.agent));
+        let (state, wait) = (self.link_state.clone(), link_wait(&self.migrations));
         self.link_keeper =
             Some(link::keep(connector, plane, state, wait, Arc::clone(&self.through)));
     }
@@ -175,8 +176,8 @@ impl Source {
 }
 
 /// Settings of the plane that the configuration makes.
-pub(crate) fn plane_settings(agent: &Agent) -> PlaneSettings {
-    let migration = &agent.config.migration;
+pub(crate) fn plane_settings(migrations: &Migrations) -> PlaneSettings {
+    let migration = &migrations.settings;
     PlaneSettings {
         window_bytes: usize::try_from(migration.window_kib).unwrap_or(usize::MAX >> 10) << 10,
         page_versions_bytes_max: u64::from(migration.page_versions_mib) << 20,

@@ -204,7 +204,7 @@ impl Source {
     /// The first place in which the two hosts differ.
     async fn find_difference(&self) -> Result<Option<String>, Unread> {
         let contents = verify::Contents {
-            agent: &self.agent,
+            migrations: &self.migrations,
             definition: &self.offer.definition,
             qemu: self.plan().moves_memory().then_some(&self.qemu),
             plan: self.plan(),
@@ -324,7 +324,7 @@ impl Source {
             Some(at) if !self.plan().verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
             Some(_) => (began + limit + STOPPED_MAX, began + limit),
             None => {
-                let patience = link_wait(&self.agent).max(STOPPED_MAX);
+                let patience = link_wait(&self.migrations).max(STOPPED_MAX);
                 (began + patience, began + patience)
             }
         };
@@ -336,7 +336,7 @@ impl Source {
                 return Ok(None);
             }
             // Its QEMU is gone: nobody stands any more, and the destination has all of it.
-            let until = Instant::now() + link_wait(&self.agent);
+            let until = Instant::now() + link_wait(&self.migrations);
             vote = self.ask_ready_until(attempt, until, until).await?;
         }
         let Some(vote) = vote else {

@@ -62,7 +62,7 @@ impl DestinationDriver {
     pub(crate) async fn complete(&self, attempt: u32, paused: bool) -> DestinationVote {
         let mut inner = self.inner.lock().await;
         inner.record.paused = paused;
-        // A restarted agent announces them, too.
+        // A restarted migrations announces them, too.
         inner.record.addresses = self.vm.addresses.seen();
         drop(inner);
         self.receive(On::Complete { attempt }).await
@@ -94,8 +94,12 @@ impl DestinationDriver {
         let kept = self.lock_link().take();
         let link = match kept {
             Some(link) => link,
-            None => PeerClient::open(&self.agent.store, &self.agent.identity, &self.source)
-                .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?,
+            None => PeerClient::open(
+                &self.migrations.host.store,
+                &self.migrations.identity,
+                &self.source,
+            )
+            .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?,
         };
         let answer = link.decision(self.id()).await?;
         // One that failed is not used again: paired anew, the source may have

@@ -25,11 +25,11 @@ use tokio::sync::{Mutex, watch};
 
 use super::durable::{Durable, VmChange};
 use super::guest::{end_unanswering, stop_guest};
-use super::lock::{Parties, initial_lock};
+use super::lock::{Parties, initial_lock, publish_lock};
 use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
-use crate::agent::Agent;
 use crate::failure::{Failure, Result};
+use crate::migration::Migrations;
 use crate::migration::incoming::{self, Set, expect_paused, resume_guest};
 use crate::migration::job::Job;
 use crate::peer::PeerClient;
@@ -40,7 +40,7 @@ use crate::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its destination.
 pub(crate) struct DestinationDriver {
-    agent: Arc<Agent>,
+    migrations: Arc<Migrations>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     source: HostName,
@@ -89,25 +89,26 @@ fn status_of(machine: &Destination, peer: PeerAnswer) -> Status {
 impl DestinationDriver {
     /// Records that the offer is taken, and begins.
     pub(crate) fn begin(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         mut record: MigrationRecord,
         definition: VmDefinition,
     ) -> Result<Arc<Self>> {
         let first = record.handover;
-        let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
+        let mut store =
+            Durable { store: &migrations.host.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
         let guest = if record.is_off() { Guest::Off } else { Guest::Stopped };
         let machine = Destination::begin(receipt, guest)
             .map_err(|wrong| Failure::internal(wrong.to_string()))?;
-        Ok(Self::new(agent, vm, job, machine, record, definition, None))
+        Ok(Self::new(migrations, vm, job, machine, record, definition, None))
     }
 
     /// Goes on from a record; what the machine orders first is to be given to
     /// [`DestinationDriver::go_on`].
     pub(super) fn restore(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         vm: &Arc<Vm>,
         record: MigrationRecord,
         receipt: Receipt,
@@ -122,11 +123,11 @@ impl DestinationDriver {
         if !machine.may_give_up() {
             job.pass_commit_point()?;
         }
-        Ok((Self::new(agent, vm, &job, machine, record, definition, qemu), actions))
+        Ok((Self::new(migrations, vm, &job, machine, record, definition, qemu), actions))
     }
 
     fn new(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         machine: Destination,
@@ -140,7 +141,7 @@ impl DestinationDriver {
         let is_under_way = record.view.ended_unix_ms.is_none();
         let status = watch::Sender::new(now);
         let driver = Arc::new(Self {
-            agent: Arc::clone(agent),
+            migrations: Arc::clone(migrations),
             vm: Arc::clone(vm),
             job: Arc::clone(job),
             source,
@@ -211,7 +212,7 @@ impl DestinationDriver {
         let mut inner = self.inner.lock().await;
         self.expect_preparing()?;
         change(&mut inner.record);
-        Ok(self.agent.store.put(&self.id().to_string(), &inner.record)?)
+        Ok(self.migrations.host.store.put(&self.id().to_string(), &inner.record)?)
     }
 
     /// Notes the QEMU that receives, durably.
@@ -221,7 +222,7 @@ impl DestinationDriver {
         self.expect_preparing()?;
         inner.qemu = Some(qemu.clone());
         inner.record.run = Some(run::run_record(qemu));
-        Ok(self.agent.store.put(&self.id().to_string(), &inner.record)?)
+        Ok(self.migrations.host.store.put(&self.id().to_string(), &inner.record)?)
     }
 
     /// A VM that was off has no QEMU any more once its disks are here.
@@ -359,7 +360,8 @@ impl DestinationDriver {
             }
             Stage::Preparing | Stage::Ready | Stage::Offered | Stage::HandedOver => VmChange::Keep,
         };
-        let mut store = Durable { store: &self.agent.store, migration: &mut inner.record, vm };
+        let mut store =
+            Durable { store: &self.migrations.host.store, migration: &mut inner.record, vm };
         match persist(&mut store, record) {
             Ok(receipt) => On::Recorded(receipt),
             Err(error) => {
@@ -388,7 +390,8 @@ impl DestinationDriver {
     async fn run_guest(&self, inner: &mut Inner) -> On {
         let Some(qemu) = inner.qemu.clone() else { return On::GuestRuns };
         let runs = if inner.record.paused {
-            expect_paused(&qemu, &self.agent.runtime_folder(&inner.definition.name)).await
+            expect_paused(&qemu, &self.migrations.host.folders.runtime_of(&inner.definition.name))
+                .await
         } else {
             resume_guest(&qemu).await
         };
@@ -397,7 +400,7 @@ impl DestinationDriver {
             return On::GuestNeverRan;
         }
         if !inner.record.paused {
-            announce(&self.agent, &self.vm, &inner.definition, &qemu).await;
+            announce(&self.migrations.host.net, &self.vm, &inner.definition, &qemu).await;
         }
         On::GuestRuns
     }
@@ -413,7 +416,8 @@ impl DestinationDriver {
             let mut inner = driver.inner.lock().await;
             if inner.machine.is_ours() && inner.machine.ended().is_none() && !inner.record.has_run {
                 inner.record.has_run = true;
-                if let Err(error) = driver.agent.store.put(&driver.id().to_string(), &inner.record)
+                if let Err(error) =
+                    driver.migrations.host.store.put(&driver.id().to_string(), &inner.record)
                 {
                     report_unknown(&inner.record, &error);
                 }
@@ -428,7 +432,9 @@ impl DestinationDriver {
         self.vm.lock().await.qemu = None;
         let made = incoming::removable(&inner.record.plan, inner.record.made.clone());
         let left = match end_unanswering(qemu.as_ref(), inner.record.run.as_ref()).await {
-            Ok(()) => incoming::free(&self.agent, &inner.definition, qemu.as_ref(), &made).await,
+            Ok(()) => {
+                incoming::free(&self.migrations, &inner.definition, qemu.as_ref(), &made).await
+            }
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],
         };
@@ -448,7 +454,8 @@ impl DestinationDriver {
             self.open(inner).await;
         }
         if status.ended.is_none() {
-            self.publish_lock(inner, status).await;
+            let lock = Parties::of(&self.job.view()).lock(status, inner.is_under_way);
+            publish_lock(&self.vm, &mut inner.lock, lock).await;
         }
         report_doubt(&self.job, before, status);
         let Some(ended) = status.ended.filter(|_| before.ended.is_none()) else { return };
@@ -457,20 +464,10 @@ impl DestinationDriver {
         let mut of_vm = self.vm.lock().await;
         of_vm.lock = None;
         if ended == Ended::Stayed {
-            self.agent.drop_vm(&self.vm, &mut of_vm);
+            self.migrations.host.vms.remove(&self.vm, &mut of_vm);
         }
         drop(of_vm);
-        self.agent.migrations.forget(&self.agent.store, self.id());
-    }
-
-    /// Puts on the VM what others may not do with it now.
-    async fn publish_lock(&self, inner: &mut Inner, status: Status) {
-        let lock = Parties::of(&self.job.view()).lock(status, inner.is_under_way);
-        // The VM's mutex may be held for a while: nobody waits for it to find nothing new.
-        if inner.lock != lock {
-            self.vm.lock().await.lock.clone_from(&lock);
-            inner.lock = lock;
-        }
+        self.migrations.forget(self.id());
     }
 
     /// The VM is this host's: operators may work with it from here on.
@@ -484,13 +481,13 @@ impl DestinationDriver {
             // Found again after a restart, which may have come before the
             // guest was announced.
             if !inner.record.paused {
-                announce(&self.agent, &self.vm, &inner.definition, qemu).await;
+                announce(&self.migrations.host.net, &self.vm, &inner.definition, qemu).await;
             }
             return;
         }
         of_vm.record = self.vm_record(inner, inner.record.handover);
         if let Some(qemu) = inner.qemu.take() {
-            run::watch(&self.agent, &self.vm, &mut of_vm, qemu).await;
+            run::watch(&self.migrations.host, &self.vm, &mut of_vm, qemu).await;
         }
     }
 }

@@ -19,11 +19,11 @@ use tokio::sync::{Mutex, watch};
 
 use super::durable::{Durable, VmChange};
 use super::guest::{end_unanswering, stop_guest};
-use super::lock::{Parties, initial_lock};
+use super::lock::{Parties, initial_lock, publish_lock};
 use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
-use crate::agent::Agent;
 use crate::failure::{Failure, Result};
+use crate::migration::Migrations;
 use crate::migration::job::Job;
 use crate::migration::outgoing::{free_source, left_behind, resume_source, undo_in_qemu};
 use crate::peer::PeerClient;
@@ -33,7 +33,7 @@ use crate::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its source.
 pub(crate) struct SourceDriver {
-    agent: Arc<Agent>,
+    migrations: Arc<Migrations>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     destination: HostName,
@@ -91,25 +91,26 @@ fn status_of(machine: &Source, peer: PeerAnswer) -> Status {
 impl SourceDriver {
     /// Records the offer, and begins.
     pub(crate) fn begin(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         mut record: MigrationRecord,
         qemu: &Qemu,
     ) -> Result<Arc<Self>> {
         let first = record.handover;
-        let mut store = Durable { store: &agent.store, migration: &mut record, vm: VmChange::Keep };
+        let mut store =
+            Durable { store: &migrations.host.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
         let guest = if record.is_off() { Guest::Off } else { Guest::Running };
         let machine =
             Source::begin(receipt, guest).map_err(|wrong| Failure::internal(wrong.to_string()))?;
-        Ok(Self::new(agent, vm, job, machine, record, Some(qemu.clone())))
+        Ok(Self::new(migrations, vm, job, machine, record, Some(qemu.clone())))
     }
 
     /// Goes on from a record; what the machine orders first is to be given to
     /// [`SourceDriver::go_on`].
     pub(super) fn restore(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         vm: &Arc<Vm>,
         record: MigrationRecord,
         receipt: Receipt,
@@ -123,11 +124,11 @@ impl SourceDriver {
             // Nobody can cancel what a restart found.
             job.pass_commit_point()?;
         }
-        Ok((Self::new(agent, vm, &job, machine, record, qemu), actions))
+        Ok((Self::new(migrations, vm, &job, machine, record, qemu), actions))
     }
 
     fn new(
-        agent: &Arc<Agent>,
+        migrations: &Arc<Migrations>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         machine: Source,
@@ -140,7 +141,7 @@ impl SourceDriver {
         let is_under_way = record.view.ended_unix_ms.is_none();
         let status = watch::Sender::new(now);
         let driver = Arc::new(Self {
-            agent: Arc::clone(agent),
+            migrations: Arc::clone(migrations),
             vm: Arc::clone(vm),
             job: Arc::clone(job),
             destination,
@@ -293,7 +294,8 @@ impl SourceDriver {
             }
             Stage::Offered | Stage::Preparing | Stage::Ready | Stage::Declined => {}
         }
-        let mut store = Durable { store: &self.agent.store, migration: &mut inner.record, vm };
+        let mut store =
+            Durable { store: &self.migrations.host.store, migration: &mut inner.record, vm };
         match persist(&mut store, record) {
             Ok(receipt) => On::Recorded(receipt),
             Err(error) => {
@@ -346,7 +348,7 @@ impl SourceDriver {
         let plan = &inner.record.plan;
         let qemu = inner.qemu.take();
         let left = match end_unanswering(qemu.as_ref(), of_vm.record.run.as_ref()).await {
-            Ok(()) => free_source(&self.agent, &of_vm.definition, qemu.as_ref(), plan).await,
+            Ok(()) => free_source(&self.migrations, &of_vm.definition, qemu.as_ref(), plan).await,
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],
         };
@@ -362,7 +364,8 @@ impl SourceDriver {
             self.let_go(inner).await;
         }
         if status.ended.is_none() {
-            self.publish_lock(inner, status).await;
+            let lock = Parties::of(&self.job.view()).lock(status, inner.is_under_way);
+            publish_lock(&self.vm, &mut inner.lock, lock).await;
         }
         report_doubt(&self.job, before, status);
         let Some(ended) = status.ended.filter(|_| before.ended.is_none()) else { return };
@@ -370,20 +373,10 @@ impl SourceDriver {
         let mut of_vm = self.vm.lock().await;
         of_vm.lock = None;
         if ended == Ended::Moved {
-            self.agent.drop_vm(&self.vm, &mut of_vm);
+            self.migrations.host.vms.remove(&self.vm, &mut of_vm);
         }
         drop(of_vm);
-        self.agent.migrations.forget(&self.agent.store, self.job.id());
-    }
-
-    /// Puts on the VM what others may not do with it now.
-    async fn publish_lock(&self, inner: &mut Inner, status: Status) {
-        let lock = Parties::of(&self.job.view()).lock(status, inner.is_under_way);
-        // The VM's mutex may be held for a while: nobody waits for it to find nothing new.
-        if inner.lock != lock {
-            self.vm.lock().await.lock.clone_from(&lock);
-            inner.lock = lock;
-        }
+        self.migrations.forget(self.job.id());
     }
 
     /// The VM is an operator's again; the other host is asked on beside it.
