@@ -8,10 +8,10 @@ use limosa_auth::pairing::Invitation;
 use limosa_auth::trust::{PeerRole, TrustStore, TrustedPeer};
 
 use crate::config::Config;
-use crate::hex::decode_hex;
-use crate::host::{Folders, Host, clock};
-use crate::migration::Migrations;
-use crate::store::{OperatorRecord, PeerRecord};
+use limosa_host::hex::decode_hex;
+use limosa_host::store::{OperatorRecord, PeerRecord};
+use limosa_host::{Folders, Host, clock};
+use limosa_migration::Migrations;
 
 /// What the listeners and the API need.
 pub(crate) struct Agent {

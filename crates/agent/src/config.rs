@@ -13,7 +13,8 @@ use limosa_protocol::peer::CHANNEL_COUNT_MAX;
 use serde::Deserialize;
 use tokio::net::TcpListener;
 
-use crate::host::QemuSettings;
+use limosa_host::QemuSettings;
+use limosa_migration::settings::{CONCURRENT_COUNT_MAX, MigrationSettings};
 
 /// Where the configuration is looked for when no other place is given.
 pub(crate) const PATH_DEFAULT: &str = "/etc/limosa/limosad.toml";
@@ -36,30 +37,7 @@ pub(crate) struct Config {
     /// Group whose members may use the local socket, besides root.
     pub(crate) group: String,
     pub(crate) qemu: QemuSettings,
-    pub(crate) migration: MigrationConfig,
-}
-
-/// Most migrations that a host may have under way, both ways together.
-pub(crate) const CONCURRENT_COUNT_MAX: u8 = 16;
-
-/// How migrations use the network and memory.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct MigrationConfig {
-    /// Most migrations under way on this host, both ways together; further ones wait.
-    pub(crate) concurrent_max: u8,
-    /// Data channels of one migration.
-    pub(crate) channels: u8,
-    /// Most memory for the previous versions of pages, in MiB.
-    pub(crate) page_versions_mib: u32,
-    /// Bytes on their way between QEMU and the network, in KiB.
-    pub(crate) window_kib: u32,
-    /// Whether pages and blocks are compressed.
-    pub(crate) compression: bool,
-    /// How long a migration waits for a lost link, in seconds.
-    pub(crate) link_wait_s: u32,
-    /// Folders, besides the agent's own, in which VMs that move here may lie.
-    pub(crate) storage_roots: Vec<PathBuf>,
+    pub(crate) migration: MigrationSettings,
 }
 
 impl Default for Config {
@@ -71,21 +49,7 @@ impl Default for Config {
             runtime_folder: "/run/limosa".into(),
             group: "limosa".into(),
             qemu: QemuSettings::default(),
-            migration: MigrationConfig::default(),
-        }
-    }
-}
-
-impl Default for MigrationConfig {
-    fn default() -> Self {
-        Self {
-            concurrent_max: CONCURRENT_COUNT_MAX,
-            channels: 2,
-            page_versions_mib: 512,
-            window_kib: 4096,
-            compression: true,
-            link_wait_s: 60,
-            storage_roots: vec!["/srv".into(), "/mnt".into()],
+            migration: MigrationSettings::default(),
         }
     }
 }

@@ -33,7 +33,7 @@ use tokio_rustls::LazyConfigAcceptor;
 
 use crate::agent::Agent;
 use crate::caller::Caller;
-use crate::peer;
+use limosa_migration::peer;
 use places::{Handshake, Places};
 
 /// Most connections at a time over the local socket; [`places`] has those over TCP.
@@ -167,7 +167,7 @@ async fn one_remote(
         let certificate_der = certificate.as_ref().to_vec();
         let _place = places::take(&places.pairing)?;
         drop(held);
-        let conversation = crate::pairing::router(agent);
+        let conversation = crate::api::pairing::router(agent);
         let served = serve(stream, conversation, Caller::Stranger { certificate_der, address });
         tokio::time::timeout(Duration::from_millis(PAIRING_MS_MAX), served).await?;
         return Ok(());
@@ -184,7 +184,7 @@ async fn one_remote(
     match (peer.role, is_channel) {
         (PeerRole::Host, true) => {
             let name: HostName = peer.name.parse()?;
-            crate::migration::incoming::accept_channel(&agent.migrations, &name, stream).await?;
+            limosa_migration::accept_channel(&agent.migrations, &name, stream).await?;
         }
         (PeerRole::Host, false) => {
             serve(stream, api, Caller::Host { name: peer.name.parse()? }).await;

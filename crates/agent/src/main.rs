@@ -15,17 +15,9 @@ mod args;
 mod caller;
 mod config;
 mod documents;
-mod failure;
-mod fault;
-mod hex;
-mod host;
 mod listen;
-mod migration;
-mod net;
+mod operators;
 mod pairing;
-mod peer;
-mod store;
-mod vm;
 
 use std::sync::Arc;
 
@@ -56,7 +48,7 @@ fn main() -> anyhow::Result<()> {
     } else {
         log.with_target(false).init();
     }
-    fault::install();
+    limosa_host::fault::install();
     let config = Config::read(arguments.config.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -71,17 +63,16 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let agent = Agent::open(config).await?;
     agent.host.restore_switches().await?;
-    vm::restore::restore(&agent.host).await?;
-    let restored = migration::handover::restore(&agent.migrations).await?;
-    agent.migrations.queue.restore(&agent.host.store)?;
+    limosa_host::vm::restore::restore(&agent.host).await?;
+    let restored = limosa_migration::restore(&agent.migrations).await?;
     let router = api::router(Arc::clone(&agent));
     let mut servers = tokio::task::JoinSet::new();
     for listener in agent.config.listeners().await? {
         servers.spawn(listen::remote(Arc::clone(&agent), listener, router.clone()));
     }
     // The peer may be asked, and ask back, while this settles.
-    migration::handover::settle(restored);
-    tokio::spawn(migration::queue::run(Arc::clone(&agent.migrations)));
+    limosa_migration::settle(restored);
+    tokio::spawn(limosa_migration::run_queue(Arc::clone(&agent.migrations)));
     servers.spawn(listen::local(Arc::clone(&agent), router));
     tracing::info!(
         host = %agent.host.name,

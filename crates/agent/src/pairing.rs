@@ -11,12 +11,8 @@
 //! **Invariant.** A certificate is trusted only after the proof, and is on the
 //! disk before the other side is told.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::routing::post;
-use axum::{Extension, Json, Router};
 use limosa_auth::pairing::{Answer, Confirmation, Initiator, Invitation, Offer, Responder};
 use limosa_auth::{Fingerprint, PeerRole, TrustedPeer, tls};
 use limosa_protocol::api::{self, BODY_BYTES_MAX, PairRequest, PairedHost};
@@ -27,18 +23,18 @@ use tokio::sync::Mutex;
 
 use crate::agent::Agent;
 use crate::caller::Caller;
-use crate::failure::{Failure, OrFail, Result, chain};
-use crate::hex::encode_hex;
-use crate::host::clock::now_unix_s;
-use crate::peer::{USER_AGENT, connect, with_port};
-use crate::store::PeerRecord;
+use limosa_host::clock::now_unix_s;
+use limosa_host::failure::{Failure, OrFail, Result, chain};
+use limosa_host::hex::encode_hex;
+use limosa_host::store::PeerRecord;
+use limosa_migration::peer::{USER_AGENT, connect, with_port};
 
 /// Longest wait for the other host's answer to one request.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// First request of a pairing.
 #[derive(Debug, Serialize, Deserialize)]
-struct Start {
+pub(crate) struct Start {
     offer: Offer,
     /// TCP port on which the initiator's agent answers.
     port: u16,
@@ -46,24 +42,16 @@ struct Start {
 
 /// What one pairing connection is in the middle of.
 #[derive(Default)]
-struct Conversation(Mutex<Option<(Responder, u16)>>);
+pub(crate) struct Conversation(Mutex<Option<(Responder, u16)>>);
 
-/// Routes for strangers, one router for each connection: its state is theirs.
-pub(crate) fn router(agent: Arc<Agent>) -> Router {
-    Router::new()
-        .route("/pair/v1/start", post(start))
-        .route("/pair/v1/finish", post(finish))
-        .with_state((agent, Arc::new(Conversation::default())))
-}
-
-type Shared = State<(Arc<Agent>, Arc<Conversation>)>;
-
-async fn start(
-    State((agent, conversation)): Shared,
-    Extension(caller): Extension<Caller>,
-    Json(start): Json<Start>,
-) -> Result<Json<Answer>> {
-    let (certificate_der, _) = stranger(&caller)?;
+/// Answers the first request with the proof that this host knows the code.
+pub(crate) async fn answer_start(
+    agent: &Agent,
+    conversation: &Conversation,
+    caller: &Caller,
+    start: Start,
+) -> Result<Answer> {
+    let (certificate_der, _) = stranger(caller)?;
     let code = agent
         .with_invitation(|invitation| {
             invitation.as_mut().map(|invitation| invitation.begin_attempt(now_unix_s()))
@@ -76,15 +64,17 @@ async fn start(
         Responder::respond(&code, own, peer, agent.host.name.as_str(), &start.offer)
             .map_err(|error| Failure::bad_request(error.to_string()))?;
     *conversation.0.lock().await = Some((responder, start.port));
-    Ok(Json(answer))
+    Ok(answer)
 }
 
-async fn finish(
-    State((agent, conversation)): Shared,
-    Extension(caller): Extension<Caller>,
-    Json(confirmation): Json<Confirmation>,
-) -> Result<Json<()>> {
-    let (certificate_der, address) = stranger(&caller)?;
+/// Trusts the initiator once it has proven that it knows the code.
+pub(crate) async fn answer_finish(
+    agent: &Agent,
+    conversation: &Conversation,
+    caller: &Caller,
+    confirmation: Confirmation,
+) -> Result<()> {
+    let (certificate_der, address) = stranger(caller)?;
     let (responder, port) = conversation
         .0
         .lock()
@@ -105,8 +95,7 @@ async fn finish(
         .ok_or_else(not_invited)?
         .map_err(|error| Failure::forbidden(error.to_string()))?;
     let address = std::net::SocketAddr::new(address.ip().to_canonical(), port).to_string();
-    record(&agent, &name, certificate_der, address)?;
-    Ok(Json(()))
+    record(agent, &name, certificate_der, address).map(drop)
 }
 
 fn not_invited() -> Failure {
@@ -226,6 +215,18 @@ fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> R
 
 /// Trusts a host no more.
 pub(crate) fn unpair(agent: &Agent, name: &HostName) -> Result<()> {
+    if let Some(migration) = agent.migrations.under_way_with(name) {
+        let (id, vm) = (migration.id, migration.vm);
+        return Err(Failure::conflict(match migration.outcome {
+            None => format!(
+                "a migration with {name} is under way: end it with `limosa migration cancel {id}`"
+            ),
+            Some(_) => format!(
+                "the last move of VM {vm} waits for an answer of {name}: if that host is gone for \
+                 good, `limosa vm recover {vm}` says what to do without it"
+            ),
+        }));
+    }
     if agent.host.store.get::<PeerRecord>(name.as_str())?.is_none() {
         return Err(Failure::not_found(format!(
             "no host {name} is paired with this one: `limosa host list` shows those that are"

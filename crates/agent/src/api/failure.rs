@@ -5,15 +5,29 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use limosa_protocol::api::FailureCode;
 
-use crate::failure::Failure;
+use limosa_host::failure::Failure;
 
-impl IntoResponse for Failure {
+/// A failure as the answer to a request.
+#[derive(Debug)]
+pub(crate) struct Rejection(Failure);
+
+/// What a handler returns.
+pub(super) type Result<T, E = Rejection> = std::result::Result<T, E>;
+
+impl<E: Into<Failure>> From<E> for Rejection {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
-        let status = status_of(self.0.code);
+        let Self(failure) = self;
+        let status = status_of(failure.0.code);
         if status == StatusCode::INTERNAL_SERVER_ERROR {
-            tracing::error!(failure = %self, "request failed");
+            tracing::error!(%failure, "request failed");
         }
-        (status, Json(self.0)).into_response()
+        (status, Json(failure.0)).into_response()
     }
 }
 

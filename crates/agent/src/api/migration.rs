@@ -15,9 +15,9 @@ use limosa_protocol::migration::Migration;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::failure::Result;
 use super::{Named, Shared};
 use crate::agent::Agent;
-use crate::failure::Result;
 
 /// Events of one migration come at most this often.
 const EVENT_MS_MIN: u64 = 100;
@@ -33,14 +33,14 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
 /// All migrations, oldest first
 #[utoipa::path(get, path = "/v1/migrations", tag = "migration", responses((status = 200, body = Vec<Migration>)))]
 async fn list(State(agent): Shared) -> Result<Json<Vec<Migration>>> {
-    agent.migrations.list().map(Json)
+    Ok(Json(agent.migrations.list()?))
 }
 
 /// One migration
 #[utoipa::path(get, path = "/v1/migrations/{id}", tag = "migration", params(("id" = String, Path)),
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure)))]
 async fn show(State(agent): Shared, Named(id): Named<MigrationId>) -> Result<Json<Migration>> {
-    agent.migrations.view(id).map(Json)
+    Ok(Json(agent.migrations.view(id)?))
 }
 
 /// Server-sent events: the migration at once, at each change, and at its end
@@ -77,5 +77,5 @@ async fn events(
 #[utoipa::path(post, path = "/v1/migrations/{id}/cancel", tag = "migration", params(("id" = String, Path)),
     responses((status = 200, body = Migration), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn cancel(State(agent): Shared, Named(id): Named<MigrationId>) -> Result<Json<Migration>> {
-    agent.migrations.cancel(id).map(Json)
+    Ok(Json(agent.migrations.cancel(id)?))
 }

@@ -8,11 +8,10 @@
 mod failure;
 mod host;
 mod migration;
+pub(crate) mod pairing;
 mod peer;
 mod switch;
 mod vm;
-
-pub(crate) use host::memory;
 
 use std::sync::Arc;
 
@@ -27,9 +26,10 @@ use serde::de::DeserializeOwned;
 use utoipa::{OpenApi, openapi};
 use utoipa_axum::router::OpenApiRouter;
 
+use self::failure::{Rejection, Result};
 use crate::agent::Agent;
 use crate::caller::Caller;
-use crate::failure::{Failure, Result};
+use limosa_host::failure::{Failure, OrFail};
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -94,7 +94,9 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
     let peers = peer::routes().layer(middleware::from_fn(hosts_only));
     operators
         .merge(peers)
-        .fallback(async || Failure::not_found("no such path: see /v1/openapi.json"))
+        .fallback(async || {
+            Rejection::from(Failure::not_found("no such path: see /v1/openapi.json"))
+        })
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn(to_the_end))
         .with_state(agent)
@@ -105,7 +107,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
 /// that nobody reads.
 async fn to_the_end(request: Request, next: Next) -> Result<Response> {
     let work = tokio::spawn(next.run(request));
-    work.await.map_err(|error| Failure::internal(format!("a request ended in the middle: {error}")))
+    Ok(work.await.or_fail("a request ended in the middle")?)
 }
 
 async fn operators_only(
@@ -117,7 +119,8 @@ async fn operators_only(
         Caller::Local { .. } | Caller::Operator { .. } => Ok(next.run(request).await),
         Caller::Host { .. } | Caller::Stranger { .. } => Err(Failure::forbidden(
             "a host's certificate does not command: use an operator's, see `limosa operator add`",
-        )),
+        )
+        .into()),
     }
 }
 
@@ -128,7 +131,7 @@ async fn hosts_only(
 ) -> Result<Response> {
     match caller {
         Caller::Host { .. } => Ok(next.run(request).await),
-        _ => Err(Failure::forbidden("only for paired hosts")),
+        _ => Err(Failure::forbidden("only for paired hosts").into()),
     }
 }
 
@@ -136,11 +139,11 @@ async fn hosts_only(
 pub(crate) struct Body<T>(pub(crate) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<Agent>> for Body<T> {
-    type Rejection = Failure;
+    type Rejection = Rejection;
     async fn from_request(request: Request, agent: &Arc<Agent>) -> Result<Self> {
         match Json::<T>::from_request(request, agent).await {
             Ok(Json(body)) => Ok(Self(body)),
-            Err(rejection) => Err(Failure::bad_request(rejection.body_text())),
+            Err(rejection) => Err(Failure::bad_request(rejection.body_text()).into()),
         }
     }
 }
@@ -149,11 +152,11 @@ impl<T: DeserializeOwned> FromRequest<Arc<Agent>> for Body<T> {
 pub(crate) struct Named<T>(pub(crate) T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Agent>> for Named<T> {
-    type Rejection = Failure;
+    type Rejection = Rejection;
     async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self> {
         match axum::extract::Path::<T>::from_request_parts(parts, agent).await {
             Ok(axum::extract::Path(name)) => Ok(Self(name)),
-            Err(rejection) => Err(Failure::bad_request(rejection.body_text())),
+            Err(rejection) => Err(Failure::bad_request(rejection.body_text()).into()),
         }
     }
 }

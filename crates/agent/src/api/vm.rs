@@ -1,7 +1,6 @@
 //! VMs: making, looking, running, console, moving.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body as HttpBody;
 use axum::extract::{Request, State};
@@ -16,20 +15,16 @@ use limosa_protocol::api::{
 use limosa_protocol::id::VmName;
 use limosa_protocol::migration::{Migration, MoveRequest};
 use limosa_protocol::vm::VmDefinition;
-use limosa_qemu::launch::CONSOLE_SOCKET;
-use tokio::net::UnixStream;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::failure::Result;
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::caller::Caller;
-use crate::failure::{Failure, OrFail, Result};
-use crate::migration::{self, handover};
-use crate::vm::{create, power};
-
-/// How long a console that was just left may take to be closed.
-const CONSOLE_FREE_WAIT: Duration = Duration::from_secs(1);
+use limosa_host::failure::{Failure, OrFail};
+use limosa_host::vm::console::Console;
+use limosa_host::vm::{create, power};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::new()
@@ -71,7 +66,7 @@ async fn show(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<V
 #[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vm", params(("name" = String, Path)),
     responses((status = 200), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<()>> {
-    migration::delete_vm(&agent.migrations, &agent.host.vm(&name)?).await.map(Json)
+    Ok(Json(limosa_migration::delete_vm(&agent.migrations, &agent.host.vm(&name)?).await?))
 }
 
 /// Start a VM
@@ -79,7 +74,7 @@ async fn delete(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json
     responses((status = 200, body = Vm), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn start(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Vm>> {
     let vm = agent.host.vm(&name)?;
-    migration::start_vm(&agent.migrations, &vm).await?;
+    limosa_migration::start_vm(&agent.migrations, &vm).await?;
     Ok(Json(vm.view().await))
 }
 
@@ -124,40 +119,26 @@ async fn console(
 ) -> Result<Response> {
     let wanted = request.headers().get(header::UPGRADE).and_then(|value| value.to_str().ok());
     if wanted != Some(CONSOLE_PROTOCOL) {
-        return Err(Failure::bad_request(format!(
-            "the console is raw bytes: ask for an upgrade to {CONSOLE_PROTOCOL}"
-        )));
+        let wrong = format!("the console is raw bytes: ask for an upgrade to {CONSOLE_PROTOCOL}");
+        return Err(Failure::bad_request(wrong).into());
     }
-    let vm = agent.host.vm(&name)?;
-    vm.lock().await.running()?;
-    // QEMU would let a second one connect, and keep it waiting without a word.
-    let only = tokio::time::timeout(CONSOLE_FREE_WAIT, Arc::clone(&vm.console).lock_owned());
-    let only = only.await.map_err(|_| {
-        Failure::conflict(format!(
-            "the console of VM {name} is open already: leave it there first, with Ctrl-]"
-        ))
-    })?;
-    let socket = agent.host.folders.runtime_of(&name).join(CONSOLE_SOCKET);
-    let mut serial = UnixStream::connect(&socket)
-        .await
-        .or_fail(&format!("connecting to the console of VM {name}"))?;
+    let mut console = Console::open(&agent.host.folders, &*agent.host.vm(&name)?).await?;
     tokio::spawn(async move {
         match hyper::upgrade::on(request).await {
             Ok(upgraded) => {
                 let mut operator = TokioIo::new(upgraded);
                 // Either side's end is the normal end of a console.
-                tokio::io::copy_bidirectional(&mut operator, &mut serial).await.ok();
+                tokio::io::copy_bidirectional(&mut operator, &mut console.serial).await.ok();
             }
             Err(error) => tracing::debug!(%error, "a console was not opened"),
         }
-        drop(only);
     });
-    Response::builder()
+    let upgrade = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::CONNECTION, "upgrade")
         .header(header::UPGRADE, CONSOLE_PROTOCOL)
-        .body(HttpBody::empty())
-        .or_fail("opening the console")
+        .body(HttpBody::empty());
+    Ok(upgrade.or_fail("opening the console")?)
 }
 
 /// Find everything that stands against a move; nothing is touched
@@ -169,16 +150,14 @@ async fn compare(
     Body(request): Body<MoveRequest>,
 ) -> Result<Json<Comparison>> {
     let vm = agent.host.vm(&name)?;
-    let preflight = migration::compare::preflight(&agent.migrations, &vm, &request).await?;
-    let (problems, notes) = (preflight.problems, preflight.notes);
-    Ok(Json(Comparison { vm: name, to: request.to, problems, notes }))
+    Ok(Json(agent.migrations.compare(&vm, request).await?))
 }
 
 /// What is known of a handover that is not settled, on both hosts
 #[utoipa::path(get, path = "/v1/vms/{name}/recover", tag = "vm", params(("name" = String, Path)),
     responses((status = 200, body = Recovery), (status = 404, body = ApiFailure), (status = 409, body = ApiFailure)))]
 async fn recovery(State(agent): Shared, Named(name): Named<VmName>) -> Result<Json<Recovery>> {
-    handover::recovery(&agent.migrations, &name).await.map(Json)
+    Ok(Json(limosa_migration::recovery(&agent.migrations, &name).await?))
 }
 
 /// Give a VM to this host, the other one being gone; it may then run twice if it is not
@@ -190,13 +169,8 @@ async fn recover(
     Named(name): Named<VmName>,
     Body(request): Body<RecoverRequest>,
 ) -> Result<Json<Recovery>> {
-    if request.confirm != name {
-        return Err(Failure::bad_request(format!(
-            "VM {name} is to be forced and {} was confirmed: nothing was done",
-            request.confirm
-        )));
-    }
-    handover::force_owner(&agent.migrations, &name, &caller.to_string()).await.map(Json)
+    let by = caller.to_string();
+    Ok(Json(limosa_migration::force_owner(&agent.migrations, &name, &request.confirm, &by).await?))
 }
 
 /// Move a VM to another host; the answer comes at once, the work is a job that may wait in a queue
@@ -208,5 +182,5 @@ async fn move_vm(
     Body(request): Body<MoveRequest>,
 ) -> Result<Json<Migration>> {
     let vm = agent.host.vm(&name)?;
-    migration::queue::request_move(&agent.migrations, &vm, request).await.map(Json)
+    Ok(Json(limosa_migration::request_move(&agent.migrations, &vm, request).await?))
 }

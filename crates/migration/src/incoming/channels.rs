@@ -1,0 +1,315 @@
+//! Data connections at the destination: the source opens them, as a set.
+//!
+//! ```text
+//! hello (migration, token, set, role) ─► gathered until a set is whole
+//!      first set ─► the plane starts      a later one ─► the plane goes on over it
+//! ```
+//!
+//! **Invariants.** Only a connection with the migration's token from its source is
+//! taken. A set takes the place of those before, never of a later one.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use limosa_plane::{ChannelIo, PlaneError};
+use limosa_protocol::id::HostName;
+use limosa_protocol::peer::{
+    CHANNEL_ACCEPTED, CHANNEL_HELLO_BYTES_MAX, CHANNEL_NOT_NEEDED, ChannelHello, ChannelRole,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio_rustls::server::TlsStream;
+use tracing::Instrument;
+
+use super::Incoming;
+use crate::migrations::Migrations;
+use crate::outgoing::link_wait;
+use crate::peer::into_blocking;
+use limosa_host::failure::{Failure, OrFail, Result, chain};
+use limosa_host::fault::{self, Edge, Kind};
+
+/// Longest wait for the hello of a connection.
+const HELLO_MAX: Duration = Duration::from_secs(10);
+/// How much longer than the source a destination waits for a lost link: whoever
+/// has the guest is to give up first.
+const WAIT_LONGER: Duration = Duration::from_secs(10);
+
+/// What is known of the connections of a migration.
+#[derive(Default)]
+pub(super) struct Connections(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    /// Secret of the migration, once channels are waited for.
+    token: Option<String>,
+    /// Number of the last set that was whole.
+    set: u32,
+    gathered: Gathered,
+    have_ended: bool,
+    /// A set has come in this attempt
+    have_come: bool,
+}
+
+/// A set that is not whole yet, if it has a number.
+#[derive(Default)]
+struct Gathered {
+    set: u32,
+    channels: Vec<Option<ChannelIo>>,
+    return_path: Option<ChannelIo>,
+}
+
+impl Gathered {
+    fn clear(&mut self) {
+        self.channels.iter_mut().for_each(|channel| *channel = None);
+        self.return_path = None;
+    }
+}
+
+/// All connections of a plane.
+pub(crate) struct Set {
+    pub(crate) channels: Vec<ChannelIo>,
+    pub(crate) return_path: ChannelIo,
+}
+
+impl Connections {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes connections with that token from now on.
+    pub(super) fn expect(&self, token: String, channel_count: u8) {
+        let mut inner = self.lock();
+        inner.token = Some(token);
+        inner.gathered.channels = (0..channel_count).map(|_| None).collect();
+    }
+
+    /// The token and the number of channels, if some are waited for.
+    pub(super) fn expected(&self) -> Option<(String, u8)> {
+        let inner = self.lock();
+        let count = u8::try_from(inner.gathered.channels.len()).unwrap_or(u8::MAX);
+        inner.token.clone().map(|token| (token, count))
+    }
+
+    /// Whether a whole set has come, in this attempt.
+    pub(super) fn have_come(&self) -> bool {
+        self.lock().have_come
+    }
+
+    /// Connections are needed again, for another attempt.
+    pub(super) fn begin_retry(&self) {
+        let mut inner = self.lock();
+        inner.have_ended = false;
+        inner.have_come = false;
+    }
+
+    /// Everything is here: no connection is needed any more.
+    pub(super) fn end(&self) {
+        let mut inner = self.lock();
+        inner.have_ended = true;
+        inner.gathered.clear();
+    }
+
+    fn have_ended(&self) -> bool {
+        self.lock().have_ended
+    }
+
+    /// Whether a connection may be one of this migration.
+    fn check(&self, hello: &ChannelHello) -> Result<()> {
+        self.lock().check(hello)
+    }
+
+    /// Adds a connection that was checked; gives the set once it is whole.
+    fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Result<Option<Set>> {
+        let mut inner = self.lock();
+        // Others may have come since, or everything.
+        inner.check(hello)?;
+        if inner.have_ended {
+            return Err(Failure::conflict("no connection is needed any more"));
+        }
+        let Inner { set, gathered, have_come, .. } = &mut *inner;
+        if gathered.set < hello.set {
+            gathered.set = hello.set;
+            gathered.clear();
+        }
+        let place = match hello.role {
+            ChannelRole::Channel(index) => gathered
+                .channels
+                .get_mut(usize::from(index))
+                .ok_or_else(|| Failure::bad_request(format!("no channel {index} is expected")))?,
+            ChannelRole::ReturnPath => &mut gathered.return_path,
+        };
+        if place.is_some() {
+            return Err(Failure::conflict("that channel is connected already"));
+        }
+        *place = Some(io);
+        if gathered.channels.iter().any(Option::is_none) {
+            return Ok(None);
+        }
+        let Some(return_path) = gathered.return_path.take() else { return Ok(None) };
+        *set = hello.set;
+        *have_come = true;
+        let channels = gathered.channels.iter_mut().filter_map(Option::take).collect();
+        Ok(Some(Set { channels, return_path }))
+    }
+}
+
+impl Inner {
+    fn check(&self, hello: &ChannelHello) -> Result<()> {
+        let token =
+            self.token.as_ref().ok_or_else(|| Failure::conflict("no channels are waited for"))?;
+        // Both are hexadecimal digests of a secret: equality of hashes leaks nothing.
+        if blake3::hash(hello.token.as_bytes()) != blake3::hash(token.as_bytes()) {
+            return Err(Failure::forbidden("a channel with a wrong token"));
+        }
+        if hello.set <= self.set || hello.set < self.gathered.set {
+            return Err(Failure::conflict("a channel of a set that is no more"));
+        }
+        Ok(())
+    }
+}
+
+/// Takes a data connection of a paired host, past its hello.
+pub async fn accept_channel(
+    migrations: &Arc<Migrations>,
+    from: &HostName,
+    mut stream: TlsStream<TcpStream>,
+) -> anyhow::Result<()> {
+    let read = async {
+        let length = stream.read_u16().await?;
+        anyhow::ensure!(length <= CHANNEL_HELLO_BYTES_MAX, "a hello of {length} bytes");
+        let mut text = vec![0; length.into()];
+        stream.read_exact(&mut text).await?;
+        Ok(serde_json::from_slice::<ChannelHello>(&text)?)
+    };
+    let hello = tokio::time::timeout(HELLO_MAX, read).await??;
+    let incoming = migrations
+        .incoming(hello.migration, from)
+        .ok_or_else(|| anyhow::anyhow!("a channel for a migration that is not under way"))?;
+    fault::reach(Kind::Answer, "channel", Edge::Before).await;
+    let added = incoming.add_channel(&hello, stream).await;
+    fault::reach(Kind::Answer, "channel", Edge::After).await;
+    added.map_err(|failure| anyhow::anyhow!("{failure}"))
+}
+
+impl Incoming {
+    async fn add_channel(
+        self: &Arc<Self>,
+        hello: &ChannelHello,
+        mut stream: TlsStream<TcpStream>,
+    ) -> Result<()> {
+        self.driver.expect_preparing()?;
+        self.connections.check(hello)?;
+        let doing = "accepting a channel";
+        let is_needed = !self.connections.have_ended();
+        let answer = if is_needed { CHANNEL_ACCEPTED } else { CHANNEL_NOT_NEEDED };
+        let said = async {
+            stream.write_u8(answer).await?;
+            stream.flush().await
+        };
+        tokio::time::timeout(HELLO_MAX, said).await.or_fail(doing)?.or_fail(doing)?;
+        if !is_needed {
+            return Ok(());
+        }
+        let (socket, tls) = stream.into_inner();
+        let io = into_blocking(socket, tls.into()).or_fail(doing)?;
+        match self.connections.add(hello, io)? {
+            None => Ok(()),
+            Some(set) => match self.driver.reconnect(set) {
+                None => Ok(()),
+                Some(set) => self.start_plane(set).instrument(self.job.span()).await,
+            },
+        }
+    }
+
+    /// Declines if no channels come in time in this attempt.
+    pub(super) fn spawn_channel_watch(self: &Arc<Self>) {
+        let incoming = Arc::clone(self);
+        let attempt = *self.attempt.borrow();
+        self.job.spawn(async move {
+            tokio::time::sleep(link_wait(&incoming.migrations) + WAIT_LONGER).await;
+            let is_last = *incoming.attempt.borrow() == attempt;
+            if is_last && !incoming.connections.have_come() {
+                incoming.fail("the source opened no channels".to_owned()).await;
+            }
+        });
+    }
+
+    /// Declines if a lost link does not come back in time. Ends with whoever tells of it,
+    /// the plane and this half, which it does not keep.
+    pub(super) fn spawn_link_watch(
+        self: &Arc<Self>,
+        mut lost: watch::Receiver<Option<PlaneError>>,
+    ) {
+        let (incoming, job) = (Arc::downgrade(self), Arc::clone(&self.job));
+        let wait = link_wait(&self.migrations) + WAIT_LONGER;
+        self.job.spawn(async move {
+            loop {
+                let why = lost.wait_for(Option::is_some).await.map(|why| why.clone());
+                let Ok(Some(why)) = why else { return };
+                job.report_link_lost(chain(&why), wait);
+                let back = tokio::time::timeout(wait, lost.wait_for(Option::is_none)).await;
+                match back.map(|back| back.is_ok()) {
+                    Ok(true) => job.report_link_back(),
+                    Ok(false) => return,
+                    Err(_elapsed) => {
+                        let Some(incoming) = incoming.upgrade() else { return };
+                        let source = incoming.source();
+                        incoming.fail(format!(
+                            "the link from {source} was lost and did not come back within {} s ({})",
+                            wait.as_secs(),
+                            chain(&why)
+                        ))
+                        .await;
+                        return;
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use limosa_protocol::id::MigrationId;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn hello(set: u32, role: ChannelRole) -> ChannelHello {
+        ChannelHello { migration: MigrationId(Uuid::nil()), token: "secret".to_owned(), set, role }
+    }
+
+    fn io() -> ChannelIo {
+        let (_, io) = std::os::unix::net::UnixStream::pair().unwrap();
+        ChannelIo { io: Box::new(io), shutdown: Box::new(|| ()) }
+    }
+
+    /// Goal: sets are never mixed, and an old one never comes back.
+    #[test]
+    fn a_set_is_whole_or_nothing() {
+        let connections = Connections::default();
+        let first = hello(1, ChannelRole::Channel(0));
+        assert!(connections.check(&first).is_err(), "nobody waits for it");
+        connections.expect("secret".to_owned(), 1);
+        let other = ChannelHello { token: "guessed".to_owned(), ..first.clone() };
+        assert!(connections.check(&other).is_err(), "a wrong token");
+        let add = |set, role| connections.add(&hello(set, role), io());
+        assert!(add(1, ChannelRole::Channel(0)).unwrap().is_none());
+        assert!(add(1, ChannelRole::Channel(0)).is_err(), "twice");
+        assert!(add(1, ChannelRole::Channel(1)).is_err(), "one too many");
+        assert!(add(2, ChannelRole::ReturnPath).unwrap().is_none(), "the other is of set 1");
+        assert!(add(1, ChannelRole::ReturnPath).is_err(), "set 1 is no more");
+        assert!(add(2, ChannelRole::Channel(0)).unwrap().is_some());
+        assert!(add(2, ChannelRole::Channel(0)).is_err(), "set 2 is in use");
+        assert!(add(3, ChannelRole::Channel(0)).unwrap().is_none());
+        assert!(add(3, ChannelRole::ReturnPath).unwrap().is_some());
+        assert!(connections.have_come());
+        assert!(add(4, ChannelRole::Channel(0)).unwrap().is_none());
+        connections.end();
+        assert!(add(4, ChannelRole::ReturnPath).is_err(), "everything is there");
+        connections.begin_retry();
+        assert!(!connections.have_come() && !connections.have_ended());
+        assert!(add(3, ChannelRole::Channel(0)).is_err(), "set 3 was in use");
+    }
+}

@@ -1,0 +1,281 @@
+//! The source's half: one migration from the request to its end.
+//!
+//! ```text
+//! prepare ─► mirror ─► pre-copy ─► switchover ═ handed-over ═► retire
+//!    │         │          │  ◄─ again ─┤
+//!    └─────────┴──────────┴────────────┴─► abort: the VM stays
+//! ```
+//!
+//! **Invariant.** What ends before the commit point leaves the guest as it was
+//! found ([`abort`]). From *ready?* on only [`super::handover`] decides.
+
+mod abort;
+mod link;
+mod memory;
+mod mirror;
+mod prepare;
+mod retire;
+mod retry;
+mod socket;
+mod switchover;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use limosa_plane::{PlaneEvent, SourcePlane};
+use limosa_protocol::handover::{Record, Stage};
+use limosa_protocol::id::DiskId;
+use limosa_protocol::migration::{Migration, MoveRequest, Phase};
+use limosa_protocol::peer::Offer;
+use limosa_protocol::plan::MigrationPlan;
+use limosa_qemu::power;
+use tokio::sync::{mpsc, watch};
+
+pub(crate) use abort::{resume_source, undo_in_qemu};
+pub(crate) use link::link_wait;
+pub(crate) use prepare::plane_settings;
+pub(crate) use retire::{free_source, left_behind};
+
+use super::compare;
+use super::handover::{Handover, SourceDriver};
+use super::job::Job;
+use crate::migrations::Migrations;
+use crate::migrations::Slot;
+use crate::peer::PeerClient;
+use limosa_host::failure::{Failure, OrFail, Result};
+use limosa_host::store::MigrationRecord;
+use limosa_host::vm::{Inner, Qemu, Vm, run};
+use link::{Connector, LinkKeeper, LinkState};
+use switchover::Switched;
+
+/// Most plane events that wait to be looked at; the plane makes a handful.
+const EVENT_COUNT_MAX: usize = 64;
+
+/// One migration at its source.
+pub(crate) struct Source {
+    migrations: Arc<Migrations>,
+    vm: Arc<Vm>,
+    job: Arc<Job>,
+    link: Arc<PeerClient>,
+    offer: Offer,
+    driver: Arc<SourceDriver>,
+    /// The guest's QEMU; for a VM that is off, one that only reads its disks.
+    qemu: Qemu,
+    /// Whether the guest's vCPUs ran when the migration began.
+    was_running: bool,
+    plane: Option<Arc<SourcePlane>>,
+    link_state: watch::Sender<LinkState>,
+    /// The destination has all of the VM.
+    through: Arc<AtomicBool>,
+    /// What the two hosts hold is not the same; the destination looks for the place.
+    differs: bool,
+    /// Opens connections, once the destination waits for them
+    connector: Option<Connector>,
+    link_keeper: Option<LinkKeeper>,
+    /// How often the guest was stopped for its switchover
+    stop_count: u32,
+    /// Mirrors were told to end.
+    mirrors_end: bool,
+    /// Disks whose mirror has ended well, with both sides equal.
+    mirrored: BTreeSet<DiskId>,
+    events: Option<mpsc::Receiver<PlaneEvent>>,
+    exports: Vec<limosa_nbd::server::ServerHandle>,
+}
+
+/// Begins a migration that has passed preflight: records it, and leaves the rest to a task.
+pub(crate) async fn begin(
+    migrations: &Arc<Migrations>,
+    vm: &Arc<Vm>,
+    request: MoveRequest,
+    job: &Arc<Job>,
+    slot: Slot<'_>,
+) -> Result<Migration> {
+    // What another host has to say of an earlier move, this one makes void.
+    if let Some(earlier) = migrations.unsettled(&vm.name) {
+        earlier.move_on().await?;
+    }
+    let mut inner = vm.lock_for_change().await?;
+    inner.expect_owned()?;
+    inner.expect_cold_start()?;
+    job.begin();
+    let offer = compare::make_offer(migrations, &inner, &request, job.id()).await?;
+    let was_running = runs(&inner).await?;
+    let qemu = match &inner.qemu {
+        Some(qemu) => qemu.clone(),
+        // A VM that is off needs something that reads its disks.
+        None => run::launch(&migrations.host, &inner.definition, false).await?,
+    };
+    let record = first_record(&inner, &offer, job, was_running, &qemu);
+    let started = SourceDriver::begin(migrations, vm, job, record, &qemu)
+        .and_then(|driver| Ok((Arc::clone(&driver), driver.link()?)));
+    let (driver, link) = match started {
+        Ok(started) => started,
+        Err(failure) => {
+            if inner.qemu.is_none() {
+                run::end(&qemu).await?;
+            }
+            migrations.host.store.remove::<MigrationRecord>(&job.id().to_string())?;
+            return Err(failure);
+        }
+    };
+    migrations.add(Handover::Source(Arc::clone(&driver)), None, slot);
+    inner.lock = driver.initial_lock();
+    drop(inner);
+    let view = job.view();
+    supervise(Source {
+        migrations: Arc::clone(migrations),
+        vm: Arc::clone(vm),
+        job: Arc::clone(job),
+        link,
+        offer,
+        driver,
+        qemu,
+        was_running,
+        plane: None,
+        link_state: watch::Sender::new(LinkState::Up),
+        through: Arc::default(),
+        differs: false,
+        connector: None,
+        link_keeper: None,
+        stop_count: 0,
+        mirrors_end: false,
+        mirrored: BTreeSet::new(),
+        events: None,
+        exports: Vec::new(),
+    });
+    Ok(view)
+}
+
+/// The record of a migration whose offer is about to be made.
+fn first_record(
+    inner: &Inner,
+    offer: &Offer,
+    job: &Job,
+    was_running: bool,
+    qemu: &Qemu,
+) -> MigrationRecord {
+    let is_off = !offer.plan.moves_memory();
+    MigrationRecord {
+        handover: Record::first(offer.migration, Stage::Offered, offer.epoch),
+        paused: !is_off && !was_running,
+        plan: offer.plan.clone(),
+        view: job.view(),
+        definition: Some(inner.definition.clone()),
+        made: Vec::new(),
+        run: is_off.then(|| run::run_record(qemu)),
+        addresses: Vec::new(),
+        has_run: false,
+        forced: None,
+    }
+}
+
+/// Runs a source in a task of its own; a panic in it ends the move as any failure does.
+fn supervise(source: Source) {
+    let (job, driver) = (Arc::clone(&source.job), Arc::clone(&source.driver));
+    job.supervise(source.run(), async move {
+        let reason = "a fault in limosad ended the move; its log says which";
+        driver.give_up(reason.to_owned(), false).await;
+    });
+}
+
+/// Whether the guest's vCPUs run; a failure when the VM does not move as it is.
+async fn runs(inner: &Inner) -> Result<bool> {
+    let Some(qemu) = &inner.qemu else { return Ok(false) };
+    let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
+    compare::movable(&inner.definition.name, status)
+        .map_err(|problem| Failure::problems("the VM changed meanwhile", vec![problem]))
+}
+
+impl Source {
+    async fn run(mut self) {
+        let mut is_again = false;
+        loop {
+            match self.drive(is_again).await {
+                Ok(Some(switched)) => match self.handover(switched).await {
+                    Some(source) => self = source,
+                    None => return,
+                },
+                Ok(None) => {}
+                Err(failure) => return abort::abort(self, &failure).await,
+            }
+            is_again = true;
+        }
+    }
+
+    /// Goes through the phases until everything is at the destination; `None` when that
+    /// has it, or may, but the guest stood for too long.
+    async fn drive(&mut self, is_again: bool) -> Result<Option<Switched>> {
+        let job = Arc::clone(&self.job);
+        let link_ended = Self::link_ended(self.link_state.subscribe());
+        let work = async {
+            if is_again {
+                self.resume_for_retry().await?;
+            } else {
+                self.prepare().await?;
+                self.job.enter(Phase::Mirror);
+                self.mirror().await?;
+            }
+            let switched = if self.plan().moves_memory() {
+                self.pre_copy().await?
+            } else {
+                self.job.enter(Phase::Switchover);
+                Some(self.stop_without_memory().await?)
+            };
+            let Some(switched) = switched else { return Ok(None) };
+            self.through.store(true, Ordering::Release);
+            Ok(self.verify_fully().await?.then_some(switched))
+        };
+        // An operator's cancel drops the work where it is; `abort` undoes it.
+        tokio::select! {
+            result = work => result,
+            failure = link_ended => Err(failure),
+            () = job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
+        }
+    }
+
+    fn plan(&self) -> &MigrationPlan {
+        &self.offer.plan
+    }
+
+    fn plane(&self) -> Result<&SourcePlane> {
+        self.plane.as_deref().ok_or_else(|| Failure::internal("the data plane is not up"))
+    }
+
+    /// The next event of the plane that is not a failure.
+    async fn plane_event(&mut self) -> Result<PlaneEvent> {
+        let events =
+            self.events.as_mut().ok_or_else(|| Failure::internal("the data plane is not up"))?;
+        match events.recv().await {
+            Some(PlaneEvent::Failed(error)) => Err(plane_failure(&error)),
+            Some(PlaneEvent::Different(error)) => {
+                self.differs = true;
+                Err(plane_failure(&error))
+            }
+            Some(event) => Ok(event),
+            None => Err(Failure::internal("the data plane ended")),
+        }
+    }
+
+    /// Ends the plane's threads and the exports.
+    fn close_plane(&mut self) {
+        self.link_keeper = None;
+        for export in self.exports.drain(..) {
+            export.stop();
+        }
+        if let Some(plane) = self.plane.take() {
+            plane.abort();
+            let name = self.vm.name.clone();
+            // Threads end within moments; nobody needs to wait for them.
+            std::thread::spawn(move || {
+                if let Err(error) = plane.join() {
+                    tracing::debug!(vm = %name, %error, "the data plane's end");
+                }
+            });
+        }
+    }
+}
+
+fn plane_failure(error: &limosa_plane::PlaneError) -> Failure {
+    Failure::peer(format!("moving the VM's contents: {}", limosa_host::failure::chain(error)))
+}
