@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use limosa_protocol::handover::{ColdStart, Doubt, Ended};
+use limosa_protocol::handover::{ColdStart, Doubt, Ended, Snapshot};
 use limosa_protocol::id::HostName;
 
 /// How often a host that has not sent an expected message is asked.
@@ -70,4 +70,22 @@ pub(crate) struct Status {
     /// The other host, which does not answer, owes the confirmation without which the VM
     /// cannot move on.
     pub(crate) awaits_peer: bool,
+}
+
+impl Status {
+    /// The status of a machine, beside the outcome of the last request to the peer.
+    pub(super) fn of(machine: Snapshot, peer: PeerAnswer) -> Self {
+        Self {
+            state: machine.state,
+            cold_start: machine.cold_start,
+            doubt: peer.doubt(machine.doubt),
+            peer,
+            ended: machine.ended,
+            is_ours: machine.is_ours,
+            is_receiving: machine.is_receiving,
+            is_theirs: machine.is_theirs,
+            may_force_owner: machine.may_force_owner,
+            awaits_peer: machine.is_ours && peer.is_silent() && !machine.may_move_on,
+        }
+    }
 }

@@ -14,7 +14,9 @@
 mod status;
 
 use super::event::{DestinationAction as Do, DestinationEvent as On};
-use super::{Ended, Guest, IllegalEvent, Receipt, Record, Stage, WrongRecord, forced};
+use super::{
+    Ended, Guest, IllegalEvent, Machine, Receipt, Record, Snapshot, Stage, WrongRecord, forced,
+};
 use crate::id::{Epoch, MigrationId};
 
 /// Where the destination stands.
@@ -62,15 +64,11 @@ pub struct Destination {
     state: State,
 }
 
-impl Destination {
-    /// A destination that has written `preparing`.
-    ///
-    /// - `guest`: `Stopped`, or `Off`.
-    ///
-    /// # Errors
-    /// [`WrongRecord`] when something else was written.
-    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
-    pub fn begin(preparing: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
+impl Machine for Destination {
+    type Event = On;
+    type Action = Do;
+
+    fn begin(preparing: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
         let Record { migration, offered, stage, epoch, attempt } = preparing.record();
         if stage != Stage::Preparing {
             return Err(WrongRecord { role: "destination", stage });
@@ -78,15 +76,7 @@ impl Destination {
         Ok(Self { migration, offered, epoch, attempt, guest, state: State::Preparing })
     }
 
-    /// A destination whose agent was restarted, and what it does first.
-    ///
-    /// - `receipt`: of what the store held, written again.
-    /// - `guest`: `Running` unless it surely never ran here.
-    ///
-    /// # Errors
-    /// [`WrongRecord`] when that is no record of a destination.
-    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
-    pub fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
+    fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
         let Record { migration, offered, stage, epoch, attempt } = receipt.record();
         let state = State::Owner;
         let mut destination = Self { migration, offered, epoch, attempt, guest, state };
@@ -120,17 +110,12 @@ impl Destination {
         Ok((destination, actions))
     }
 
-    /// Takes an event; the agent performs the actions in order. An event that
-    /// is late, repeated or of another epoch and means nothing any more gives
-    /// no actions.
-    ///
-    /// # Errors
-    /// [`IllegalEvent`]; the state is then as before.
-    pub fn on(&mut self, event: On) -> Result<Vec<Do>, IllegalEvent> {
+    fn on(&mut self, event: On) -> Result<Vec<Do>, IllegalEvent> {
         let illegal = IllegalEvent { state: self.state(), event: event.name() };
         match event {
             On::Recorded(receipt) => self.on_recorded(&receipt),
             On::RecordFailed => self.on_record_failed(),
+            On::Lost { .. } => self.on_lost(),
             On::QemuGone => {
                 if self.guest != Guest::Off {
                     self.guest = Guest::Gone;
@@ -151,6 +136,12 @@ impl Destination {
         .ok_or(illegal)
     }
 
+    fn snapshot(&self) -> Snapshot {
+        self.read()
+    }
+}
+
+impl Destination {
     /// What the host itself or its operator wants.
     fn on_own(&mut self, event: &On) -> Option<Vec<Do>> {
         Some(match (self.state, event) {
@@ -259,14 +250,11 @@ impl Destination {
             }
             // An operator took it back, sure that this host was off. If it is
             // not, the higher epoch is right.
-            (State::Owner, On::Stays { epoch }) if *epoch > self.epoch => {
-                self.state = State::Closing(Ended::Superseded);
-                let mut actions = Vec::new();
-                if !self.guest.is_absent() {
-                    actions.push(Do::StopGuest);
-                }
-                actions.extend(self.persist(Stage::Superseded));
-                actions
+            (State::Owner, On::Stays { epoch }) if *epoch > self.epoch => self.supersede(),
+            // The ledger has given the VM to a third host, or the source lost it otherwise:
+            // a copy that is whole is kept.
+            (State::Ready | State::Declined, On::Retired { epoch }) if *epoch == self.epoch => {
+                self.supersede()
             }
             // Two operators decided, each for his own host: nobody gives way.
             (State::Ended(Ended::Moved), On::Stays { epoch }) if *epoch > self.epoch => Vec::new(),
@@ -342,6 +330,11 @@ impl Destination {
         }
     }
 
+    /// The ledger has given the VM to another host. A guest stays stopped, all files stay.
+    fn on_lost(&mut self) -> Option<Vec<Do>> {
+        (self.state == State::Owning).then(|| self.supersede())
+    }
+
     fn on_started(&mut self, runs: bool) -> Option<Vec<Do>> {
         if self.state != State::Starting {
             return None;
@@ -371,6 +364,17 @@ impl Destination {
         }
         self.state = State::Owner;
         self.say()
+    }
+
+    /// Another host owns the VM: the guest stops, and nothing is freed.
+    fn supersede(&mut self) -> Vec<Do> {
+        self.state = State::Closing(Ended::Superseded);
+        let mut actions = Vec::new();
+        if !self.guest.is_absent() {
+            actions.push(Do::StopGuest);
+        }
+        actions.extend(self.persist(Stage::Superseded));
+        actions
     }
 
     fn decline(&mut self, whole: bool) -> Vec<Do> {

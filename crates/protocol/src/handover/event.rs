@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!              Ready, Running, Declined, Asked ◄── words ──► Commit, Stays, Retired, Undecided
-//! store ──► Recorded, RecordFailed ───────────► machine ──► Persist ──► store
+//! store ──► Recorded, RecordFailed, Lost ─────► machine ──► Persist ──► store
 //! QEMU  ──► GuestRuns, GuestNeverRan, QemuGone ─►     └──► TakeDisks, RunGuest, FreeVm ──► QEMU
 //! ```
 //!
@@ -29,6 +29,11 @@ pub enum SourceEvent {
     Recorded(Receipt),
     /// A record may or may not be durable
     RecordFailed,
+    /// The ledger names another owner, so that `handed-over` or `owner` was not written
+    Lost {
+        /// The epoch at which the other owner has the VM
+        owner: Epoch,
+    },
     /// The destination owns the VM and runs it, or it is off there
     Running {
         /// At which epoch it owns it
@@ -74,6 +79,7 @@ impl SourceEvent {
             Self::Ready { .. } => "ready",
             Self::Recorded(_) => "recorded",
             Self::RecordFailed => "record-failed",
+            Self::Lost { .. } => "lost",
             Self::Running { .. } => "running",
             Self::Declined { .. } => "declined",
             Self::Unheard => "unheard",
@@ -153,6 +159,11 @@ pub enum DestinationEvent {
     Recorded(Receipt),
     /// A record may or may not be durable
     RecordFailed,
+    /// The ledger names another owner, so that `owner` was not written
+    Lost {
+        /// The epoch at which the other owner has the VM
+        owner: Epoch,
+    },
     /// The source has handed over, durably
     Commit {
         /// At which epoch
@@ -199,6 +210,7 @@ impl DestinationEvent {
             Self::Retry { .. } => "retry",
             Self::Recorded(_) => "recorded",
             Self::RecordFailed => "record-failed",
+            Self::Lost { .. } => "lost",
             Self::Commit { .. } => "commit",
             Self::Stays { .. } => "stays",
             Self::Retired { .. } => "retired",

@@ -28,12 +28,17 @@
 //! - a whole, newest copy is always there;
 //! - once faults end, exactly one host runs the VM or may start it.
 //!
+//! **The ledger decides between hosts** where there is one: it is asked before `handed-over`
+//! and `owner` are written. A host that lost stops its guest, frees nothing, and ends as
+//! `superseded`; so does a whole copy whose source retired without a commit.
+//!
 //! **An open record never allows a cold start.** While its QEMU lives, an owner
 //! needs nobody. Once QEMU is gone, only the other host's word that it is out of
 //! it (`retired`, `declined`) or the operator's allows starting the VM anew.
 
 mod destination;
 mod event;
+mod machine;
 #[cfg(test)]
 mod pairs;
 mod receipt;
@@ -45,6 +50,7 @@ use serde::{Deserialize, Serialize};
 
 pub use destination::Destination;
 pub use event::{DestinationAction, DestinationEvent, SourceAction, SourceEvent};
+pub use machine::{Machine, Snapshot};
 pub use receipt::{Receipt, Store, persist};
 pub use source::{Committed, Source};
 
@@ -80,8 +86,8 @@ pub enum Stage {
     Done,
     /// The VM did not move. The source owns it.
     Stayed,
-    /// An operator gave the VM to the other host. What is here is kept, and is
-    /// the operator's to look at; it is never started.
+    /// An operator or the ledger gave the VM to another host. The copy here is kept
+    /// for an operator to inspect; it is never started.
     Superseded,
 }
 
@@ -196,7 +202,7 @@ pub enum Ended {
     Moved,
     /// The source owns the VM.
     Stayed,
-    /// The operator gave the VM to the other host.
+    /// An operator or the ledger gave the VM to another host.
     Superseded,
 }
 

@@ -16,7 +16,9 @@
 mod status;
 
 use super::event::{SourceAction as Do, SourceEvent as On};
-use super::{Ended, Guest, IllegalEvent, Receipt, Record, Stage, WrongRecord, forced};
+use super::{
+    Ended, Guest, IllegalEvent, Machine, Receipt, Record, Snapshot, Stage, WrongRecord, forced,
+};
 use crate::id::{Epoch, MigrationId};
 
 /// Where the source stands.
@@ -86,15 +88,11 @@ impl Committed {
     }
 }
 
-impl Source {
-    /// A source that has written `offered`.
-    ///
-    /// - `guest`: `Running`, or `Off`.
-    ///
-    /// # Errors
-    /// [`WrongRecord`] when something else was written.
-    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
-    pub fn begin(offered: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
+impl Machine for Source {
+    type Event = On;
+    type Action = Do;
+
+    fn begin(offered: Receipt, guest: Guest) -> Result<Self, WrongRecord> {
         let record = offered.record();
         if record.stage != Stage::Offered {
             return Err(WrongRecord { role: "source", stage: record.stage });
@@ -111,14 +109,7 @@ impl Source {
         })
     }
 
-    /// A source whose agent was restarted, and what it does first.
-    ///
-    /// - `receipt`: of what the store held, written again.
-    ///
-    /// # Errors
-    /// [`WrongRecord`] when that is no record of a source.
-    #[expect(clippy::needless_pass_by_value, reason = "a receipt is used up")]
-    pub fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
+    fn restore(receipt: Receipt, guest: Guest) -> Result<(Self, Vec<Do>), WrongRecord> {
         let Record { migration, offered, stage, epoch, attempt } = receipt.record();
         let first = offered.next();
         let (reserved, owned, state) = match stage {
@@ -145,17 +136,12 @@ impl Source {
         Ok((source, actions))
     }
 
-    /// Takes an event; the agent performs the actions in order. An event that
-    /// is late, repeated or of another epoch and means nothing any more gives
-    /// no actions.
-    ///
-    /// # Errors
-    /// [`IllegalEvent`]; the state is then as before.
-    pub fn on(&mut self, event: On) -> Result<Vec<Do>, IllegalEvent> {
+    fn on(&mut self, event: On) -> Result<Vec<Do>, IllegalEvent> {
         let illegal = IllegalEvent { state: self.state(), event: event.name() };
         match event {
             On::Recorded(receipt) => self.on_recorded(&receipt),
             On::RecordFailed => self.on_record_failed(),
+            On::Lost { .. } => self.on_lost(),
             On::QemuGone => Some(self.on_qemu_gone()),
             On::GuestRuns | On::GuestNeverRan => self.on_resumed(event == On::GuestRuns),
             On::Asked | On::Silence => Some(self.resend(event == On::Silence)),
@@ -169,6 +155,12 @@ impl Source {
         .ok_or(illegal)
     }
 
+    fn snapshot(&self) -> Snapshot {
+        self.read()
+    }
+}
+
+impl Source {
     /// What the host itself or its operator wants.
     fn on_own(&mut self, event: &On) -> Option<Vec<Do>> {
         Some(match (self.state, event) {
@@ -240,14 +232,7 @@ impl Source {
                 if *epoch >= self.reserved && *epoch > self.owned =>
             {
                 self.reserved = *epoch;
-                let record = Record { stage: Stage::Superseded, ..self.record() };
-                // One that was not let run after all may have been since, by its user.
-                let mut actions = Vec::new();
-                if !self.guest.is_absent() {
-                    actions.push(Do::StopGuest);
-                }
-                actions.extend(self.close(Ended::Superseded, record));
-                actions
+                self.supersede()
             }
             // Only the store can say how it goes on.
             (State::UnknownDurability, _) => Vec::new(),
@@ -308,6 +293,14 @@ impl Source {
         }
     }
 
+    /// The ledger has given the VM to another host. A guest stops, its memory and files stay.
+    fn on_lost(&mut self) -> Option<Vec<Do>> {
+        match self.state {
+            State::Committing | State::TakingBack { .. } => Some(self.supersede()),
+            _ => None,
+        }
+    }
+
     fn on_qemu_gone(&mut self) -> Vec<Do> {
         if self.guest != Guest::Off {
             self.guest = Guest::Gone;
@@ -353,6 +346,18 @@ impl Source {
         // Past the epoch handed over, so that no repeated word of it fits.
         self.owned = self.reserved.next();
         vec![Do::Persist(Record { stage: Stage::Owner, epoch: self.owned, ..self.record() })]
+    }
+
+    /// Another host owns the VM: the guest stops, and nothing is freed.
+    fn supersede(&mut self) -> Vec<Do> {
+        let mut actions = Vec::new();
+        // A guest that was not resumed may have been since, by its user.
+        if !self.guest.is_absent() {
+            actions.push(Do::StopGuest);
+        }
+        let record = Record { stage: Stage::Superseded, ..self.record() };
+        actions.extend(self.close(Ended::Superseded, record));
+        actions
     }
 
     fn close(&mut self, ended: Ended, record: Record) -> Vec<Do> {

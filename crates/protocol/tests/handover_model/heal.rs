@@ -10,9 +10,10 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use limosa_protocol::handover::{ColdStart, Destination, Guest, Source};
 
+use crate::ledger;
 use crate::mutation::Mutation;
 use crate::step::{self, Side, Step};
-use crate::world::{Host, World};
+use crate::world::{Host, ThirdHost, Work, World};
 
 /// Most steps until a world must have come to rest.
 const HEALING_STEPS_MAX: usize = 300;
@@ -106,10 +107,13 @@ fn next_step(world: &World) -> Option<Step> {
         return Some(Step::Restart(Side::Destination));
     }
     if world.source.work.is_some() {
-        return Some(Step::Done(Side::Source));
+        return Some(end_of_work(Side::Source, world.source.work, world));
     }
     if world.destination.work.is_some() {
-        return Some(Step::Done(Side::Destination));
+        return Some(end_of_work(Side::Destination, world.destination.work, world));
+    }
+    if world.third == ThirdHost::Owns && world.has_given_way() {
+        return Some(Step::ThirdStarts);
     }
     let source = world.source.machine.as_ref()?;
     let destination = world.destination.machine.as_ref()?;
@@ -126,6 +130,10 @@ fn next_step(world: &World) -> Option<Step> {
         return Some(Step::AllArrives);
     }
     (source.state() == "copying").then_some(Step::GiveUp(Side::Source))
+}
+
+fn end_of_work(side: Side, work: Option<Work>, world: &World) -> Step {
+    if ledger::is_refused(work, world) { Step::Lost(side) } else { Step::Done(side) }
 }
 
 /// The same on the only host there is.
@@ -173,5 +181,5 @@ fn has_exactly_one(world: &World) -> bool {
         destination.files,
         destination.machine.as_ref().map(Destination::cold_start),
     );
-    here + there == 1
+    here + there + usize::from(world.third == ThirdHost::Runs) == 1
 }

@@ -19,6 +19,7 @@
 #![expect(clippy::disallowed_types, reason = "only the time of the search is looked at")]
 
 mod heal;
+mod ledger;
 mod mutation;
 mod perform;
 mod step;
@@ -29,7 +30,7 @@ use std::time::Instant;
 use mutation::Mutation;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use step::Step;
-use world::{Budget, MovingVm, World};
+use world::{Budget, MovingVm, ThirdHost, World};
 
 /// What is checked: the protocol as it is, or with a planted bug.
 #[derive(Debug, Clone, Copy)]
@@ -84,6 +85,13 @@ impl Model for Handover {
                     model.budget != Budget::OPERATOR || world.was_superseded()
                 },
             ),
+            Property::sometimes(
+                "both hosts give way to the ledger's",
+                |model: &Self, world: &World| {
+                    model.budget != Budget::LEDGER
+                        || (world.third == ThirdHost::Runs && world.has_ended())
+                },
+            ),
         ]
     }
 }
@@ -115,6 +123,7 @@ fn every_order_of_events_keeps_the_promise() {
     check("faults", Budget::FAULTS);
     check("faults and an operator who is sure", Budget::OPERATOR);
     check("faults and a host that is destroyed", Budget::LOSS);
+    check("faults and a ledger that names a third host", Budget::LEDGER);
 }
 
 /// Goal: the checker sees; each of these bugs breaks a property, and is shown by
@@ -123,7 +132,8 @@ fn every_order_of_events_keeps_the_promise() {
 fn every_planted_bug_is_found() {
     for mutation in Mutation::ALL {
         let started = Instant::now();
-        let model = Handover { mutation: Some(mutation), budget: Budget::FAULTS };
+        let budget = if mutation.is_of_ledger() { Budget::LEDGER } else { Budget::FAULTS };
+        let model = Handover { mutation: Some(mutation), budget };
         let checker = model
             .checker()
             .threads(1) // the first way found is then the shortest
@@ -178,6 +188,7 @@ impl Handover {
             "it is taken back",
             "it moves when it is tried again",
             "one host gives way to the operator's",
+            "both hosts give way to the ledger's",
         ]
         .contains(&name)
     }

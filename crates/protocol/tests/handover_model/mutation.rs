@@ -36,10 +36,16 @@ pub(crate) enum Mutation {
     ColdStartByNonOwner,
     /// An owner whose QEMU is gone starts the VM anew without asking
     ColdStartUnasked,
+    /// The source writes its record although the ledger names another owner
+    SourceWritesAfterLost,
+    /// The source resumes its guest when the ledger names another owner
+    LoserResumes,
+    /// A host removes its copy when the ledger names another owner
+    LoserFrees,
 }
 
 impl Mutation {
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::SourceResumesOnLostReply,
         Self::SourceRunsOnUnnumbered,
         Self::ReadyOfEarlierAttemptAccepted,
@@ -56,5 +62,13 @@ impl Mutation {
         Self::StaleEpochAccepted,
         Self::ColdStartByNonOwner,
         Self::ColdStartUnasked,
+        Self::SourceWritesAfterLost,
+        Self::LoserResumes,
+        Self::LoserFrees,
     ];
+
+    /// Whether only a ledger that refuses brings it out.
+    pub(crate) fn is_of_ledger(self) -> bool {
+        matches!(self, Self::SourceWritesAfterLost | Self::LoserResumes | Self::LoserFrees)
+    }
 }

@@ -1,8 +1,8 @@
 //! The agents: they give their machines events, and perform the actions.
 
 use limosa_protocol::handover::{
-    Destination, DestinationAction, DestinationEvent, Guest, Source, SourceAction, SourceEvent,
-    Stage,
+    Destination, DestinationAction, DestinationEvent, Guest, Machine, Source, SourceAction,
+    SourceEvent, Stage,
 };
 
 use crate::mutation::Mutation;

@@ -5,8 +5,9 @@ use limosa_protocol::handover::{
 };
 use limosa_protocol::id::Epoch;
 
+use crate::ledger::{is_refused, ledger_refuses, needs_grant, third_starts};
 use crate::mutation::Mutation;
-use crate::world::{Host, Message, Work, World, spend};
+use crate::world::{Host, Message, ThirdHost, Work, World, spend};
 
 /// A host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,6 +53,10 @@ pub(crate) enum Step {
     Force(Side),
     /// A host is destroyed.
     Destroy(Side),
+    /// The ledger names a third host instead of granting a record.
+    Lost(Side),
+    /// The third host starts the VM.
+    ThirdStarts,
 }
 
 use Side::{Destination as There, Source as Here};
@@ -70,6 +75,9 @@ pub(crate) fn possible(world: &World, mutation: Option<Mutation>, steps: &mut Ve
     of_host(There, &world.destination, world, steps);
     if world.budget.losses > 0 {
         steps.extend([Step::Destroy(Here), Step::Destroy(There)]);
+    }
+    if world.third == ThirdHost::Owns && world.has_given_way() {
+        steps.push(Step::ThirdStarts);
     }
 }
 
@@ -190,7 +198,9 @@ fn of_host<M>(side: Side, host: &Host<M>, world: &World, steps: &mut Vec<Step>) 
     if budget.qemu_deaths > 0 && !host.qemu.is_absent() {
         steps.push(Step::QemuDies(side));
     }
-    let outcomes: &[bool] = if host.work.is_some() { &[false, true] } else { &[false] };
+    let needs_grant = needs_grant(host.work);
+    let may_be_done = host.work.is_some() && !is_refused(host.work, world);
+    let outcomes: &[bool] = if may_be_done { &[false, true] } else { &[false] };
     for is_done in outcomes.iter().copied() {
         if budget.crashes > 0 && host.machine.is_some() {
             steps.push(Step::Crash { side, is_done });
@@ -203,12 +213,17 @@ fn of_host<M>(side: Side, host: &Host<M>, world: &World, steps: &mut Vec<Step>) 
     if host.machine.is_none() {
         steps.push(Step::Restart(side));
     }
-    if host.work.is_some() {
+    if may_be_done {
         steps.push(Step::Done(side));
+    }
+    if needs_grant && (budget.claims > 0 || world.third != ThirdHost::HasNothing) {
+        steps.push(Step::Lost(side));
     }
     if matches!(host.work, Some(Work::Persist(_))) && budget.failed_writes > 0 {
         steps.push(Step::WriteFails { side, is_there: false });
-        steps.push(Step::WriteFails { side, is_there: true });
+        if may_be_done {
+            steps.push(Step::WriteFails { side, is_there: true });
+        }
     }
 }
 
@@ -221,18 +236,7 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
             world.feed_source(SourceEvent::Delivered, true, mutation);
         }
         Step::Deliver(message) => deliver(world, message, mutation),
-        Step::Silence(Here) => {
-            let is_committed = is_in(&world.source, Source::state, "handed-over");
-            if mutation == Some(Mutation::SourceResumesOnLostReply) && is_committed {
-                world.run_source();
-            }
-            if mutation == Some(Mutation::SourceRunsOnUnnumbered)
-                && is_in(&world.source, Source::state, "asking")
-            {
-                world.run_source();
-            }
-            world.feed_source(SourceEvent::Silence, true, mutation);
-        }
+        Step::Silence(Here) => peer_is_silent(world, mutation),
         Step::Silence(There) => world.feed_destination(DestinationEvent::Silence, true, mutation),
         Step::Retry => {
             spend(&mut world.budget.retries);
@@ -285,10 +289,25 @@ pub(crate) fn take(world: &mut World, step: Step, mutation: Option<Mutation>) {
                 There => world.destination.destroy(),
             }
         }
+        Step::Lost(side) => ledger_refuses(world, side, mutation),
+        Step::ThirdStarts => third_starts(world),
     }
 }
 
-fn work_is_done(world: &mut World, side: Side, mutation: Option<Mutation>) {
+fn peer_is_silent(world: &mut World, mutation: Option<Mutation>) {
+    let is_committed = is_in(&world.source, Source::state, "handed-over");
+    if mutation == Some(Mutation::SourceResumesOnLostReply) && is_committed {
+        world.run_source();
+    }
+    if mutation == Some(Mutation::SourceRunsOnUnnumbered)
+        && is_in(&world.source, Source::state, "asking")
+    {
+        world.run_source();
+    }
+    world.feed_source(SourceEvent::Silence, true, mutation);
+}
+
+pub(crate) fn work_is_done(world: &mut World, side: Side, mutation: Option<Mutation>) {
     match side {
         Here => {
             if let Some(event) = world.source.work.take().and_then(|work| world.do_source(work)) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use limosa_protocol::handover::{
-    Destination, Ended, Guest, Receipt, Record, Source, Stage, Store, persist,
+    Destination, Ended, Guest, Machine, Receipt, Record, Source, Stage, Store, persist,
 };
 use limosa_protocol::id::{Epoch, MigrationId};
 
@@ -47,6 +47,8 @@ pub(crate) struct Budget {
     pub(crate) wrong_forces: u8,
     /// Hosts that are destroyed. Their operators know, and decide on the other.
     pub(crate) losses: u8,
+    /// Third hosts to which the ledger gives the VM.
+    pub(crate) claims: u8,
 }
 
 impl Budget {
@@ -60,6 +62,7 @@ impl Budget {
         forces: 0,
         wrong_forces: 0,
         losses: 0,
+        claims: 0,
     };
     /// Faults without end; no operator decides.
     pub(crate) const FAULTS: Self = Self {
@@ -75,6 +78,8 @@ impl Budget {
     pub(crate) const OPERATOR: Self = Self { forces: 1, retries: 1, ..Self::FAULTS };
     /// Faults without end, and one host that never comes back.
     pub(crate) const LOSS: Self = Self { losses: 1, retries: 1, ..Self::FAULTS };
+    /// Faults without end, and a ledger that gives the VM to a third host.
+    pub(crate) const LEDGER: Self = Self { claims: 1, retries: 1, ..Self::FAULTS };
     /// An operator who did not.
     pub(crate) const WRONG_OPERATOR: Self = Self { crashes: 1, wrong_forces: 1, ..Self::NONE };
 }
@@ -86,6 +91,15 @@ pub(crate) enum MovingVm {
     Runs,
     /// Only disks.
     IsOff,
+}
+
+/// A third host, to which the ledger may give the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum ThirdHost {
+    HasNothing,
+    /// The ledger names it. It does not run the VM before it knows that the loser has stopped.
+    Owns,
+    Runs,
 }
 
 /// What one host says to the other.
@@ -144,6 +158,7 @@ pub(crate) struct World {
     pub(crate) forced: bool,
     /// A second QEMU of the VM runs on one host.
     pub(crate) second_qemu: bool,
+    pub(crate) third: ThirdHost,
     /// A guest was let run from a copy that was not the newest.
     pub(crate) stale_run: bool,
     /// A machine did not expect the result of its own order.
@@ -214,6 +229,7 @@ impl World {
             budget,
             forced: false,
             second_qemu: false,
+            third: ThirdHost::HasNothing,
             stale_run: false,
             illegal: None,
         }
@@ -221,7 +237,8 @@ impl World {
 
     pub(crate) fn running_count(&self) -> usize {
         let runs = |qemu| usize::from(qemu == Guest::Running);
-        runs(self.source.qemu) + runs(self.destination.qemu) + usize::from(self.second_qemu)
+        let elsewhere = usize::from(self.second_qemu) + usize::from(self.third == ThirdHost::Runs);
+        runs(self.source.qemu) + runs(self.destination.qemu) + elsewhere
     }
 
     /// Whoever has taken the disks has it in its durable record that it may.
@@ -239,7 +256,7 @@ impl World {
     /// destroyed may take it along.
     pub(crate) fn is_recoverable(&self) -> bool {
         let (source, destination) = (&self.source, &self.destination);
-        if source.is_lost || destination.is_lost {
+        if source.is_lost || destination.is_lost || self.third == ThirdHost::Runs {
             return true;
         }
         let is_whole = destination.stored.stage != Stage::Preparing;
@@ -272,6 +289,12 @@ impl World {
 
     pub(crate) fn was_taken_back(&self) -> bool {
         self.has_stayed() && self.source.stored.epoch > RESERVED
+    }
+
+    /// Whether a loser is durably superseded, so that the third host may start the VM.
+    pub(crate) fn has_given_way(&self) -> bool {
+        self.source.stored.stage == Stage::Superseded
+            || self.destination.stored.stage == Stage::Superseded
     }
 
     pub(crate) fn was_superseded(&self) -> bool {

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
 
 use limosa_plane::DestinationPlane;
 use limosa_protocol::handover::{
-    Destination, DestinationAction as Do, DestinationEvent as On, Ended, Guest, Receipt, Record,
-    Stage, persist,
+    Destination, DestinationAction as Do, DestinationEvent as On, Ended, Guest, Machine, Receipt,
+    Record, Stage, persist,
 };
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::Outcome;
@@ -70,22 +70,6 @@ struct Inner {
     undecided_count: u32,
 }
 
-fn status_of(machine: &Destination, peer: PeerAnswer) -> Status {
-    let is_ours = machine.is_ours();
-    Status {
-        state: machine.state(),
-        cold_start: machine.cold_start(),
-        doubt: peer.doubt(machine.doubt()),
-        peer,
-        ended: machine.ended(),
-        is_ours,
-        is_receiving: machine.is_preparing(),
-        is_theirs: false,
-        may_force_owner: machine.may_force_owner(),
-        awaits_peer: is_ours && machine.ended().is_none() && peer.is_silent(),
-    }
-}
-
 impl DestinationDriver {
     /// Records that the offer is taken, and begins.
     pub(crate) fn begin(
@@ -136,7 +120,7 @@ impl DestinationDriver {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let source = record.view.source.clone();
-        let now = status_of(&machine, PeerAnswer::Settles);
+        let now = Status::of(machine.snapshot(), PeerAnswer::Settles);
         let lock = initial_lock(&record.view, now);
         let is_under_way = record.view.ended_unix_ms.is_none();
         let status = watch::Sender::new(now);
@@ -448,7 +432,7 @@ impl DestinationDriver {
 
     /// Tells where the machine stands now, and opens the VM once it is ours.
     async fn publish(&self, inner: &mut Inner) {
-        let status = status_of(&inner.machine, inner.peer);
+        let status = Status::of(inner.machine.snapshot(), inner.peer);
         let before = self.status.send_replace(status);
         if status.is_ours && !inner.is_open {
             self.open(inner).await;

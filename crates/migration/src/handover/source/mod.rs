@@ -11,7 +11,8 @@ mod messages;
 use std::sync::Arc;
 
 use limosa_protocol::handover::{
-    Ended, Guest, Receipt, Record, Source, SourceAction as Do, SourceEvent as On, Stage, persist,
+    Ended, Guest, Machine, Receipt, Record, Source, SourceAction as Do, SourceEvent as On, Stage,
+    persist,
 };
 use limosa_protocol::id::HostName;
 use limosa_protocol::migration::{Downtime, Outcome};
@@ -69,25 +70,6 @@ pub(crate) struct Handed {
     pub(crate) proofs: Vec<String>,
 }
 
-fn status_of(machine: &Source, peer: PeerAnswer) -> Status {
-    let is_ours = machine.is_ours();
-    Status {
-        state: machine.state(),
-        cold_start: machine.cold_start(),
-        doubt: peer.doubt(machine.doubt()),
-        peer,
-        ended: machine.ended(),
-        is_ours,
-        is_receiving: false,
-        is_theirs: machine.is_handed_over(),
-        may_force_owner: machine.may_force_owner(),
-        awaits_peer: is_ours
-            && machine.ended().is_none()
-            && peer.is_silent()
-            && !machine.may_move_on(),
-    }
-}
-
 impl SourceDriver {
     /// Records the offer, and begins.
     pub(crate) fn begin(
@@ -136,7 +118,7 @@ impl SourceDriver {
         qemu: Option<Qemu>,
     ) -> Arc<Self> {
         let destination = record.view.destination.clone();
-        let now = status_of(&machine, PeerAnswer::Settles);
+        let now = Status::of(machine.snapshot(), PeerAnswer::Settles);
         let lock = initial_lock(&record.view, now);
         let is_under_way = record.view.ended_unix_ms.is_none();
         let status = watch::Sender::new(now);
@@ -357,7 +339,7 @@ impl SourceDriver {
 
     /// Tells where the machine stands now, and lets the VM go when it is ours.
     async fn publish(&self, inner: &mut Inner) {
-        let status = status_of(&inner.machine, inner.peer);
+        let status = Status::of(inner.machine.snapshot(), inner.peer);
         let before = self.status.send_replace(status);
         if status.is_ours && !inner.is_open {
             inner.is_open = true;

@@ -1,10 +1,28 @@
-//! How the destination's half stands: what others may ask of it. Nothing here changes it.
+//! What others may read of the destination's machine. Nothing here changes it.
 
 use super::{Destination, State};
-use crate::handover::{ColdStart, Doubt, Ended, Guest};
+use crate::handover::{ColdStart, Doubt, Ended, Guest, Snapshot};
 use crate::id::Epoch;
 
 impl Destination {
+    /// All of it at once.
+    pub(super) fn read(&self) -> Snapshot {
+        Snapshot {
+            state: self.state(),
+            attempt: self.attempt,
+            guest: self.guest,
+            cold_start: self.cold_start(),
+            doubt: self.doubt(),
+            ended: self.ended(),
+            is_ours: self.is_ours(),
+            is_theirs: false,
+            is_receiving: self.is_preparing(),
+            may_give_up: self.may_give_up(),
+            may_force_owner: self.may_force_owner(),
+            may_move_on: self.ended().is_some(),
+        }
+    }
+
     /// The epoch at which this host owns the VM, or would.
     #[must_use]
     pub fn epoch(&self) -> Epoch {

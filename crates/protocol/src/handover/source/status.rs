@@ -1,10 +1,28 @@
-//! How the source's half stands: what others may ask of it. Nothing here changes it.
+//! What others may read of the source's machine. Nothing here changes it.
 
 use super::{Source, State};
-use crate::handover::{ColdStart, Doubt, Ended, Guest};
+use crate::handover::{ColdStart, Doubt, Ended, Guest, Snapshot};
 use crate::id::Epoch;
 
 impl Source {
+    /// All of it at once.
+    pub(super) fn read(&self) -> Snapshot {
+        Snapshot {
+            state: self.state(),
+            attempt: self.attempt,
+            guest: self.guest,
+            cold_start: self.cold_start(),
+            doubt: self.doubt(),
+            ended: self.ended(),
+            is_ours: self.is_ours(),
+            is_theirs: self.is_handed_over(),
+            is_receiving: false,
+            may_give_up: self.may_give_up(),
+            may_force_owner: self.may_force_owner(),
+            may_move_on: self.ended().is_some() || self.may_move_on(),
+        }
+    }
+
     /// The epoch reserved for the destination.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
@@ -43,13 +61,6 @@ impl Source {
     #[must_use]
     pub fn may_force_owner(&self) -> bool {
         matches!(self.state, State::HandedOver | State::Keeping)
-    }
-
-    /// Whether everything is sent, and the destination is to be asked whether it
-    /// is ready.
-    #[must_use]
-    pub fn is_asking(&self) -> bool {
-        self.state == State::Asking
     }
 
     /// Whether the commit point is passed: only the destination's word or the
