@@ -73,9 +73,6 @@ impl DiskTarget for Disk {
     fn write_zeroes(&mut self, offset: u64, length: u64, _may_unmap: bool) -> io::Result<()> {
         self.operation(offset, length)
     }
-    fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        self.operation(offset, length)
-    }
     fn flush(&mut self) -> io::Result<()> {
         self.operation(0, 0)
     }

@@ -187,15 +187,6 @@ impl NbdClient {
         self.stream.set_read_timeout(Some(SILENCE_MAX))
     }
 
-    /// Waits for the replies to all requests, and says goodbye. Promises nothing
-    /// about durability.
-    ///
-    /// # Errors
-    /// As [`Self::write`].
-    pub fn disconnect(mut self) -> io::Result<()> {
-        self.wait_below(0, 0)
-    }
-
     /// Sends a request about `range`, an offset and a length.
     fn request(
         &mut self,

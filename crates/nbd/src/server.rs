@@ -121,12 +121,6 @@ pub fn serve(
 }
 
 impl ServerHandle {
-    /// Whether a client is connected now.
-    #[must_use]
-    pub fn connected(&self) -> bool {
-        self.shared.client().is_some()
-    }
-
     /// Why the sink takes nothing more, if that is so.
     #[must_use]
     pub fn failure(&self) -> Option<io::Error> {

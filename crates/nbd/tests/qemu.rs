@@ -296,7 +296,7 @@ fn mirror_is_equal_and_sparse(format: &str) {
     assert_eq!(end["event"], "BLOCK_JOB_COMPLETED");
     assert!(end["data"].get("error").is_none(), "{end}");
     qemu.execute("blockdev-del", &json!({ "node-name": "target" }));
-    guest.disconnect().unwrap();
+    drop(guest);
     qemu.quit();
     server.stop_and_join().unwrap();
     if let Ok(path) = std::env::var("LIMOSA_TEST_NBD_LOG") {
@@ -339,7 +339,7 @@ fn a_sink_that_fails_fails_the_mirror_and_nothing_else() {
     assert_eq!(server.failure().unwrap().kind(), io::ErrorKind::StorageFull);
     guest.write(MIB, &noise(MIB, 4)).unwrap();
     guest.flush().unwrap();
-    guest.disconnect().unwrap();
+    drop(guest);
     server.stop();
     qemu.quit();
     let mut read = vec![0; at(MIB)];
@@ -431,7 +431,7 @@ fn our_client_keeps_order_on_qemus_export() {
         client.write(0, &model[..at(40 * MIB)]).unwrap();
         client.write(40 * MIB, &model[at(40 * MIB)..]).unwrap();
         client.flush().unwrap();
-        client.disconnect().unwrap();
+        drop(client);
         let copy = folder.path().join("copy.raw");
         run("qemu-img", &["convert", "-U", "-f", format, "-O", "raw", text(&image), text(&copy)]);
         assert!(std::fs::read(&copy).unwrap() == model, "{format}, seed {seed}");

@@ -29,6 +29,7 @@ mod holes;
 mod link;
 mod meter;
 mod page;
+mod page_cache;
 mod queue;
 mod ram;
 mod replay;
@@ -38,12 +39,11 @@ mod shutdown;
 mod source;
 #[cfg(test)]
 mod tests;
-mod versions;
 
 pub use channel::{ChannelIo, ReadWrite};
 pub use destination::{DestinationDisk, DestinationPlane, DestinationSpec, RamTarget};
 pub use digest::ram_digests;
-pub use disk::{DiskTarget, RawTarget};
+pub use disk::DiskTarget;
 pub use page::{PAGE_BYTES, PagePlace};
 pub use settings::{PlaneSettings, SILENCE_MAX};
 pub use shutdown::{Place, PlaneError, PlaneEvent};

@@ -24,13 +24,13 @@ use crate::shutdown::{PlaneError, PlaneEvent, Shutdown};
 pub(crate) struct Link {
     shutdown: Arc<Shutdown>,
     role_count: usize,
-    set: Mutex<Set>,
+    set: Mutex<CurrentConnections>,
     changed: Condvar,
 }
 
 /// The connections of now.
 #[derive(Default)]
-struct Set {
+struct CurrentConnections {
     /// Counts sets, from 1
     number: u64,
     is_up: bool,
@@ -107,7 +107,12 @@ impl Link {
         Ok(())
     }
 
-    fn place(&self, set: &mut Set, channels: Vec<ChannelIo>, return_path: ChannelIo) {
+    fn place(
+        &self,
+        set: &mut CurrentConnections,
+        channels: Vec<ChannelIo>,
+        return_path: ChannelIo,
+    ) {
         set.number += 1;
         set.is_up = true;
         set.behind = self.role_count;
@@ -173,12 +178,12 @@ impl Link {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Set> {
+    fn lock(&self) -> MutexGuard<'_, CurrentConnections> {
         self.set.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Set {
+impl CurrentConnections {
     fn close(&mut self) {
         self.is_up = false;
         self.places.iter_mut().for_each(|place| *place = None);

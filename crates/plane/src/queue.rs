@@ -1,8 +1,7 @@
-//! What joins two threads of a plane: bounded, so that a slow one slows the one
-//! before it.
+//! The bounded queue between two threads of a plane: a slow consumer slows its producer.
 //!
-//! **Invariant.** Nobody waits here for ever: closing a queue wakes both sides,
-//! and whoever puts something in may change his mind.
+//! **Invariant.** No call blocks forever: `close` wakes both ends, and `push` can be
+//! abandoned.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,7 +11,7 @@ use std::time::Duration;
 /// most, and a mirror has 4 MiB of them under way: those of 16 disks.
 const URGENT_COUNT_MAX: usize = 256;
 
-/// A queue with one taker.
+/// A queue with one consumer.
 pub(crate) struct Queue<T> {
     items: Mutex<Items<T>>,
     filled: Condvar,
@@ -25,14 +24,15 @@ struct Items<T> {
     is_closed: bool,
 }
 
-/// Why something was not put in.
+/// The queue is closed, or the push was abandoned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct NotTaken;
+pub(crate) struct NotPushed;
 
-/// What there was to take.
-pub(crate) enum Taken<T> {
+/// Result of a pop.
+pub(crate) enum Popped<T> {
     Item(T),
-    Nothing,
+    /// The queue stayed empty for the whole wait.
+    Empty,
     Closed,
 }
 
@@ -43,26 +43,26 @@ impl<T> Queue<T> {
         Self { items: Mutex::new(items), filled: Condvar::new(), room: Condvar::new(), depth }
     }
 
-    /// Puts an item in when there is room, unless the queue is closed or
-    /// `gives_up`, which is asked whenever somebody calls [`Self::wake`].
-    pub(crate) fn put(&self, item: T, gives_up: impl Fn() -> bool) -> Result<(), NotTaken> {
+    /// Waits for room and adds an item, unless the queue is closed or `gives_up`, which is
+    /// evaluated at every [`Self::wake`].
+    pub(crate) fn push(&self, item: T, gives_up: impl Fn() -> bool) -> Result<(), NotPushed> {
         let mut items = self.lock();
         while !items.is_closed && items.waiting.len() >= self.depth && !gives_up() {
             items = self.room.wait(items).unwrap_or_else(PoisonError::into_inner);
         }
         if gives_up() {
-            return Err(NotTaken);
+            return Err(NotPushed);
         }
         self.add(items, item)
     }
 
-    /// Puts an item in when there is room, or when `is_urgent`, which is asked whenever
-    /// somebody calls [`Self::wake`]; even then not more than [`URGENT_COUNT_MAX`] too many.
-    pub(crate) fn put_or_squeeze(
+    /// Adds an item when there is room, or past the depth when `is_urgent`, which is
+    /// evaluated at every [`Self::wake`]; at most [`URGENT_COUNT_MAX`] past it.
+    pub(crate) fn push_or_else(
         &self,
         item: T,
         is_urgent: impl Fn() -> bool,
-    ) -> Result<(), NotTaken> {
+    ) -> Result<(), NotPushed> {
         let is_full = |items: &mut Items<T>| {
             let depth = if is_urgent() { self.depth + URGENT_COUNT_MAX } else { self.depth };
             !items.is_closed && items.waiting.len() >= depth
@@ -71,14 +71,14 @@ impl<T> Queue<T> {
         self.add(waited.unwrap_or_else(PoisonError::into_inner), item)
     }
 
-    /// Puts an item in at once. For the few that are small and may not wait.
-    pub(crate) fn put_at_once(&self, item: T) -> Result<(), NotTaken> {
+    /// Adds an item without waiting for room. For the few that are small and must not wait.
+    pub(crate) fn push_at_once(&self, item: T) -> Result<(), NotPushed> {
         self.add(self.lock(), item)
     }
 
-    fn add(&self, mut items: MutexGuard<'_, Items<T>>, item: T) -> Result<(), NotTaken> {
+    fn add(&self, mut items: MutexGuard<'_, Items<T>>, item: T) -> Result<(), NotPushed> {
         if items.is_closed {
-            return Err(NotTaken);
+            return Err(NotPushed);
         }
         items.waiting.push_back(item);
         drop(items);
@@ -86,29 +86,29 @@ impl<T> Queue<T> {
         Ok(())
     }
 
-    /// Takes the next item, or waits a while for one.
-    pub(crate) fn take(&self, patience: Duration) -> Taken<T> {
+    /// Removes the next item, or waits for one.
+    pub(crate) fn pop(&self, patience: Duration) -> Popped<T> {
         let is_empty = |items: &mut Items<T>| items.waiting.is_empty() && !items.is_closed;
         let waited = self.filled.wait_timeout_while(self.lock(), patience, is_empty);
         let mut items = waited.unwrap_or_else(PoisonError::into_inner).0;
         match items.waiting.pop_front() {
-            _ if items.is_closed => Taken::Closed,
-            None => Taken::Nothing,
+            _ if items.is_closed => Popped::Closed,
+            None => Popped::Empty,
             Some(item) => {
                 drop(items);
                 self.room.notify_one();
-                Taken::Item(item)
+                Popped::Item(item)
             }
         }
     }
 
-    /// Has those who wait for room think again.
+    /// Makes producers that wait for room evaluate their condition.
     pub(crate) fn wake(&self) {
         drop(self.lock());
         self.room.notify_all();
     }
 
-    /// Nothing is put in or taken any more.
+    /// Ends the queue: every push fails, every pop reports `Closed`.
     pub(crate) fn close(&self) {
         self.lock().is_closed = true;
         self.filled.notify_all();
@@ -128,23 +128,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_waits_for_room_may_give_up() {
+    fn a_push_that_waits_for_room_can_be_abandoned() {
         let queue = Arc::new(Queue::new(1));
         let given_up = Arc::new(AtomicBool::new(false));
-        queue.put(1, || false).unwrap();
-        queue.put_at_once(2).unwrap();
+        queue.push(1, || false).unwrap();
+        queue.push_at_once(2).unwrap();
         let waiting = {
             let (queue, given_up) = (Arc::clone(&queue), Arc::clone(&given_up));
-            std::thread::spawn(move || queue.put(3, || given_up.load(Ordering::SeqCst)))
+            std::thread::spawn(move || queue.push(3, || given_up.load(Ordering::SeqCst)))
         };
         given_up.store(true, Ordering::SeqCst);
         queue.wake();
-        assert_eq!(waiting.join().unwrap(), Err(NotTaken));
-        assert!(matches!(queue.take(Duration::ZERO), Taken::Item(1)));
-        assert!(matches!(queue.take(Duration::ZERO), Taken::Item(2)));
-        assert!(matches!(queue.take(Duration::ZERO), Taken::Nothing));
+        assert_eq!(waiting.join().unwrap(), Err(NotPushed));
+        assert!(matches!(queue.pop(Duration::ZERO), Popped::Item(1)));
+        assert!(matches!(queue.pop(Duration::ZERO), Popped::Item(2)));
+        assert!(matches!(queue.pop(Duration::ZERO), Popped::Empty));
         queue.close();
-        assert!(matches!(queue.take(Duration::from_secs(60)), Taken::Closed));
-        assert_eq!(queue.put_at_once(4), Err(NotTaken));
+        assert!(matches!(queue.pop(Duration::from_secs(60)), Popped::Closed));
+        assert_eq!(queue.push_at_once(4), Err(NotPushed));
     }
 }

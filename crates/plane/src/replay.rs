@@ -76,7 +76,8 @@ impl Replay {
     /// Keeps a frame. The caller knows that there is room.
     pub(crate) fn keep(&self, frame: &[u8]) {
         let mut kept = self.lock();
-        kept.lengths.push_back(u32::try_from(frame.len()).unwrap_or(u32::MAX));
+        kept.lengths
+            .push_back(u32::try_from(frame.len()).expect("FrameMaker made it: at most 4 GiB"));
         kept.bytes.extend(frame);
     }
 

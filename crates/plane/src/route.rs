@@ -46,7 +46,7 @@ pub(crate) fn is_in_one_region(offset_bytes: u64, length_bytes: u64) -> bool {
 }
 
 fn shard(region: u64, channel_count: usize) -> usize {
-    usize::try_from(region % channel_count as u64).unwrap_or(0)
+    usize::try_from(region % channel_count as u64).expect("below a usize")
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ pub struct PlaneSettings {
     /// when the guest stops is blackout.
     pub window_bytes: usize,
     /// Most memory for the previous versions of pages.
-    pub page_versions_bytes_max: u64,
+    pub page_cache_bytes_max: u64,
     /// Whether payloads are compressed.
     pub compression: bool,
     /// Most bytes that are kept to be sent again, over all channels: what is on
@@ -29,7 +29,7 @@ impl Default for PlaneSettings {
     fn default() -> Self {
         Self {
             window_bytes: 4 << 20,
-            page_versions_bytes_max: 512 << 20,
+            page_cache_bytes_max: 512 << 20,
             compression: true,
             replay_bytes_max: 16 << 20,
             keep_alive_every: Duration::from_secs(1),

@@ -67,7 +67,7 @@ impl Gathered {
 }
 
 /// All connections of a plane.
-pub(crate) struct Set {
+pub(crate) struct ConnectionGroup {
     pub(crate) channels: Vec<ChannelIo>,
     pub(crate) return_path: ChannelIo,
 }
@@ -87,7 +87,7 @@ impl Connections {
     /// The token and the number of channels, if some are waited for.
     pub(super) fn expected(&self) -> Option<(String, u8)> {
         let inner = self.lock();
-        let count = u8::try_from(inner.gathered.channels.len()).unwrap_or(u8::MAX);
+        let count = u8::try_from(inner.gathered.channels.len()).expect("set by `expect` from a u8");
         inner.token.clone().map(|token| (token, count))
     }
 
@@ -120,7 +120,7 @@ impl Connections {
     }
 
     /// Adds a connection that was checked; gives the set once it is whole.
-    fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Result<Option<Set>> {
+    fn add(&self, hello: &ChannelHello, io: ChannelIo) -> Result<Option<ConnectionGroup>> {
         let mut inner = self.lock();
         // Others may have come since, or everything.
         inner.check(hello)?;
@@ -150,7 +150,7 @@ impl Connections {
         *set = hello.set;
         *have_come = true;
         let channels = gathered.channels.iter_mut().filter_map(Option::take).collect();
-        Ok(Some(Set { channels, return_path }))
+        Ok(Some(ConnectionGroup { channels, return_path }))
     }
 }
 

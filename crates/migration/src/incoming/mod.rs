@@ -32,7 +32,7 @@ use limosa_qemu::ram;
 use tokio::sync::{Mutex, mpsc, watch};
 use tracing::{Instrument, Span};
 
-pub(crate) use channels::Set;
+pub(crate) use channels::ConnectionGroup;
 pub use channels::accept_channel;
 pub(crate) use place::{free, removable};
 pub(crate) use receive::end_plane;

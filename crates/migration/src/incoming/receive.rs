@@ -18,7 +18,7 @@ use limosa_qemu::{block, migrate, ram};
 use tokio::sync::{mpsc, watch};
 
 use super::super::outgoing::plane_settings;
-use super::channels::Set;
+use super::channels::ConnectionGroup;
 use super::place::removable;
 use super::{Incoming, Inner};
 use limosa_host::failure::{Failure, OrFail, Result, chain};
@@ -160,7 +160,7 @@ impl Incoming {
     }
 
     /// All channels are there: bytes may come.
-    pub(super) async fn start_plane(self: &Arc<Self>, set: Set) -> Result<()> {
+    pub(super) async fn start_plane(self: &Arc<Self>, set: ConnectionGroup) -> Result<()> {
         let mut inner = self.inner.lock().await;
         let Some(parts) = inner.parts.take() else {
             // Two sets came at the same time, or all has arrived.

@@ -80,7 +80,7 @@ impl Incoming {
         let doing = "closing the data plane";
         self.connections.end();
         if let Some(plane) = self.driver.plane() {
-            tokio::task::spawn_blocking(move || plane.rest())
+            tokio::task::spawn_blocking(move || plane.quiesce())
                 .await
                 .or_fail(doing)?
                 .or_fail(doing)?;

@@ -143,17 +143,17 @@ impl Source {
 
     /// Waits for an answer of QEMU. It gives none, and its guest is paused, while it waits for
     /// what its mirrors have under way: before it stops the guest, and when the guest
-    /// resets a disk. With the link slow or lost that may take for ever, so it is taken
-    /// from QEMU without room for it, as soon as the guest stood for its downtime limit.
+    /// resets a disk. With the link slow or lost that may take forever, so the queues accept
+    /// those writes past their limit once the guest was paused for its downtime limit.
     pub(super) async fn answered<T>(&self, ask: impl Future<Output = T>) -> Result<T> {
         let plane = self.plane()?;
         let mut ask = std::pin::pin!(ask);
         match tokio::time::timeout(self.downtime_limit().max(ANSWER_MIN), &mut ask).await {
             Ok(answer) => Ok(answer),
             Err(_elapsed) => {
-                plane.take_at_once(true);
+                plane.set_backpressure(false);
                 let answer = ask.await;
-                plane.take_at_once(false);
+                plane.set_backpressure(true);
                 Ok(answer)
             }
         }

@@ -180,7 +180,7 @@ pub(crate) fn plane_settings(migrations: &Migrations) -> PlaneSettings {
     let migration = &migrations.settings;
     PlaneSettings {
         window_bytes: usize::try_from(migration.window_kib).unwrap_or(usize::MAX >> 10) << 10,
-        page_versions_bytes_max: u64::from(migration.page_versions_mib) << 20,
+        page_cache_bytes_max: u64::from(migration.page_versions_mib) << 20,
         compression: migration.compression,
         ..PlaneSettings::default()
     }

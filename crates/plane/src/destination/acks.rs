@@ -1,7 +1,7 @@
 //! Tells the source what each channel brought, and that this host is there.
 //!
 //! ```text
-//! receivers ─► board (what is applied, barriers) ─► ack thread ═► return path
+//! receivers ─► AckState (what is applied, barriers) ─► ack thread ═► return path
 //! ```
 //!
 //! An acknowledgement says all that is known of its channel, so one that was lost
@@ -24,7 +24,7 @@ const ACK_EVERY_BYTES: u64 = 256 << 10;
 const LINGER_MAX: Duration = Duration::from_millis(20);
 
 /// What is to be acknowledged.
-pub(super) struct Board {
+pub(super) struct AckState {
     written: Mutex<Written>,
     changed: Condvar,
 }
@@ -36,9 +36,10 @@ struct Written {
     is_urgent: bool,
 }
 
-impl Board {
+impl AckState {
     pub(super) fn new(channel_count: usize) -> Self {
-        let channels = (0..channel_count).map(|index| u8::try_from(index).unwrap_or(u8::MAX));
+        let channels = (0..channel_count)
+            .map(|index| u8::try_from(index).expect("at most CHANNEL_COUNT_MAX channels"));
         let acks = channels.map(|channel| Ack { channel, ..Ack::default() }).collect();
         Self {
             written: Mutex::new(Written { acks, unsaid_bytes: 0, is_urgent: false }),

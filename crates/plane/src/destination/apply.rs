@@ -199,7 +199,7 @@ impl Apply {
             return Err(self.bad("a second end of RAM"));
         }
         let barrier = Barrier { at: number, digest: self.shared.lock_digests(self.index).sum() };
-        self.shared.board.passed_ram(self.index, barrier);
+        self.shared.ack_state.passed_ram(self.index, barrier);
         Ok(())
     }
 

@@ -3,14 +3,14 @@
 //!
 //! ```text
 //! receivers ─► target ─► unflushed ─► early flush, on a way of its own, now and then
-//!     └─ barrier of all channels ─► target's flush, all disks at once ─► board: passed
+//!     └─ barrier of all channels ─► target's flush, all disks at once ─► ack_state: passed
 //! ```
 //!
 //! Each disk has a thread that flushes it, once, when the last channel has brought
 //! the barrier. A receiver that brings one goes on at once, and none has another
 //! operation by then: the last pages do not queue behind a disk.
 //!
-//! Targets may be let go of, all durable, and others of the same disks be taken up:
+//! Targets may be detached, all durable, and others of the same disks be attached:
 //! QEMU, which has the images open, is another one then.
 //!
 //! **Invariants.** A barrier is told only when each disk was flushed after it came,
@@ -57,7 +57,7 @@ pub(super) struct Disks {
 }
 
 pub(super) struct Target {
-    /// `None` while it is let go of
+    /// `None` while it is detached
     target: Option<Way>,
     size_bytes: u64,
     /// Not known to be durable as it stands; at first, neither is an empty image
@@ -147,9 +147,8 @@ impl Disks {
         self.targets.len()
     }
 
-    /// Makes all disks durable and lets go of them: operations are lost until others
-    /// are taken up.
-    pub(super) fn let_go(&self) -> io::Result<()> {
+    /// Makes all disks durable and detaches them: operations fail until others are attached.
+    pub(super) fn detach(&self) -> io::Result<()> {
         for (target, early) in self.targets.iter().zip(&self.early) {
             // Under one lock: what is written after the flush would be lost, and counted.
             let mut target = lock(target);
@@ -169,8 +168,8 @@ impl Disks {
         }
     }
 
-    /// Takes up other ways to the same disks.
-    pub(super) fn take_up(&self, disks: Vec<DestinationDisk>) -> io::Result<()> {
+    /// Attaches other ways to the same disks.
+    pub(super) fn attach(&self, disks: Vec<DestinationDisk>) -> io::Result<()> {
         if disks.len() != self.targets.len() {
             return Err(io::Error::other("another number of disks than before"));
         }

@@ -35,7 +35,7 @@ use crate::ram::Ram;
 use crate::route::slot_count;
 use crate::settings::PlaneSettings;
 use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
-use acks::Board;
+use acks::AckState;
 pub use disks::DestinationDisk;
 use disks::Disks;
 use shared::{Progress, Shared};
@@ -102,7 +102,7 @@ impl DestinationPlane {
             digests: (0..channel_count).map(|_| digests()).collect(),
             ram: RwLock::new(ram),
             disks: Disks::new(spec.disks, channel_count),
-            board: Board::new(channel_count),
+            ack_state: AckState::new(channel_count),
             tail: Mutex::new(Tail::new(spec.qemu_incoming)),
             progress: Mutex::new(Progress {
                 ram_passed: vec![0; channel_count],
@@ -117,7 +117,7 @@ impl DestinationPlane {
         let woken = Arc::downgrade(&shared);
         shutdown.on_shutdown(Box::new(move || {
             if let Some(shared) = woken.upgrade() {
-                shared.board.wake();
+                shared.ack_state.wake();
                 shared.disks.wake();
             }
         }));
@@ -141,7 +141,7 @@ impl DestinationPlane {
         let (own, told) = (Arc::clone(&link), Arc::clone(&shared));
         let keep_alive_every = spec.settings.keep_alive_every;
         let thread = shutdown::spawn("acks".to_owned(), &shutdown, move || {
-            told.board.run(&own, channel_count, keep_alive_every, &told.shutdown)
+            told.ack_state.run(&own, channel_count, keep_alive_every, &told.shutdown)
         });
         threads.push(thread.map_err(failed)?);
         Ok(Self { shutdown, link, shared, threads: Mutex::new(threads) })

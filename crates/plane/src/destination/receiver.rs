@@ -89,7 +89,7 @@ impl Receiver {
         self.applied = number;
         let is_urgent =
             matches!(kind, FrameKind::RamBarrier | FrameKind::DiskBarrier | FrameKind::StreamEnd);
-        self.shared.board.applied(self.index, number, self.frames.wire_bytes(), is_urgent);
+        self.shared.ack_state.applied(self.index, number, self.frames.wire_bytes(), is_urgent);
         self.apply.after(kind)
     }
 }

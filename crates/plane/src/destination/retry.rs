@@ -1,10 +1,10 @@
-//! A switchover is tried again although QEMU has loaded it: another QEMU takes its
-//! place, and gets what RAM held.
+//! Retry of a switchover whose stream QEMU has loaded: another QEMU replaces it and gets
+//! the contents of RAM.
 //!
 //! ```text
-//! rest         connections closed, disks durable and let go ─► QEMU loads, or is ended
-//! begin again  old memfd ─ page by page, if it still is what was received ─► new memfd
-//!                          └ else: told, and zero on both hosts until it is sent
+//! quiesce      connections closed, disks durable and detached ─► QEMU loads, or is ended
+//! begin_retry  old memfd ─ each page that equals its digest ─► new memfd
+//!                          └ else: reported, and zero on both hosts until it is sent
 //! ```
 //!
 //! Loading devices may change pages (KVM's virtual APIC does), so each page is compared
@@ -20,7 +20,7 @@ use super::disks::DestinationDisk;
 use super::shared::Shared;
 use super::{DestinationPlane, RamTarget, close_with, map};
 use crate::digest::{PageDigests, page_digest};
-use crate::page::PagePlace;
+use crate::page::{PagePlace, page_index};
 use crate::ram::Ram;
 use crate::route::{REGION_PAGES, page_channel, page_slot};
 use crate::shutdown::PlaneError;
@@ -30,23 +30,23 @@ use crate::shutdown::PlaneError;
 const CHANGED_PAGES_MAX: usize = 64 << 10;
 
 impl DestinationPlane {
-    /// Makes all disks durable, lets go of them and of QEMU, and closes the connections
-    /// without a word. Nothing more is taken, unless [`Self::begin_retry`] follows.
+    /// Makes all disks durable, detaches them and QEMU, and closes the connections without
+    /// an event. The plane receives nothing more until [`Self::begin_retry`].
     ///
     /// # Errors
     /// A disk that cannot be flushed.
-    pub fn rest(&self) -> Result<(), PlaneError> {
+    pub fn quiesce(&self) -> Result<(), PlaneError> {
         self.link.close();
         let failed = |error| PlaneError::local("flushing a disk here", error);
         // Before QEMU's stream, without whose end it exits.
-        self.shared.disks.let_go().map_err(failed)?;
-        self.shared.lock_tail().let_go();
+        self.shared.disks.detach().map_err(failed)?;
+        self.shared.lock_tail().detach();
         Ok(())
     }
 
-    /// Goes on with another QEMU, when the old one has ended after [`Self::rest`], over connections that are still to
-    /// come. Returns the pages that the old QEMU changed: they are zero here, and the
-    /// source must take them for that ([`crate::SourcePlane::begin_retry`]).
+    /// Replaces QEMU after [`Self::quiesce`]; connections follow. Returns the pages that the
+    /// old QEMU changed: they are zero here, and the source must treat them as zero
+    /// ([`crate::SourcePlane::begin_retry`]).
     ///
     /// - `ram`, `disks`: the same as before, of the new QEMU.
     ///
@@ -65,7 +65,7 @@ impl DestinationPlane {
         let changed = self.shared.fill(filled).map_err(failed)?;
         self.shared.lock_progress().ram_digests = None;
         self.shared.lock_tail().begin_retry(qemu_incoming);
-        self.shared.disks.take_up(disks).map_err(failed)?;
+        self.shared.disks.attach(disks).map_err(failed)?;
         Ok(changed)
     }
 }
@@ -123,7 +123,7 @@ fn fill_page(
             new.with_page(page, |place| place.copy_from_slice(content));
         } else {
             digests.set(block.into(), slot, 0);
-            changed.push(PagePlace { block, page: u32::try_from(page).unwrap_or(u32::MAX) });
+            changed.push(PagePlace { block, page: page_index(page) });
         }
     });
 }

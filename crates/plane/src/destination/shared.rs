@@ -6,7 +6,7 @@ use std::sync::{
 };
 use std::time::Duration;
 
-use super::acks::Board;
+use super::acks::AckState;
 use super::disks::{Disks, PassedBarrier};
 use super::tail::{Tail, TailError};
 use crate::digest::PageDigests;
@@ -23,7 +23,7 @@ pub(super) struct Shared {
     /// By channel: of the pages that it carries
     pub(super) digests: Vec<Mutex<PageDigests>>,
     pub(super) disks: Disks,
-    pub(super) board: Board,
+    pub(super) ack_state: AckState,
     pub(super) tail: Mutex<Tail>,
     pub(super) progress: Mutex<Progress>,
     pub(super) changed: Condvar,
@@ -113,7 +113,7 @@ impl Shared {
 
     /// Notes that all disks passed a barrier, and those that it overtook.
     pub(super) fn pass_disks(&self, PassedBarrier { channel, barrier, count }: PassedBarrier) {
-        self.board.passed_disks(channel, barrier);
+        self.ack_state.passed_disks(channel, barrier);
         let mut progress = self.lock_progress();
         progress.disk_passed[channel] += count;
         let passed = progress.disk_passed[channel];

@@ -5,7 +5,7 @@
 //! Tail ─► held ─ Release, all RAM ─► QEMU      once: loading cannot be undone
 //!           └── a new stream begins ─► thrown away
 //!
-//! let go ─ what is left of this stream is dropped ─► another QEMU ─► a new stream begins
+//! detach ─ what is left of this stream is dropped ─► another QEMU ─► a new stream begins
 //! ```
 //!
 //! **Invariant.** A QEMU gets bytes of one tail only, and device state only after all
@@ -57,7 +57,7 @@ impl Tail {
     }
 
     /// Lets go of QEMU, which has all of the stream or ends.
-    pub(super) fn let_go(&mut self) {
+    pub(super) fn detach(&mut self) {
         if let Some(qemu) = &self.qemu {
             // It may have closed it before.
             qemu.shutdown(std::net::Shutdown::Both).ok();

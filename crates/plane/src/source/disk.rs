@@ -20,7 +20,8 @@ const TOUCHED_BYTES: u64 = 64 << 10;
 pub(super) struct ChannelSink {
     disk: SourceDisk,
     queues: Queues,
-    /// Operations are taken without room for them, see [`super::SourcePlane::take_at_once`]
+    /// The queues accept operations past their limit, see
+    /// [`super::SourcePlane::set_backpressure`]
     is_urgent: Arc<AtomicBool>,
     meter: Arc<Meter>,
     /// One bit for each [`TOUCHED_BYTES`] of the disk.
@@ -43,7 +44,7 @@ impl ChannelSink {
         let channel = disk_channel(self.disk.index, head.offset_bytes, self.queues.len());
         let operation = DiskOperation { kind, head, bytes };
         let is_urgent = || self.is_urgent.load(Ordering::Acquire);
-        self.queues[channel].put_or_squeeze(Work::Disk(operation), is_urgent).map_err(|_| ended())
+        self.queues[channel].push_or_else(Work::Disk(operation), is_urgent).map_err(|_| ended())
     }
 
     fn head(&self, may_unmap: bool, offset_bytes: u64, length_bytes: u64) -> DiskHeader {
@@ -135,13 +136,13 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::queue::{Queue, Taken};
+    use crate::queue::{Popped, Queue};
 
     #[test]
     fn zeroes_of_a_fresh_disk_are_left_out() {
         let queues: Queues = vec![Queue::new(100)].into();
         let count = || {
-            let taken = || matches!(queues[0].take(Duration::ZERO), Taken::Item(_));
+            let taken = || matches!(queues[0].pop(Duration::ZERO), Popped::Item(_));
             std::iter::repeat_with(taken).take_while(|taken| *taken).count()
         };
         let disk = SourceDisk { index: 0, size_bytes: 1 << 40, fresh: true };
@@ -172,7 +173,7 @@ mod tests {
         queues[0].wake();
         waiting.join().unwrap().unwrap();
         for _ in 0..2 {
-            assert!(matches!(queues[0].take(Duration::ZERO), Taken::Item(Work::Disk(_))));
+            assert!(matches!(queues[0].pop(Duration::ZERO), Popped::Item(Work::Disk(_))));
         }
     }
 }

@@ -10,7 +10,7 @@
 //! **Invariant.** A frame that a sender made reaches the destination once, in
 //! order, over any number of links, or the plane ends.
 
-mod delivery;
+mod ack_tracker;
 mod disk;
 mod reader;
 mod sender;
@@ -36,7 +36,7 @@ use crate::replay::Replay;
 use crate::route::page_channel;
 use crate::settings::PlaneSettings;
 use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
-use delivery::{Delivery, Met};
+use ack_tracker::{AckTracker, Acked};
 use limosa_nbd::server::DiskSink;
 pub use spec::{RamBlockSpec, SourceDisk};
 use work::{Queues, WORK_BYTES_MAX, Work, ended};
@@ -64,7 +64,7 @@ pub struct SourcePlane {
     link: Arc<Link>,
     meter: Arc<Meter>,
     queues: Queues,
-    delivery: Arc<Delivery>,
+    ack_tracker: Arc<AckTracker>,
     head: Arc<reader::Head>,
     ram: Vec<RamBlockSpec>,
     disks: Vec<SourceDisk>,
@@ -89,7 +89,7 @@ impl SourcePlane {
         let closed = Arc::clone(&queues);
         shutdown.on_shutdown(Box::new(move || closed.iter().for_each(Queue::close)));
         let link = Link::new(&shutdown, spec.channels, spec.return_path);
-        let delivery = Arc::new(Delivery::new(count));
+        let ack_tracker = Arc::new(AckTracker::new(count));
         let replays: Arc<[Arc<Replay>]> =
             (0..count).map(|_| Arc::new(Replay::new(settings.replay_bytes_max / count))).collect();
         let mut threads = Vec::new();
@@ -109,7 +109,7 @@ impl SourcePlane {
                 &spec.disks,
                 settings,
                 Arc::clone(&meter),
-                Arc::clone(&delivery),
+                Arc::clone(&ack_tracker),
             );
             let (watch, queues) = (Arc::clone(&shutdown), Arc::clone(&queues));
             spawn(format!("send-{index}"), Box::new(move || sender.run(&queues[index], &watch)))?;
@@ -117,7 +117,7 @@ impl SourcePlane {
         let acks = Acks {
             frames: FrameReader::new("return path".to_owned())?,
             replays,
-            delivery: Arc::clone(&delivery),
+            ack_tracker: Arc::clone(&ack_tracker),
             queues: Arc::clone(&queues),
             shutdown: Arc::clone(&shutdown),
             differs: false,
@@ -129,7 +129,7 @@ impl SourcePlane {
             link,
             meter,
             queues,
-            delivery,
+            ack_tracker,
             head: Arc::default(),
             ram: spec.ram,
             disks: spec.disks,
@@ -160,14 +160,14 @@ impl SourcePlane {
     /// The kernel's; a stream that is under way and was not given up.
     pub fn attach_migration_socket(&self, listener: UnixListener) -> io::Result<()> {
         let stream = self
-            .delivery
+            .ack_tracker
             .begin_stream()
             .ok_or_else(|| io::Error::other("another stream of QEMU is under way"))?;
         let reader = reader::Reader {
             stream,
             ram: self.ram.clone(),
             queues: Arc::clone(&self.queues),
-            delivery: Arc::clone(&self.delivery),
+            ack_tracker: Arc::clone(&self.ack_tracker),
             head: Arc::clone(&self.head),
             shutdown: Arc::clone(&self.shutdown),
             meter: Arc::clone(&self.meter),
@@ -185,7 +185,7 @@ impl SourcePlane {
     /// destination's QEMU may have the whole stream already.
     #[must_use]
     pub fn give_up_switchover(&self) -> bool {
-        let given_up = self.delivery.give_up();
+        let given_up = self.ack_tracker.give_up();
         self.queues.iter().for_each(Queue::wake);
         given_up
     }
@@ -206,13 +206,13 @@ impl SourcePlane {
         if !changed.iter().all(is_page) {
             return Err(io::Error::other("the destination tells of a page that there is not"));
         }
-        self.delivery.begin_retry();
+        self.ack_tracker.begin_retry();
         // Another QEMU needs it, too.
         *self.head.lock().unwrap_or_else(PoisonError::into_inner) = None;
         for (channel, queue) in self.queues.iter().enumerate() {
             let own = |at: &&PagePlace| page_channel(at.page.into(), self.queues.len()) == channel;
             let own = changed.iter().filter(own).copied().collect();
-            queue.put_at_once(Work::Forget(own)).map_err(|_| ended())?;
+            queue.push_at_once(Work::Forget(own)).map_err(|_| ended())?;
         }
         Ok(())
     }
@@ -235,11 +235,11 @@ impl SourcePlane {
         )))
     }
 
-    /// Has the sinks take operations of disks without room for them, or not any more: QEMU
-    /// waits for those that it has under way, and does nothing else meanwhile. Only so many
-    /// more are taken as a mirror has under way.
-    pub fn take_at_once(&self, is_urgent: bool) {
-        self.is_urgent.store(is_urgent, Ordering::Release);
+    /// Lifts or restores the byte limit of the disk queues: QEMU blocks its main loop until
+    /// the writes of its mirrors are accepted. Without the limit, a queue accepts at most
+    /// the writes that its mirrors have in flight.
+    pub fn set_backpressure(&self, is_on: bool) {
+        self.is_urgent.store(!is_on, Ordering::Release);
         self.queues.iter().for_each(Queue::wake);
     }
 
@@ -249,8 +249,8 @@ impl SourcePlane {
     /// # Errors
     /// When the plane has ended.
     pub fn start_disk_barrier(&self) -> io::Result<u32> {
-        let number = self.delivery.begin_disks();
-        let put = |queue: &Queue<Work>| queue.put_at_once(Work::DiskBarrier(number));
+        let number = self.ack_tracker.begin_disks();
+        let put = |queue: &Queue<Work>| queue.push_at_once(Work::DiskBarrier(number));
         self.queues.iter().try_for_each(put).map_err(|_| ended())?;
         Ok(number)
     }
@@ -296,7 +296,7 @@ impl Drop for SourcePlane {
 struct Acks {
     frames: FrameReader,
     replays: Arc<[Arc<Replay>]>,
-    delivery: Arc<Delivery>,
+    ack_tracker: Arc<AckTracker>,
     queues: Queues,
     shutdown: Arc<Shutdown>,
     /// The destination has been told what is here
@@ -310,7 +310,7 @@ impl Acks {
             // First of all: the destination closes its link once it has the digests.
             self.shutdown.emit(PlaneEvent::Different(error));
             // One whose queue is closed has ended.
-            self.queues[usize::from(ack.channel)].put_at_once(Work::Digests).ok();
+            self.queues[usize::from(ack.channel)].push_at_once(Work::Digests).ok();
         }
     }
 
@@ -356,21 +356,21 @@ impl Acks {
         replay
             .acknowledge(ack.applied)
             .map_err(|error| PlaneError::protocol(ack.channel, error))?;
-        let all_met = match self.delivery.take(&ack) {
+        let all_acked = match self.ack_tracker.take(&ack) {
             Err(error @ PlaneError::Different { .. }) => {
                 self.differ(&ack, error);
                 return Ok(());
             }
             taken => taken?,
         };
-        for met in all_met {
-            match met {
-                Met::Ram => {
+        for acked in all_acked {
+            match acked {
+                Acked::Ram => {
                     // One whose queue is closed has ended.
-                    self.queues[0].put_at_once(Work::Release).ok();
+                    self.queues[0].push_at_once(Work::Release).ok();
                     self.shutdown.emit(PlaneEvent::RamDelivered);
                 }
-                Met::Disks(number) => self.shutdown.emit(PlaneEvent::DisksEqual(number)),
+                Acked::Disks(number) => self.shutdown.emit(PlaneEvent::DisksEqual(number)),
             }
         }
         Ok(())

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use limosa_qemu::stream::{RamBlock, RamSection, StreamParser, StreamPart, StreamSink};
 
-use super::delivery::Delivery;
+use super::ack_tracker::AckTracker;
 use super::spec::RamBlockSpec;
 use super::work::{Batch, Queues, WORK_BYTES_MAX, Work, ended};
 use crate::holes::next_hole;
@@ -43,7 +43,7 @@ pub(super) struct Reader {
     pub(super) stream: u32,
     pub(super) ram: Vec<RamBlockSpec>,
     pub(super) queues: Queues,
-    pub(super) delivery: Arc<Delivery>,
+    pub(super) ack_tracker: Arc<AckTracker>,
     pub(super) head: Arc<Head>,
     pub(super) shutdown: Arc<Shutdown>,
     pub(super) meter: Arc<Meter>,
@@ -112,7 +112,7 @@ impl Reader {
             .map_err(|error| PlaneError::Stream(Arc::new(error)))
             .and_then(|ended| {
                 if ended {
-                    dispatcher.put(0, Work::StreamEnd).map_err(failed)?;
+                    dispatcher.push(0, Work::StreamEnd).map_err(failed)?;
                 }
                 Ok(ended)
             });
@@ -120,7 +120,7 @@ impl Reader {
     }
 
     fn is_given_up(&self) -> bool {
-        self.shutdown.is_shut_down() || self.delivery.is_given_up(self.stream)
+        self.shutdown.is_shut_down() || self.ack_tracker.is_given_up(self.stream)
     }
 
     /// Waits for QEMU; `None` when the stream is not wanted any more.
@@ -163,12 +163,12 @@ struct Dispatcher<'a> {
 impl Dispatcher<'_> {
     fn begin(&self) -> io::Result<()> {
         (0..self.batches.len())
-            .try_for_each(|channel| self.put(channel, Work::RamStart(self.reader.stream)))
+            .try_for_each(|channel| self.push(channel, Work::RamStart(self.reader.stream)))
     }
 
-    fn put(&self, channel: usize, work: Work) -> io::Result<()> {
+    fn push(&self, channel: usize, work: Work) -> io::Result<()> {
         let gives_up = || self.reader.is_given_up();
-        self.reader.queues[channel].put(work, gives_up).map_err(|_| ended())
+        self.reader.queues[channel].push(work, gives_up).map_err(|_| ended())
     }
 
     fn batch(&mut self, backend: usize, offset_bytes: u64) -> (usize, u64) {
@@ -182,14 +182,14 @@ impl Dispatcher<'_> {
             return Ok(());
         }
         let batch = std::mem::take(&mut self.batches[channel]);
-        self.put(channel, Work::Pages(batch))
+        self.push(channel, Work::Pages(batch))
     }
 
     fn send_all(&mut self) -> io::Result<()> {
         for channel in 0..self.batches.len() {
             let batch = std::mem::take(&mut self.batches[channel]);
             if !batch.pages.is_empty() {
-                self.put(channel, Work::Pages(batch))?;
+                self.push(channel, Work::Pages(batch))?;
             }
         }
         Ok(())
@@ -220,7 +220,7 @@ impl Dispatcher<'_> {
         let mut head = self.reader.head.lock().unwrap_or_else(PoisonError::into_inner);
         match &*head {
             None => {
-                self.put(0, Work::Stream(bytes.to_vec()))?;
+                self.push(0, Work::Stream(bytes.to_vec()))?;
                 *head = Some(bytes.to_vec());
                 Ok(())
             }
@@ -268,8 +268,8 @@ impl StreamSink for Dispatcher<'_> {
         add(&self.reader.meter.stream_bytes, bytes.len() as u64);
         match part {
             StreamPart::Head => self.head(bytes),
-            StreamPart::Sections => self.put(0, Work::Stream(bytes.to_vec())),
-            StreamPart::Tail => self.put(0, Work::Tail(bytes.to_vec())),
+            StreamPart::Sections => self.push(0, Work::Stream(bytes.to_vec())),
+            StreamPart::Tail => self.push(0, Work::Tail(bytes.to_vec())),
         }
     }
 
@@ -280,7 +280,7 @@ impl StreamSink for Dispatcher<'_> {
         if section == RamSection::End {
             self.discarded_pages()?;
             for channel in 0..self.batches.len() {
-                self.put(channel, Work::RamBarrier)?;
+                self.push(channel, Work::RamBarrier)?;
             }
         }
         Ok(())

@@ -7,19 +7,19 @@ use limosa_protocol::frame::{
     Barrier, DigestSubject, DigestsHeader, FrameKind, PageForm, PageHeader, RamStart,
 };
 
-use super::delivery::Delivery;
+use super::ack_tracker::AckTracker;
 use super::spec::{RamBlockSpec, SourceDisk};
 use super::work::{Batch, DiskOperation, Work};
 use super::writer::FrameWriter;
 use crate::difference;
 use crate::digest::{DiskDigests, PageDigests, page_digest};
 use crate::meter::{Meter, add};
-use crate::page::{PAGE_BYTES, PagePlace};
-use crate::queue::{Queue, Taken};
+use crate::page::{PAGE_BYTES, PagePlace, block_number, page_index};
+use crate::page_cache::PageCache;
+use crate::queue::{Popped, Queue};
 use crate::route::{page_slot, slot_count};
 use crate::settings::PlaneSettings;
 use crate::shutdown::{PlaneError, Shutdown};
-use crate::versions::Versions;
 
 /// How often an idle sender looks at its link.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -32,10 +32,10 @@ pub(super) struct Sender {
     channel_count: usize,
     writer: FrameWriter,
     digests: PageDigests,
-    versions: Versions,
+    page_cache: PageCache,
     disks: DiskDigests,
     meter: Arc<Meter>,
-    delivery: Arc<Delivery>,
+    ack_tracker: Arc<AckTracker>,
     /// The stream of which pages come
     stream: u32,
     payload: Vec<u8>,
@@ -51,7 +51,7 @@ impl Sender {
         disks: &[SourceDisk],
         settings: PlaneSettings,
         meter: Arc<Meter>,
-        delivery: Arc<Delivery>,
+        ack_tracker: Arc<AckTracker>,
     ) -> Self {
         let slots = ram.iter().map(|block| slot_count(block.size_bytes, channel_count));
         Self {
@@ -59,10 +59,10 @@ impl Sender {
             channel_count,
             writer,
             digests: PageDigests::new(slots),
-            versions: Versions::new(settings.page_versions_bytes_max / channel_count as u64),
+            page_cache: PageCache::new(settings.page_cache_bytes_max / channel_count as u64),
             disks: DiskDigests::new(disks.iter().map(|disk| disk.size_bytes)),
             meter,
-            delivery,
+            ack_tracker,
             stream: 0,
             payload: Vec::new(),
             kinds_bytes: (0, 0),
@@ -80,10 +80,10 @@ impl Sender {
 
     fn send_all(&mut self, queue: &Queue<Work>) -> Result<(), PlaneError> {
         loop {
-            match queue.take(LOOK_EVERY) {
-                Taken::Item(work) => self.take(work)?,
-                Taken::Nothing => self.writer.idle()?,
-                Taken::Closed => return Ok(()),
+            match queue.pop(LOOK_EVERY) {
+                Popped::Item(work) => self.take(work)?,
+                Popped::Empty => self.writer.idle()?,
+                Popped::Closed => return Ok(()),
             }
         }
     }
@@ -99,26 +99,26 @@ impl Sender {
             Work::Stream(bytes) => self.send(FrameKind::Stream, &bytes).map(drop),
             Work::Tail(bytes) => self.send(FrameKind::Tail, &bytes).map(drop),
             Work::StreamEnd => {
-                self.delivery.expect_end(self.stream, self.writer.next_number());
+                self.ack_tracker.expect_end(self.stream, self.writer.next_number());
                 self.send_now(FrameKind::StreamEnd)
             }
             Work::Release => self.send_now(FrameKind::Release),
             Work::RamBarrier => {
                 let barrier = self.barrier(self.digests.sum());
-                self.delivery.expect_ram(self.index, self.stream, barrier);
+                self.ack_tracker.expect_ram(self.index, self.stream, barrier);
                 self.send_now(FrameKind::RamBarrier)
             }
             Work::Forget(pages) => {
                 for PagePlace { block, page } in pages {
                     let (block, page) = (usize::from(block), u64::from(page));
                     self.digests.set(block, page_slot(page, self.channel_count), 0);
-                    self.versions.forget(key(block, page));
+                    self.page_cache.forget(key(block, page));
                 }
                 Ok(())
             }
             Work::DiskBarrier(number) => {
                 let barrier = self.barrier(self.disks.digest());
-                self.delivery.expect_disks(self.index, number, barrier);
+                self.ack_tracker.expect_disks(self.index, number, barrier);
                 self.send_now(FrameKind::DiskBarrier)
             }
             Work::Digests => self.send_digests(),
@@ -157,7 +157,7 @@ impl Sender {
 
     fn page(&mut self, block: usize, page: u64, content: &[u8; PAGE_BYTES]) {
         let slot = page_slot(page, self.channel_count);
-        let place = u8::try_from(block).unwrap_or(u8::MAX);
+        let place = block_number(block);
         let digest = page_digest(place, page, content);
         if digest == 0 {
             return self.zero_page(block, page);
@@ -170,14 +170,14 @@ impl Sender {
         let key = key(block, page);
         let head_at = self.payload.len();
         let head = |form, bytes: usize| PageHeader {
-            index: u32::try_from(page).unwrap_or(u32::MAX),
+            index: page_index(page),
             block: place,
             form,
-            content_bytes: u16::try_from(bytes).unwrap_or(u16::MAX),
+            content_bytes: u16::try_from(bytes).expect("a page has 4096 bytes"),
         };
         // The place of the head is kept free, then filled with what it was.
         head(PageForm::Full, PAGE_BYTES).encode_into(&mut self.payload);
-        let known = if before == 0 { None } else { self.versions.get(key) };
+        let known = if before == 0 { None } else { self.page_cache.get(key) };
         let difference = known.and_then(|old| difference::encode(old, content, &mut self.payload));
         if let Some(bytes) = difference {
             let mut corrected = Vec::with_capacity(PageHeader::BYTES);
@@ -190,7 +190,7 @@ impl Sender {
             add(&self.meter.full_pages, 1);
             self.kinds_bytes.1 += (self.payload.len() - head_at) as u64;
         }
-        self.versions.put(key, content, before != 0);
+        self.page_cache.put(key, content, before != 0);
     }
 
     fn zero_page(&mut self, block: usize, page: u64) {
@@ -201,10 +201,10 @@ impl Sender {
             return;
         }
         self.digests.set(block, slot, 0);
-        self.versions.forget(key(block, page));
+        self.page_cache.forget(key(block, page));
         let head = PageHeader {
-            index: u32::try_from(page).unwrap_or(u32::MAX),
-            block: u8::try_from(block).unwrap_or(u8::MAX),
+            index: page_index(page),
+            block: block_number(block),
             form: PageForm::Zero,
             content_bytes: 0,
         };
@@ -269,7 +269,7 @@ fn send_table(
     Ok(())
 }
 
-/// A page's name among the versions.
+/// Key of a page in the page cache.
 fn key(block: usize, page: u64) -> u64 {
     // 2^40 pages are 4 PiB of RAM.
     (block as u64) << 40 | page

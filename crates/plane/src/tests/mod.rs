@@ -8,6 +8,7 @@
 mod disks;
 mod ends;
 mod links;
+mod raw_target;
 mod streams;
 
 use std::cell::Cell;
@@ -23,9 +24,11 @@ use std::time::Duration;
 
 use crate::{
     ChannelIo, DestinationDisk, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES,
-    PagePlace, PlaneEvent, PlaneSettings, RamBlockSpec, RamTarget, RawTarget, SourceDisk,
-    SourcePlane, SourceSpec,
+    PagePlace, PlaneEvent, PlaneSettings, RamBlockSpec, RamTarget, SourceDisk, SourcePlane,
+    SourceSpec,
 };
+
+use raw_target::RawTarget;
 
 const CHANNEL_COUNT: usize = 3;
 const RAM_BYTES: u64 = 4 << 20;
@@ -152,9 +155,6 @@ impl DiskTarget for NotedDisk {
         self.noted.lock().unwrap().push((offset, length));
         self.disk.write_zeroes(offset, length, may_unmap)
     }
-    fn discard(&mut self, offset_bytes: u64, length_bytes: u64) -> io::Result<()> {
-        self.write_zeroes(offset_bytes, length_bytes, true)
-    }
     fn flush(&mut self) -> io::Result<()> {
         while self.slow_flush.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(5));
@@ -183,7 +183,7 @@ struct Both {
 
 fn settings() -> PlaneSettings {
     PlaneSettings {
-        page_versions_bytes_max: 16 << 20,
+        page_cache_bytes_max: 16 << 20,
         replay_bytes_max: CHANNEL_COUNT * (256 << 10),
         keep_alive_every: SILENCE / 8,
         ..PlaneSettings::default()
@@ -279,7 +279,7 @@ impl Both {
     /// Has both begin again, with another QEMU at the destination; returns what the old
     /// one got.
     fn begin_retry(&mut self) -> (Vec<u8>, Vec<PagePlace>) {
-        self.destination.rest().unwrap();
+        self.destination.quiesce().unwrap();
         let memory = tempfile::tempfile().unwrap();
         memory.set_len(RAM_BYTES).unwrap();
         let ram = RamTarget {

@@ -28,7 +28,7 @@ use super::guest::{end_unanswering, stop_guest};
 use super::lock::{Parties, initial_lock, publish_lock};
 use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
-use crate::incoming::{self, Set, expect_paused, resume_guest};
+use crate::incoming::{self, ConnectionGroup, expect_paused, resume_guest};
 use crate::job::Job;
 use crate::migrations::Migrations;
 use crate::peer::PeerClient;
@@ -234,7 +234,7 @@ impl DestinationDriver {
 
     /// Has the plane go on over other connections; gives them back when there is
     /// none. Those that it cannot use are lost, which it tells itself.
-    pub(crate) fn reconnect(&self, set: Set) -> Option<Set> {
+    pub(crate) fn reconnect(&self, set: ConnectionGroup) -> Option<ConnectionGroup> {
         match &*self.lock_plane() {
             None => return Some(set),
             Some(plane) => {

@@ -1,14 +1,12 @@
-//! The versions of pages that were sent last, for differences.
+//! The page cache: the version of each page that was sent last, the base of differences.
 //!
-//! Bounded memory. Guests go over their memory again and again, and so do the rounds
-//! of a migration: who takes the place of the page that was used longest ago takes
-//! that of the next one to be sent, and no difference is ever found (the known
-//! weakness of LRU and clock on loops larger than the cache). So:
+//! Memory is bounded. The guest and the rounds of a migration loop over RAM, and LRU would
+//! evict exactly the page that is needed next when the loop is larger than the cache (clock
+//! has the same weakness). So:
 //!
-//! - a page that is sent for the first time gets a free place, or none;
-//! - one that is sent again takes the place of one that never was, or was not for
-//!   long; if a hand finds none in a few steps, it gets none, and those that are there
-//!   stay useful.
+//! - a page that is sent for the first time gets a free slot, or none;
+//! - a page that is resent evicts a page that was sent once or not for long. If the cursor
+//!   finds no such page within a few steps, the cache keeps its contents.
 
 use std::collections::HashMap;
 
@@ -17,15 +15,15 @@ use crate::page::PAGE_BYTES;
 /// Pages of a piece: 1 MiB. Huge pages were tried for larger ones, and took longer.
 const PIECE_PAGES: usize = 256;
 
-/// Places that are looked at for a page that is sent again.
-const HAND_STEPS: usize = 16;
+/// Slots that the cursor examines for a page that is resent.
+const CURSOR_STEPS_MAX: usize = 16;
 /// A page that was not sent again in this many rounds is no longer dirtied.
 const FORGOTTEN_AFTER_ROUNDS: u64 = 4;
 /// Weight of one page in the estimate of a round's length: one in so many.
 const ROUND_WEIGHT: u64 = 64;
 
-/// Versions of the pages that one channel carries.
-pub(crate) struct Versions {
+/// Cached versions of the pages of one channel.
+pub(crate) struct PageCache {
     places: HashMap<u64, usize>,
     owners: Vec<Owner>,
     /// Contents by place, in pieces: one `Vec` would hold twice the memory while it grows.
@@ -52,7 +50,7 @@ impl Owner {
     const EMPTY: Self = Self { key: EMPTY, sent_at: 0, is_repeat: false };
 }
 
-impl Versions {
+impl PageCache {
     pub(crate) fn new(bytes_max: u64) -> Self {
         let place_count_max =
             usize::try_from(bytes_max / PAGE_BYTES as u64).unwrap_or(usize::MAX / PAGE_BYTES);
@@ -114,7 +112,7 @@ impl Versions {
         }
         // A round is at least as long as what is kept.
         let long_ago = FORGOTTEN_AFTER_ROUNDS * self.round_pages.max(self.owners.len() as u64);
-        for _ in 0..HAND_STEPS.min(self.owners.len()) {
+        for _ in 0..CURSOR_STEPS_MAX.min(self.owners.len()) {
             let place = self.cursor;
             self.cursor = (self.cursor + 1) % self.owners.len();
             let Owner { key, sent_at, is_repeat: was_repeat } = self.owners[place];
@@ -137,13 +135,13 @@ mod tests {
 
     const PAGE: [u8; PAGE_BYTES] = [1; PAGE_BYTES];
 
-    fn of(places: u64) -> Versions {
-        Versions::new(places * PAGE_BYTES as u64)
+    fn of(places: u64) -> PageCache {
+        PageCache::new(places * PAGE_BYTES as u64)
     }
 
     /// How many of these pages are kept.
-    fn kept(versions: &Versions, keys: impl Iterator<Item = u64>) -> usize {
-        keys.filter(|key| versions.get(*key).is_some()).count()
+    fn kept(cache: &PageCache, keys: impl Iterator<Item = u64>) -> usize {
+        keys.filter(|key| cache.get(*key).is_some()).count()
     }
 
     /// Goal: of a loop that is larger than the memory, a little or many times, as much is
@@ -151,14 +149,14 @@ mod tests {
     #[test]
     fn a_loop_that_does_not_fit_is_kept_in_part() {
         for loop_pages in [410, 500, 1_700, 2_000, 4_000] {
-            let mut versions = of(400);
+            let mut cache = of(400);
             let mut found = 0;
-            (0..loop_pages).for_each(|key| versions.put(key, &PAGE, false));
+            (0..loop_pages).for_each(|key| cache.put(key, &PAGE, false));
             for _ in 0..10 {
                 found = 0;
                 for key in 0..loop_pages {
-                    found += usize::from(versions.get(key).is_some());
-                    versions.put(key, &PAGE, true);
+                    found += usize::from(cache.get(key).is_some());
+                    cache.put(key, &PAGE, true);
                 }
             }
             assert!(found >= 380, "{found} of a loop of {loop_pages}");
@@ -168,39 +166,39 @@ mod tests {
     /// Goal: what is sent once, and never again, gives way to what is.
     #[test]
     fn what_is_sent_once_gives_way() {
-        let mut versions = of(400);
-        (1_000..1_300).for_each(|key| versions.put(key, &PAGE, false));
+        let mut cache = of(400);
+        (1_000..1_300).for_each(|key| cache.put(key, &PAGE, false));
         for round in 0..3 {
-            (0..500).for_each(|key| versions.put(key, &PAGE, round > 0));
+            (0..500).for_each(|key| cache.put(key, &PAGE, round > 0));
         }
-        assert_eq!(kept(&versions, 0..500), 400);
-        assert_eq!(versions.places.len(), 400);
+        assert_eq!(kept(&cache, 0..500), 400);
+        assert_eq!(cache.places.len(), 400);
     }
 
     /// Goal: pages that are not dirtied any more give way in time.
     #[test]
     fn what_is_dirtied_changes() {
-        let mut versions = of(100);
+        let mut cache = of(100);
         for keys in [0..100, 100..200] {
             for _ in 0..8 {
-                keys.clone().for_each(|key| versions.put(key, &PAGE, true));
+                keys.clone().for_each(|key| cache.put(key, &PAGE, true));
             }
-            assert_eq!(kept(&versions, keys), 100);
+            assert_eq!(kept(&cache, keys), 100);
         }
     }
 
     /// Goal: a page that became zero gives its place to any other.
     #[test]
     fn a_forgotten_page_gives_its_place() {
-        let mut versions = of(4);
-        (0..4).for_each(|key| versions.put(key, &PAGE, true));
-        versions.put(9, &PAGE, false);
-        assert!(versions.get(9).is_none());
-        versions.forget(2);
-        assert!(versions.get(2).is_none());
-        versions.put(9, &[9; PAGE_BYTES], false);
-        assert_eq!(versions.get(9), Some(&[9; PAGE_BYTES]));
-        assert_eq!(kept(&versions, 0..4), 3);
+        let mut cache = of(4);
+        (0..4).for_each(|key| cache.put(key, &PAGE, true));
+        cache.put(9, &PAGE, false);
+        assert!(cache.get(9).is_none());
+        cache.forget(2);
+        assert!(cache.get(2).is_none());
+        cache.put(9, &[9; PAGE_BYTES], false);
+        assert_eq!(cache.get(9), Some(&[9; PAGE_BYTES]));
+        assert_eq!(kept(&cache, 0..4), 3);
         let mut none = of(0);
         none.put(1, &PAGE, true);
         assert!(none.get(1).is_none());

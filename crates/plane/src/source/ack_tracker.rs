@@ -18,7 +18,7 @@ use limosa_protocol::frame::{Ack, Barrier};
 
 use crate::shutdown::{Place, PlaneError};
 
-pub(super) struct Delivery(Mutex<Inner>);
+pub(super) struct AckTracker(Mutex<Inner>);
 
 struct Inner {
     stream: Stream,
@@ -59,14 +59,14 @@ struct Awaited {
 
 /// What came about by an acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Met {
+pub(super) enum Acked {
     /// All RAM and all of QEMU's stream are there: the tail may be released
     Ram,
     /// All disks are there, up to the barrier of this number
     Disks(u32),
 }
 
-impl Delivery {
+impl AckTracker {
     pub(super) fn new(channel_count: usize) -> Self {
         Self(Mutex::new(Inner {
             stream: Stream::None,
@@ -143,7 +143,7 @@ impl Delivery {
 
     /// Takes an acknowledgement; says what came about by it, each once. The
     /// counts of frames in it were checked.
-    pub(super) fn take(&self, ack: &Ack) -> Result<Vec<Met>, PlaneError> {
+    pub(super) fn take(&self, ack: &Ack) -> Result<Vec<Acked>, PlaneError> {
         let channel = usize::from(ack.channel);
         let mut inner = self.lock();
         let expected = inner
@@ -155,7 +155,7 @@ impl Delivery {
         if channel == 0 {
             inner.first_applied = ack.applied;
         }
-        let mut met = Vec::new();
+        let mut acked = Vec::new();
         let ended = inner.stream_end.is_some_and(|at| at <= inner.first_applied);
         let number = inner.stream_number;
         let through = |awaited: Awaited, number| awaited.is_met && awaited.number == number;
@@ -164,14 +164,14 @@ impl Delivery {
             && inner.channels.iter().all(|expected| through(expected.ram, number))
         {
             inner.stream = Stream::Released;
-            met.push(Met::Ram);
+            acked.push(Acked::Ram);
         }
         let number = inner.disk_awaited;
         if number > 0 && inner.channels.iter().all(|expected| through(expected.disk, number)) {
             inner.disk_awaited = 0;
-            met.push(Met::Disks(number));
+            acked.push(Acked::Disks(number));
         }
-        Ok(met)
+        Ok(acked)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -210,55 +210,57 @@ mod tests {
 
     #[test]
     fn a_stream_is_released_once_all_of_it_is_there() {
-        let delivery = Delivery::new(2);
-        let stream = delivery.begin_stream().unwrap();
-        assert_eq!(delivery.begin_stream(), None, "one at a time");
-        delivery.expect_ram(0, stream, barrier(5));
-        delivery.expect_ram(1, stream, barrier(3));
-        delivery.expect_end(stream, 7);
-        assert_eq!(delivery.take(&ack(1, 3, 3)).unwrap(), []);
-        assert_eq!(delivery.take(&ack(0, 6, 5)).unwrap(), [], "the tail is missing");
-        assert_eq!(delivery.take(&ack(0, 7, 5)).unwrap(), [Met::Ram]);
-        assert_eq!(delivery.take(&ack(0, 7, 5)).unwrap(), [], "it is said again, and told once");
-        assert!(!delivery.give_up(), "too late");
-        delivery.begin_retry();
-        assert!(delivery.is_given_up(stream));
-        let second = delivery.begin_stream().unwrap();
-        delivery.expect_end(second, 20);
-        assert_eq!(delivery.take(&ack(0, 20, 5)).unwrap(), [], "barriers of the stream before");
+        let ack_tracker = AckTracker::new(2);
+        let stream = ack_tracker.begin_stream().unwrap();
+        assert_eq!(ack_tracker.begin_stream(), None, "one at a time");
+        ack_tracker.expect_ram(0, stream, barrier(5));
+        ack_tracker.expect_ram(1, stream, barrier(3));
+        ack_tracker.expect_end(stream, 7);
+        assert_eq!(ack_tracker.take(&ack(1, 3, 3)).unwrap(), []);
+        assert_eq!(ack_tracker.take(&ack(0, 6, 5)).unwrap(), [], "the tail is missing");
+        assert_eq!(ack_tracker.take(&ack(0, 7, 5)).unwrap(), [Acked::Ram]);
+        assert_eq!(ack_tracker.take(&ack(0, 7, 5)).unwrap(), [], "it is said again, and told once");
+        assert!(!ack_tracker.give_up(), "too late");
+        ack_tracker.begin_retry();
+        assert!(ack_tracker.is_given_up(stream));
+        let second = ack_tracker.begin_stream().unwrap();
+        ack_tracker.expect_end(second, 20);
+        assert_eq!(ack_tracker.take(&ack(0, 20, 5)).unwrap(), [], "barriers of the stream before");
     }
 
     #[test]
     fn what_was_given_up_never_counts() {
-        let delivery = Delivery::new(1);
-        let first = delivery.begin_stream().unwrap();
-        let disks = delivery.begin_disks();
-        delivery.expect_ram(0, first, barrier(1));
-        delivery.expect_disks(0, disks, barrier(2));
-        delivery.expect_end(first, 3);
-        assert!(delivery.give_up() && delivery.is_given_up(first));
+        let ack_tracker = AckTracker::new(1);
+        let first = ack_tracker.begin_stream().unwrap();
+        let disks = ack_tracker.begin_disks();
+        ack_tracker.expect_ram(0, first, barrier(1));
+        ack_tracker.expect_disks(0, disks, barrier(2));
+        ack_tracker.expect_end(first, 3);
+        assert!(ack_tracker.give_up() && ack_tracker.is_given_up(first));
         let all = Ack { disk: barrier(2), ..ack(0, 3, 1) };
-        assert_eq!(delivery.take(&all).unwrap(), []);
-        let second = delivery.begin_stream().unwrap();
-        assert!(second > first && delivery.is_given_up(first) && !delivery.is_given_up(second));
-        assert_eq!(delivery.take(&Ack { applied: 9, ..all }).unwrap(), []);
-        delivery.expect_ram(0, second, barrier(10));
-        delivery.expect_end(second, 11);
-        assert_eq!(delivery.take(&ack(0, 11, 10)).unwrap(), [Met::Ram]);
-        let next = delivery.begin_disks();
-        delivery.expect_disks(0, next, barrier(12));
+        assert_eq!(ack_tracker.take(&all).unwrap(), []);
+        let second = ack_tracker.begin_stream().unwrap();
+        assert!(
+            second > first && ack_tracker.is_given_up(first) && !ack_tracker.is_given_up(second)
+        );
+        assert_eq!(ack_tracker.take(&Ack { applied: 9, ..all }).unwrap(), []);
+        ack_tracker.expect_ram(0, second, barrier(10));
+        ack_tracker.expect_end(second, 11);
+        assert_eq!(ack_tracker.take(&ack(0, 11, 10)).unwrap(), [Acked::Ram]);
+        let next = ack_tracker.begin_disks();
+        ack_tracker.expect_disks(0, next, barrier(12));
         let all = Ack { disk: barrier(12), ..ack(0, 12, 10) };
-        assert_eq!(delivery.take(&all).unwrap(), [Met::Disks(next)]);
+        assert_eq!(ack_tracker.take(&all).unwrap(), [Acked::Disks(next)]);
     }
 
     #[test]
     fn acks_that_cannot_be_are_refused() {
-        let delivery = Delivery::new(1);
-        let stream = delivery.begin_stream().unwrap();
-        delivery.expect_ram(0, stream, barrier(5));
-        assert!(delivery.take(&ack(1, 9, 0)).is_err(), "no such channel");
-        assert!(delivery.take(&ack(0, 9, 6)).is_err(), "no such barrier");
+        let ack_tracker = AckTracker::new(1);
+        let stream = ack_tracker.begin_stream().unwrap();
+        ack_tracker.expect_ram(0, stream, barrier(5));
+        assert!(ack_tracker.take(&ack(1, 9, 0)).is_err(), "no such channel");
+        assert!(ack_tracker.take(&ack(0, 9, 6)).is_err(), "no such barrier");
         let other = Ack { ram: Barrier { at: 5, digest: [0; 32] }, ..ack(0, 9, 5) };
-        assert!(matches!(delivery.take(&other), Err(PlaneError::Different { .. })));
+        assert!(matches!(ack_tracker.take(&other), Err(PlaneError::Different { .. })));
     }
 }
