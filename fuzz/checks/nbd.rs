@@ -47,7 +47,7 @@ impl DiskSink for Checking {
     }
 }
 
-fn client_hears(bytes: &[u8]) {
+fn client_receives(bytes: &[u8]) {
     let Ok((ours, mut theirs)) = UnixStream::pair() else { return };
     let bytes = &bytes[..bytes.len().min(CLIENT_BYTES_MAX)];
     theirs.write_all(bytes).expect("a socket takes that much");
@@ -65,7 +65,7 @@ fn client_hears(bytes: &[u8]) {
 pub(crate) fn check(bytes: &[u8]) {
     let Some((whom, rest)) = bytes.split_first() else { return };
     if whom % 2 == 1 {
-        client_hears(rest);
+        client_receives(rest);
         return;
     }
     let export = Export { name: "root".to_owned(), size_bytes: SIZE_BYTES };

@@ -231,7 +231,7 @@ pub(crate) enum Verify {
 pub(crate) struct OneMigration {
     /// Migration id, a unique prefix of it, or a VM name for that VM's latest migration
     #[arg(value_name = "ID")]
-    pub(crate) word: String,
+    pub(crate) id_or_vm: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -392,8 +392,8 @@ mod tests {
     #[test]
     fn mappings_are_read_or_refused() {
         let parse = |extra: &[&str]| {
-            let words = ["limosa", "vm", "move", "web1", "--to", "b"];
-            super::Arguments::try_parse_from(words.iter().chain(extra)).map(|_| ())
+            let arguments = ["limosa", "vm", "move", "web1", "--to", "b"];
+            super::Arguments::try_parse_from(arguments.iter().chain(extra)).map(|_| ())
         };
         parse(&["--disk", "root=/a", "--disk", "log=/b=c", "--switch", "lan=wan"]).unwrap();
         for bad in [

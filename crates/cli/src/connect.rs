@@ -131,7 +131,7 @@ async fn remote(address: &str, given: Option<Fingerprint>) -> Result<TlsStream<T
         Some(pin) => pin,
         None => confirm(address, &identity).await?,
     };
-    let stream = shake_hands(address, &identity, pin).await?;
+    let stream = handshake(address, &identity, pin).await?;
     known::remember(address, pin).context("remembering the agent's certificate")?;
     Ok(stream)
 }
@@ -140,7 +140,7 @@ async fn remote(address: &str, given: Option<Fingerprint>) -> Result<TlsStream<T
 async fn confirm(address: &str, identity: &Identity) -> Result<Fingerprint> {
     // No certificate has this digest, so the handshake ends at the look at the
     // host's certificate: neither ours nor any request is sent.
-    let mismatch = match shake_hands(address, identity, Fingerprint([0; 32])).await {
+    let mismatch = match handshake(address, identity, Fingerprint([0; 32])).await {
         Err(ConnectError::Changed { mismatch, .. }) => mismatch,
         Err(error) => return Err(error.into()),
         Ok(_) => anyhow::bail!("{address} shows a certificate that cannot be"),
@@ -159,7 +159,7 @@ async fn confirm(address: &str, identity: &Identity) -> Result<Fingerprint> {
     }
 }
 
-async fn shake_hands(
+async fn handshake(
     address: &str,
     identity: &Identity,
     pin: Fingerprint,

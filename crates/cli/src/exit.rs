@@ -62,7 +62,7 @@ pub(crate) fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
     };
     match refused {
         _ if json => show::note(&object(error, refused).to_string()),
-        Some(Refused(failure)) => tell(failure),
+        Some(Refused(failure)) => print_failure(failure),
         None => show::note(&format!("limosa: {error:#}")),
     }
     if let Err(error) = printed {
@@ -82,7 +82,7 @@ fn object(error: &anyhow::Error, refused: Option<&Refused>) -> Value {
     json!({ "error": format!("{error:#}"), "next": next, "problems": problems })
 }
 
-fn tell(failure: &api::Failure) {
+fn print_failure(failure: &api::Failure) {
     show::note(&format!("limosa: {}", failure.message));
     if let Some(remedy) = &failure.remedy {
         show::note(&format!("  remedy: {remedy}"));

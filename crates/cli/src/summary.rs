@@ -34,7 +34,7 @@ pub(crate) fn text(view: &Migration) -> String {
 fn headline(view: &Migration) -> String {
     let (vm, source, destination) = (&view.vm, &view.source, &view.destination);
     let total = view.summary.as_ref().map(|summary| millis(summary.total_ms));
-    let time = |word: &str| total.map_or(String::new(), |time| format!(" {word} {time}"));
+    let time = |label: &str| total.map_or(String::new(), |time| format!(" {label} {time}"));
     match view.outcome {
         Some(Outcome::Moved) => format!("{vm} moved from {source} to {destination}{}", time("in")),
         Some(Outcome::Stayed) => format!("{vm} stayed at {source}{}", time("after")),
@@ -146,8 +146,8 @@ fn link(summary: &Summary) -> Option<String> {
     let times = |count: u32| if count == 1 { "once".to_owned() } else { format!("{count} times") };
     let mut parts = Vec::new();
     if summary.link_loss_count > 0 {
-        let again = bytes(summary.moved.resent_bytes);
-        parts.push(format!("lost {}, {again} sent again", times(summary.link_loss_count)));
+        let resent = bytes(summary.moved.resent_bytes);
+        parts.push(format!("lost {}, {resent} sent again", times(summary.link_loss_count)));
     }
     if summary.given_up_switchover_count > 0 {
         let count = times(summary.given_up_switchover_count);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn in_doubt_it_says_which_copy_stands() {
+    fn in_doubt_it_says_which_copy_is_paused() {
         let text = text(&view(Outcome::InDoubt, &[]));
         assert!(text.contains("the copy at host1 is stopped"), "{text}");
     }

@@ -20,10 +20,10 @@ use limosa_protocol::peer::{
 use serde_json::Value;
 use tracing::Instrument;
 
-use crate::compare;
+use crate::destination::Incoming;
 use crate::handover::{DestinationDriver, Handover};
-use crate::incoming::Incoming;
 use crate::migrations::Migrations;
+use crate::preflight;
 
 /// A part of a small file, as it arrives.
 #[derive(Debug)]
@@ -43,8 +43,8 @@ impl Migrations {
         vm: &Arc<Vm>,
         request: MoveRequest,
     ) -> Result<Comparison> {
-        let compare::Preflight { problems, notes, .. } =
-            compare::preflight(self, vm, &request).await?;
+        let preflight::Preflight { problems, notes, .. } =
+            preflight::preflight(self, vm, &request).await?;
         Ok(Comparison { vm: vm.name.clone(), to: request.to, problems, notes })
     }
 
@@ -57,8 +57,8 @@ impl Migrations {
         from: &HostName,
         offer: Value,
     ) -> Result<OfferAnswer> {
-        let problems = match compare::read_offer(self, from, offer)? {
-            Ok(offer) => compare::check_offer(self, &offer).await?,
+        let problems = match preflight::read_offer(self, from, offer)? {
+            Ok(offer) => preflight::check_offer(self, &offer).await?,
             Err(problem) => vec![problem],
         };
         Ok(OfferAnswer { problems, is_full: self.is_full() })
@@ -73,7 +73,7 @@ impl Migrations {
         from: &HostName,
         offer: Value,
     ) -> Result<OfferAnswer> {
-        match compare::read_offer(self, from, offer)? {
+        match preflight::read_offer(self, from, offer)? {
             Ok(offer) => Incoming::accept(self, from, offer).await,
             Err(problem) => Ok(OfferAnswer { problems: vec![problem], is_full: false }),
         }

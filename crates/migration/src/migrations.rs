@@ -11,8 +11,8 @@ use tokio::sync::watch;
 
 use crate::settings::MigrationSettings;
 
+use crate::destination::Incoming;
 use crate::handover::Handover;
-use crate::incoming::Incoming;
 use crate::job::Job;
 use crate::queue::Queue;
 use limosa_host::Host;

@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::job::Job;
-use super::{compare, outgoing};
+use super::{preflight, source};
 use crate::migrations::Migrations;
 use limosa_host::clock::now_unix_ms;
 use limosa_host::failure::{Failure, Result};
@@ -234,7 +234,7 @@ pub async fn request_move(
 ) -> Result<Migration> {
     let queue = &migrations.queue;
     expect_no_entry(&queue.lock(), &vm.name)?;
-    let preflight = compare::preflight(migrations, vm, &request).await?;
+    let preflight = preflight::preflight(migrations, vm, &request).await?;
     preflight.expect_possible(vm, &request)?;
     let id = MigrationId(Uuid::now_v7());
     let to = request.to.clone();
@@ -243,7 +243,7 @@ pub async fn request_move(
     let why = preflight.notes.into_iter().next().or_else(|| queue.behind(&to));
     let slot = if why.is_none() { migrations.reserve() } else { None };
     match slot {
-        Some(slot) => outgoing::begin(migrations, vm, request, &job, slot).await,
+        Some(slot) => source::begin(migrations, vm, request, &job, slot).await,
         None => {
             let why = why.unwrap_or_else(|| migrations.source_full());
             queue.push(&migrations.host.store, &job, request, why)
@@ -294,7 +294,7 @@ async fn try_all(migrations: &Arc<Migrations>) -> Result<()> {
 async fn try_one(migrations: &Arc<Migrations>, entry: &Entry) -> Result<Attempt> {
     let (queue, id) = (&migrations.queue, entry.job.id());
     let vm = migrations.host.vm(&entry.job.view().vm)?;
-    let preflight = compare::preflight(migrations, &vm, &entry.request).await?;
+    let preflight = preflight::preflight(migrations, &vm, &entry.request).await?;
     if let Some(problem) = preflight.only_problem(ProblemCode::Unreachable) {
         // After a restart of both hosts one is up before the other.
         let message = problem.message.clone();
@@ -308,7 +308,7 @@ async fn try_one(migrations: &Arc<Migrations>, entry: &Entry) -> Result<Attempt>
         return Ok(Attempt::Waits(migrations.source_full()));
     };
     if queue.start(id) {
-        outgoing::begin(migrations, &vm, entry.request.clone(), &entry.job, slot).await?;
+        source::begin(migrations, &vm, entry.request.clone(), &entry.job, slot).await?;
         queue.forget(&migrations.host.store, id)?;
     }
     Ok(Attempt::Left)

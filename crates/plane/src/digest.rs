@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_again_gives_the_running_sum() {
+    fn a_second_reading_gives_the_running_sum() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[3; PAGE_BYTES], 5 * PAGE_BYTES as u64).unwrap();

@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_missing_is_sent_again() {
+    fn only_what_is_missing_is_resent() {
         let replay = Replay::new(10);
         for frame in [&b"aaa"[..], b"bbbb", b"cc"] {
             assert!(replay.has_room(frame.len(), Duration::ZERO));

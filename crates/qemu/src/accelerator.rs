@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_processor_s_own_word_counts() {
+    fn only_the_processor_s_own_flags_count() {
         assert!(has_virtualisation("processor: 0\nflags\t\t: fpu vmx sse\n"));
         assert!(has_virtualisation("flags : svm"));
         assert!(!has_virtualisation("flags : fpu svm_lock avx vmxoff"));

@@ -88,16 +88,16 @@ pub enum ImageError {
         source: std::io::Error,
     },
     /// It refused.
-    #[error("{words}")]
+    #[error("{stderr_text}")]
     Refused {
-        /// Its own words
-        words: String,
+        /// Its own stderr_text
+        stderr_text: String,
     },
     /// The image lies where the tool's user may not go.
-    #[error("QEMU's user may not open it: {words}")]
+    #[error("QEMU's user may not open it: {stderr_text}")]
     Closed {
-        /// The tool's own words
-        words: String,
+        /// The tool's own stderr_text
+        stderr_text: String,
     },
     /// The path does not begin at the root.
     #[error("the path {} does not begin with /", path.display())]
@@ -187,13 +187,13 @@ async fn run(tool: &ImageTool, command: &mut Command) -> Result<Vec<u8>, ImageEr
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let work = async {
         // Both at once: a child that waits to be read on one never ends the other.
-        let (answer, words) = tokio::join!(read_limited(stdout), read_limited(stderr));
-        Ok::<_, std::io::Error>((answer?, words?, child.wait().await?))
+        let (answer, stderr_bytes) = tokio::join!(read_limited(stdout), read_limited(stderr));
+        Ok::<_, std::io::Error>((answer?, stderr_bytes?, child.wait().await?))
     };
-    let (answer, words, status) =
+    let (answer, stderr_bytes, status) =
         tokio::time::timeout(TOOL_MAX, work).await.map_err(|_| ImageError::Silent)?.map_err(at)?;
     if !status.success() {
-        return Err(refused(&words));
+        return Err(refused(&stderr_bytes));
     }
     if u64::try_from(answer.len()).unwrap_or(u64::MAX) > ANSWER_BYTES_MAX {
         return Err(ImageError::TooLong);
@@ -210,13 +210,14 @@ async fn read_limited(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result
     Ok(bytes)
 }
 
-fn refused(words: &[u8]) -> ImageError {
-    let words = String::from_utf8_lossy(words);
-    let words: String = words.trim().trim_start_matches("qemu-img: ").chars().take(500).collect();
-    if words.ends_with("Permission denied") {
-        ImageError::Closed { words }
+fn refused(stderr_bytes: &[u8]) -> ImageError {
+    let stderr_text = String::from_utf8_lossy(stderr_bytes);
+    let stderr_text: String =
+        stderr_text.trim().trim_start_matches("qemu-img: ").chars().take(500).collect();
+    if stderr_text.ends_with("Permission denied") {
+        ImageError::Closed { stderr_text }
     } else {
-        ImageError::Refused { words }
+        ImageError::Refused { stderr_text }
     }
 }
 

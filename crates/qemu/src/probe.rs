@@ -18,8 +18,8 @@ use crate::version::Version;
 /// Longest a probed QEMU may take to answer.
 const PROBE_MAX: Duration = Duration::from_secs(20);
 /// Most bytes of what it says of its own fate, and longest wait for them.
-const WORDS_BYTES_MAX: u64 = 1024;
-const WORDS_MAX: Duration = Duration::from_secs(1);
+const OUTPUT_BYTES_MAX: u64 = 1024;
+const OUTPUT_MAX: Duration = Duration::from_secs(1);
 
 /// What a QEMU is and can do.
 #[derive(Debug, Clone)]
@@ -51,18 +51,18 @@ pub enum ProbeError {
         source: std::io::Error,
     },
     /// It does not speak as QEMU does.
-    #[error("it does not answer over QMP{}", said(words))]
+    #[error("it does not answer over QMP{}", said(output))]
     Qmp {
         /// What it said otherwise
-        words: String,
+        output: String,
         /// Why
         #[source]
         source: QmpError,
     },
 }
 
-fn said(words: &str) -> String {
-    if words.is_empty() { String::new() } else { format!("; it says: {words}") }
+fn said(output: &str) -> String {
+    if output.is_empty() { String::new() } else { format!("; it says: {output}") }
 }
 
 #[derive(Deserialize)]
@@ -121,20 +121,20 @@ pub async fn probe(
     match asked {
         Ok(facts) => Ok(facts),
         Err(source) => {
-            Err(ProbeError::Qmp { words: last_words(child.stderr.take()).await, source })
+            Err(ProbeError::Qmp { output: last_output(child.stderr.take()).await, source })
         }
     }
 }
 
 /// What a QEMU that has ended said of its fate.
-async fn last_words(stderr: Option<ChildStderr>) -> String {
-    let mut words = Vec::new();
+async fn last_output(stderr: Option<ChildStderr>) -> String {
+    let mut output = Vec::new();
     if let Some(stderr) = stderr {
-        let mut stderr = stderr.take(WORDS_BYTES_MAX);
+        let mut stderr = stderr.take(OUTPUT_BYTES_MAX);
         // What came before an error is told, too.
-        tokio::time::timeout(WORDS_MAX, stderr.read_to_end(&mut words)).await.ok();
+        tokio::time::timeout(OUTPUT_MAX, stderr.read_to_end(&mut output)).await.ok();
     }
-    String::from_utf8_lossy(&words).trim().to_owned()
+    String::from_utf8_lossy(&output).trim().to_owned()
 }
 
 #[derive(Deserialize)]

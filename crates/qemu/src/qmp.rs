@@ -297,8 +297,9 @@ impl Shared {
         let answer = match value.get_mut("return") {
             Some(result) => Ok(result.take()),
             None => {
-                let word = |key: &str| value["error"][key].as_str().unwrap_or("unknown").to_owned();
-                Err((word("class"), word("desc")))
+                let field =
+                    |key: &str| value["error"][key].as_str().unwrap_or("unknown").to_owned();
+                Err((field("class"), field("desc")))
             }
         };
         // The asker may have given up.

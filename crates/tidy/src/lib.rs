@@ -2,8 +2,8 @@
 //!
 //! | rule | refuses | module |
 //! |---|---|---|
-//! | `name:WORD` | a banned word as a segment of an identifier | [`words`] |
-//! | `text:WORD` | a banned word in a comment, a string or a document | [`words`] |
+//! | `name:WORD` | a banned word as a segment of an identifier | [`vocabulary`] |
+//! | `text:WORD` | a banned word in a comment, a string or a document | [`vocabulary`] |
 //! | `length` | files over 500 lines | [`shape`] |
 //! | `functions` | functions over 70 lines, signature to closing brace | [`shape`] |
 //! | `head` | files of code without a `//!` head | [`shape`] |
@@ -25,7 +25,7 @@ mod modules;
 pub mod shape;
 mod source;
 mod token;
-pub mod words;
+pub mod vocabulary;
 
 use std::path::Path;
 
@@ -41,11 +41,11 @@ pub fn check(root: &Path) -> Vec<Finding> {
     let tree = Tree::read(root);
     let mut findings = Vec::new();
     for file in &tree.code {
-        words::check_code(file, &mut findings);
+        vocabulary::check_code(file, &mut findings);
         shape::check(file, &mut findings);
     }
     for document in &tree.documents {
-        words::check_document(document, &mut findings);
+        vocabulary::check_document(document, &mut findings);
     }
     circles::check(&tree, &mut findings);
     arrows::check(&tree, &mut findings);

@@ -17,15 +17,15 @@ pub(super) async fn run(session: &Session, command: Migration) -> Result<Exit> {
     match command {
         Migration::List => list(session).await,
         Migration::Show(one) => {
-            let view = find(session, &one.word).await?;
+            let view = find(session, &one.id_or_vm).await?;
             session.result(&view, |view| show::line(&summary::text(view)))
         }
         Migration::Watch(one) => {
-            let id = find(session, &one.word).await?.id;
+            let id = find(session, &one.id_or_vm).await?.id;
             watch(session, id, CtrlC::Leaves).await
         }
         Migration::Cancel(one) => {
-            let view = find(session, &one.word).await?;
+            let view = find(session, &one.id_or_vm).await?;
             let view = cancel(&session.client, view.id).await?;
             session.result(&view, |view| {
                 show::note(&match view.outcome {
@@ -77,22 +77,24 @@ fn row(view: &View) -> Vec<String> {
 }
 
 /// A migration by its id, the beginning of it, or its VM.
-async fn find(session: &Session, word: &str) -> Result<View> {
-    if let Ok(id) = word.parse::<MigrationId>() {
+async fn find(session: &Session, id_or_vm: &str) -> Result<View> {
+    if let Ok(id) = id_or_vm.parse::<MigrationId>() {
         return session.client.get(&format!("/v1/migrations/{id}")).await;
     }
     let views: Vec<View> = session.client.get("/v1/migrations").await?;
-    let of_vm = views.iter().filter(|view| view.vm.as_str() == word);
+    let of_vm = views.iter().filter(|view| view.vm.as_str() == id_or_vm);
     if let Some(view) = of_vm.max_by_key(|view| (view.started_unix_ms, view.id)) {
         return Ok(view.clone());
     }
-    let beginning = word.to_ascii_lowercase();
-    let begins = |view: &&View| !word.is_empty() && view.id.to_string().starts_with(&beginning);
+    let beginning = id_or_vm.to_ascii_lowercase();
+    let begins = |view: &&View| !id_or_vm.is_empty() && view.id.to_string().starts_with(&beginning);
     let found: Vec<&View> = views.iter().filter(begins).collect();
     match found.as_slice() {
-        [] => bail!("no migration {word:?}: `limosa migration list` shows those there are"),
+        [] => bail!("no migration {id_or_vm:?}: `limosa migration list` shows those there are"),
         [view] => Ok((*view).clone()),
-        several => bail!("{} migrations begin with {word}: write more of the id", several.len()),
+        several => {
+            bail!("{} migrations begin with {id_or_vm}: write more of the id", several.len())
+        }
     }
 }
 
@@ -107,12 +109,17 @@ pub(super) enum CtrlC {
 
 /// Leaves a migration that goes on. Its result is where it stands; people have
 /// seen that, and are told how to look again.
-fn left(session: &Session, progress: Progress, view: Option<&View>, again: &str) -> Result<Exit> {
+fn left(
+    session: &Session,
+    progress: Progress,
+    view: Option<&View>,
+    next_step: &str,
+) -> Result<Exit> {
     progress.end(false);
     if session.json {
         show::json(&view)?;
     } else {
-        show::note(again);
+        show::note(next_step);
     }
     Ok(Exit::Left)
 }
@@ -144,8 +151,8 @@ pub(super) async fn watch(session: &Session, id: MigrationId, mut ctrl_c: CtrlC)
             },
             _ = interrupts.recv() => match ctrl_c {
                 CtrlC::Leaves => {
-                    let again = format!("\nIt goes on: `limosa migration watch {id}` looks again.");
-                    return left(session, progress, last.as_deref(), &again);
+                    let next_step = format!("\nIt goes on: `limosa migration watch {id}` looks again.");
+                    return left(session, progress, last.as_deref(), &next_step);
                 }
                 CtrlC::Cancels => {
                     ctrl_c = CtrlC::Leaves;

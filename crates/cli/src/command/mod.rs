@@ -108,8 +108,9 @@ mod tests {
         for shell in Shell::value_variants() {
             let script = completions(*shell).unwrap();
             for page in &pages {
-                let (_, word) = page.trim_end_matches(".1").rsplit_once('-').unwrap_or(("", page));
-                assert!(script.contains(word.trim_end_matches(".1")), "{shell}: {page}");
+                let (_, subcommand) =
+                    page.trim_end_matches(".1").rsplit_once('-').unwrap_or(("", page));
+                assert!(script.contains(subcommand.trim_end_matches(".1")), "{shell}: {page}");
             }
         }
     }

@@ -87,6 +87,33 @@ fn start(host: &Host, wanted: &Wanted, accelerator: &str, further: &[&str]) -> R
     ] {
         namespace.ip(&order.split(' ').collect::<Vec<_>>())?;
     }
+    let args = command_line(host, wanted, accelerator, further)?;
+    let mut child = host.start(&args, "stock-qemu.log")?;
+    // It ends with the lab; only its status must be taken.
+    std::thread::Builder::new().name("lab-reaper".to_owned()).spawn(move || child.wait())?;
+    let mut qmp = Qmp::connect(&host.run_dir().join("bench.qmp"))?;
+    qmp.ask(
+        "migrate-set-capabilities",
+        &json!({"capabilities": [
+            {"capability": "pause-before-switchover", "state": true},
+            {"capability": "late-block-activate", "state": true},
+            {"capability": "events", "state": true},
+        ]}),
+    )?;
+    qmp.ask(
+        "migrate-set-parameters",
+        &json!({"max-bandwidth": 10_000_000_000u64, "downtime-limit": 300}),
+    )?;
+    Ok(qmp)
+}
+
+/// The command line of stock QEMU with the benchmark's guest; makes its disks.
+fn command_line(
+    host: &Host,
+    wanted: &Wanted,
+    accelerator: &str,
+    further: &[&str],
+) -> Result<Vec<String>> {
     let mac = steps::MAC.map(|byte| format!("{byte:02x}")).join(":");
     // The size that Limosa gives an emulated guest, for the same reason: with
     // another one QEMU before 9.0 moves it wrongly.
@@ -135,23 +162,7 @@ fn start(host: &Host, wanted: &Wanted, accelerator: &str, further: &[&str]) -> R
         args.push(format!("virtio-blk-pci,drive=d{index},id=disk{index}"));
     }
     args.extend(further.iter().map(|arg| (*arg).to_owned()));
-    let mut child = host.start(&args, "stock-qemu.log")?;
-    // It ends with the lab; only its status must be taken.
-    std::thread::Builder::new().name("lab-reaper".to_owned()).spawn(move || child.wait())?;
-    let mut qmp = Qmp::connect(&host.run_dir().join("bench.qmp"))?;
-    qmp.ask(
-        "migrate-set-capabilities",
-        &json!({"capabilities": [
-            {"capability": "pause-before-switchover", "state": true},
-            {"capability": "late-block-activate", "state": true},
-            {"capability": "events", "state": true},
-        ]}),
-    )?;
-    qmp.ask(
-        "migrate-set-parameters",
-        &json!({"max-bandwidth": 10_000_000_000u64, "downtime-limit": 300}),
-    )?;
-    Ok(qmp)
+    Ok(args)
 }
 
 fn mirror(from: &mut Qmp, to: &mut Qmp, address: Ipv4Addr) -> Result<()> {

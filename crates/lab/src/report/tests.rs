@@ -2,10 +2,9 @@
 
 use super::*;
 
-/// A move with every part that a report can show.
-fn made_up() -> Report {
-    let span = |name: &str, from_ms: f64, to_ms: f64| Span { name: name.into(), from_ms, to_ms };
-    let samples = (0..=90u32)
+/// Progress of a move of nine seconds: its disk first, then its memory.
+fn samples() -> Vec<Sample> {
+    (0..=90u32)
         .map(|n| {
             let at_ms = f64::from(n) * 100.0;
             let disk = u64::from(n.clamp(2, 50) - 2) * 10_400_000;
@@ -22,7 +21,12 @@ fn made_up() -> Report {
                 memory: (ram * 3 / 2, 32 * 14_550_000),
             }
         })
-        .collect();
+        .collect()
+}
+
+/// A move with every part that a report can show.
+fn made_up() -> Report {
+    let span = |name: &str, from_ms: f64, to_ms: f64| Span { name: name.into(), from_ms, to_ms };
     let beats = (0..1800u32)
         .filter(|n| !(1652..1670).contains(n))
         .map(|n| Beat { at_ms: f64::from(n) * 5.0, at_destination: n > 1660 })
@@ -41,7 +45,7 @@ fn made_up() -> Report {
             span("switchover", 8_262.0, 8_340.0),
             span("retire", 8_340.0, 9_000.0),
         ],
-        samples,
+        samples: samples(),
         moved: Pages {
             zero: 98_304,
             unchanged: 1_204,

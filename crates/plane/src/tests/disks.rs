@@ -29,7 +29,7 @@ fn pages_do_not_wait_for_a_flush() {
 /// Goal: a disk that is durable as it stands costs the blackout nothing; an empty
 /// one counts as written.
 #[test]
-fn a_clean_disk_is_not_flushed_again() {
+fn a_clean_disk_is_flushed_once() {
     let both = Both::new();
     both.start_disk_barrier();
     both.expect(&mut no_fates(), vec!["DisksEqual"]);

@@ -92,7 +92,7 @@ fn both_until_released(both: Both) -> Vec<u8> {
 
 /// Goal: what the destination has is not sent again.
 #[test]
-fn only_what_is_missing_is_sent_again() {
+fn only_what_is_missing_is_resent() {
     let both = Both::new();
     let mut sink = both.source.disk_sink(0).unwrap();
     sink.write(0, (0..=250).cycle().take(1 << 20).collect()).unwrap();

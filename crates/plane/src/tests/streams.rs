@@ -213,7 +213,7 @@ fn a_very_long_tail_goes_to_qemu_as_it_comes() {
 /// Method: the link is lost before the release, or after QEMU had it and changed pages;
 /// writes to the disk are under way meanwhile.
 #[test]
-fn a_switchover_that_was_loaded_is_tried_again() {
+fn a_switchover_that_was_loaded_is_retried() {
     for loads in [false, true] {
         let mut both = Both::new();
         let mut sink = both.source.disk_sink(0).unwrap();

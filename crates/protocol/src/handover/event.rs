@@ -46,10 +46,10 @@ pub enum SourceEvent {
     },
     /// The destination answers, and has never heard of this migration
     Unheard,
-    /// The guest stands for too long without the destination's word: it is to run on,
+    /// The guest is paused for too long without the destination's vote: it is to resume,
     /// and all is tried again
     Retry,
-    /// The destination asks how the source stands
+    /// The destination asks for the source's decision
     Asked,
     /// The destination has not spoken for a while
     Silence,
@@ -183,7 +183,7 @@ pub enum DestinationEvent {
     Undecided,
     /// The source answers, and has never heard of this migration
     Unheard,
-    /// The source asks how the destination stands
+    /// The source asks for the destination's vote
     Asked,
     /// The source has not spoken for a while
     Silence,
@@ -256,7 +256,7 @@ pub enum DestinationAction {
         /// The epoch that it gave up
         epoch: Epoch,
     },
-    /// Ask the source how it stands
+    /// Ask the source for its decision
     AskSource,
     /// Take the disks: from here on this host writes them
     TakeDisks,

@@ -75,7 +75,7 @@ fn another_receipt_does_not_commit() {
 /// Goal: after a failed sync nothing happens until a restart has read the store,
 /// and then what it holds decides.
 #[test]
-fn a_failed_sync_stands_still_until_a_restart() {
+fn a_failed_sync_does_nothing_until_a_restart() {
     let mut store = OneRecord { fails: true, ..OneRecord::default() };
     for (held, then) in [(Stage::Offered, "resuming"), (Stage::HandedOver, "handed-over")] {
         let (mut source, wanted) = committing();

@@ -47,8 +47,8 @@ impl StreamParser {
         cursor: &mut Cursor<'_>,
         sink: &mut impl StreamSink,
     ) -> Result<Option<()>, StreamError> {
-        let Some(word) = cursor.be64() else { return Ok(None) };
-        let (address, flags) = (word & !FLAGS, word & FLAGS);
+        let Some(header) = cursor.be64() else { return Ok(None) };
+        let (address, flags) = (header & !FLAGS, header & FLAGS);
         if self.inline.len() >= INLINE_BYTES_MAX && flags != FLAG_EOS {
             self.cut_section(sink)?;
         }
@@ -137,9 +137,9 @@ impl StreamParser {
 
     /// Passes a page on with its block's name, whatever stood there: the page
     /// that QEMU's CONTINUE means may have gone out of band.
-    fn page_inline(&mut self, block: usize, word: u64, content: &[u8]) {
+    fn page_inline(&mut self, block: usize, header: u64, content: &[u8]) {
         let name = self.blocks[block].name.as_bytes();
-        self.inline.extend_from_slice(&word.to_be_bytes());
+        self.inline.extend_from_slice(&header.to_be_bytes());
         self.inline.push(u8::try_from(name.len()).expect("the name came with a byte of length"));
         self.inline.extend_from_slice(name);
         self.inline.extend_from_slice(content);

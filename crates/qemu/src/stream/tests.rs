@@ -158,9 +158,9 @@ impl Maker {
         let kind = if fill.is_some() { FLAG_PAGE } else { FLAG_ZERO };
         let content = fill.map_or(vec![0], |fill| vec![fill; PAGE_BYTES]);
         let name = [&[u8::try_from(BLOCKS[block].len()).unwrap()], BLOCKS[block].as_bytes()];
-        let again = if self.last_block == Some(block) { FLAG_CONTINUE } else { 0 };
-        self.stream.extend_from_slice(&(address | kind | again).to_be_bytes());
-        if again == 0 {
+        let same_block = if self.last_block == Some(block) { FLAG_CONTINUE } else { 0 };
+        self.stream.extend_from_slice(&(address | kind | same_block).to_be_bytes());
+        if same_block == 0 {
             self.stream.extend_from_slice(&name.concat());
         }
         self.stream.extend_from_slice(&content);
@@ -346,12 +346,12 @@ fn a_block_list_that_does_not_add_up_is_refused_and_not_passed_on() {
 
 #[test]
 fn a_page_past_its_block_or_of_no_block_is_refused() {
-    let page = |word: u64, rest: &[u8]| {
+    let page = |header: u64, rest: &[u8]| {
         let mut maker = Maker::default();
         maker.header(false);
         maker.setup();
         maker.inline(&[2, 0, 0, 0, RAM_ID]);
-        maker.inline(&word.to_be_bytes());
+        maker.inline(&header.to_be_bytes());
         maker.inline(rest);
         refused(&maker.stream).to_string()
     };

@@ -29,13 +29,13 @@ async fn what_an_image_keeps_inside_is_named() {
     let tool = ImageTool { user: None, ..image_tool() };
     let path = folder.path().join("kept.qcow2");
     image_create(&tool, &path, ImageFormat::Qcow2, 1 << 20).await.expect("an image");
-    for words in [&["bitmap", "--add"][..], &["snapshot", "-c", "monday"]] {
+    for arguments in [&["bitmap", "--add"][..], &["snapshot", "-c", "monday"]] {
         let mut command = Command::new(&tool.program);
-        command.args(words).arg(&path);
-        if words[0] == "bitmap" {
+        command.args(arguments).arg(&path);
+        if arguments[0] == "bitmap" {
             command.arg("backup");
         }
-        assert!(command.status().expect("qemu-img").success(), "{words:?}");
+        assert!(command.status().expect("qemu-img").success(), "{arguments:?}");
     }
     let facts = image_facts(&tool, &path, ImageFormat::Qcow2).await.expect("facts");
     assert_eq!(

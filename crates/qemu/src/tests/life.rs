@@ -42,7 +42,7 @@ async fn a_binary_says_what_it_can_do() {
 /// Scenario: a QEMU runs as another user, in a session of its own; it is found
 /// again by its number and start time, and nobody else is taken for it.
 #[tokio::test]
-async fn a_qemu_is_known_again_until_it_ends() {
+async fn a_qemu_is_recognised_until_it_ends() {
     let folder = folder();
     let qemu = start(folder.path(), &spec(folder.path(), Vec::new())).await;
     let id = qemu.process.id.clone();
@@ -116,7 +116,7 @@ async fn guest_ram_is_the_inherited_memfd() {
 /// Scenario: the agent goes and comes back; QEMU runs on, and another process that
 /// answers at its socket is not taken for it.
 #[tokio::test]
-async fn only_the_process_itself_is_spoken_to_again() {
+async fn only_the_process_itself_is_reconnected_to() {
     let folder = folder();
     let Running { process, qmp } = start(folder.path(), &spec(folder.path(), Vec::new())).await;
     let socket = folder.path().join(launch::QMP_SOCKET);

@@ -2,7 +2,7 @@
 //! [`limosa_protocol::handover::Destination`] orders.
 //!
 //! ```text
-//! incoming ─ Complete, GiveUp ─► machine ─► records, QEMU, files
+//! destination ─ Complete, GiveUp ─► machine ─► records, QEMU, files
 //! source's words ──────────────►    └─────► word, the answer to it
 //! ```
 //!
@@ -28,7 +28,7 @@ use super::guest::{end_unanswering, stop_guest};
 use super::lock::{Parties, initial_lock, publish_lock};
 use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
-use crate::incoming::{self, ConnectionGroup, expect_paused, resume_guest};
+use crate::destination::{self, ConnectionGroup, expect_paused, resume_guest};
 use crate::job::Job;
 use crate::migrations::Migrations;
 use crate::peer::PeerClient;
@@ -228,7 +228,7 @@ impl DestinationDriver {
     fn end_plane(&self) {
         let plane = self.lock_plane().take();
         if let Some(plane) = plane {
-            incoming::end_plane(plane);
+            destination::end_plane(plane);
         }
     }
 
@@ -414,10 +414,10 @@ impl DestinationDriver {
         let qemu = inner.qemu.take();
         // From here on the watch on QEMU finds another one's VM.
         self.vm.lock().await.qemu = None;
-        let made = incoming::removable(&inner.record.plan, inner.record.made.clone());
+        let made = destination::removable(&inner.record.plan, inner.record.made.clone());
         let left = match end_unanswering(qemu.as_ref(), inner.record.run.as_ref()).await {
             Ok(()) => {
-                incoming::free(&self.migrations, &inner.definition, qemu.as_ref(), &made).await
+                destination::free(&self.migrations, &inner.definition, qemu.as_ref(), &made).await
             }
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],

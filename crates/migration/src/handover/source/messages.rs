@@ -93,7 +93,7 @@ impl SourceDriver {
                 link.stays(id, &Stays { epoch: *epoch, reason }).await
             }
             Do::SendRetired { epoch } => link.retired(id, &Retired { epoch: *epoch }).await,
-            // Asked by `outgoing`, which knows what goes with it; a state that
+            // Asked by `crate::source`, which knows what goes with it; a state that
             // only repeats it has nothing to add.
             _ => return Ok(DestinationVote::Undecided),
         };

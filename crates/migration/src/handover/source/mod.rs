@@ -1,7 +1,7 @@
 //! The source's half: performs what [`limosa_protocol::handover::Source`] orders.
 //!
 //! ```text
-//! outgoing ─ Delivered, Ready, GiveUp ─► machine ─► records, QEMU, files
+//! source ─ Delivered, Ready, GiveUp ─► machine ─► records, QEMU, files
 //!     ▲                                     │
 //!     └────────────── words ◄───────────────┘
 //! ```
@@ -25,8 +25,8 @@ use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
 use crate::job::Job;
 use crate::migrations::Migrations;
-use crate::outgoing::{free_source, left_behind, resume_source, undo_in_qemu};
 use crate::peer::PeerClient;
+use crate::source::{free_source, left_behind, resume_source, undo_in_qemu};
 use limosa_host::failure::{Failure, Result};
 use limosa_host::store::MigrationRecord;
 use limosa_host::vm::lock::VmLock;

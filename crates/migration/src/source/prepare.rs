@@ -15,9 +15,9 @@ use limosa_qemu::ram;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
-use super::super::compare::destination_full;
+use super::super::preflight::destination_full;
 use super::link::{self, Connector, link_wait};
-use super::{EVENT_COUNT_MAX, Source};
+use super::{EVENT_COUNT_MAX, Outgoing};
 use crate::migrations::Migrations;
 use limosa_host::clock::now_unix_ms;
 use limosa_host::failure::{Failure, OrFail, Result};
@@ -25,7 +25,7 @@ use limosa_host::failure::{Failure, OrFail, Result};
 /// Pause between two offers to a destination that is full.
 const OFFER_EVERY: Duration = Duration::from_secs(1);
 
-impl Source {
+impl Outgoing {
     pub(super) async fn prepare(&mut self) -> Result<()> {
         self.offer().await?;
         for (name, path) in limosa_host::vm::files::small_files(&self.offer.definition)? {

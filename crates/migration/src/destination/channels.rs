@@ -24,8 +24,8 @@ use tracing::Instrument;
 
 use super::Incoming;
 use crate::migrations::Migrations;
-use crate::outgoing::link_wait;
 use crate::peer::into_blocking;
+use crate::source::link_wait;
 use limosa_host::failure::{Failure, OrFail, Result, chain};
 use limosa_host::fault::{self, Edge, Kind};
 

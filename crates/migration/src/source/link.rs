@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use super::Source;
+use super::Outgoing;
 use crate::job::Job;
 use crate::migrations::Migrations;
 use crate::peer::{PeerClient, PeerError, into_blocking};
@@ -284,7 +284,7 @@ impl Drop for Retry<'_> {
     }
 }
 
-impl Source {
+impl Outgoing {
     /// Retries for as long as a migration waits for a lost link.
     pub(super) fn retry(&self) -> Retry<'_> {
         self.retry_for(link_wait(&self.migrations))

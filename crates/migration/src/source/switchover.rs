@@ -21,12 +21,12 @@ use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::qmp::QmpEvent;
 use tokio::sync::broadcast;
 
+use super::super::destination::verify;
 use super::super::handover::Handed;
-use super::super::incoming::verify;
 use super::link::{NoAnswer, link_wait};
 use super::memory::{memory_failure, qmp_failure};
 use super::mirror::mirror_name;
-use super::{Source, abort};
+use super::{Outgoing, abort};
 use crate::job::millis;
 use crate::peer::PeerError;
 use limosa_host::failure::{Failure, OrFail, Result, chain};
@@ -77,7 +77,7 @@ pub(super) struct Switched {
     pages_sent: Instant,
 }
 
-impl Source {
+impl Outgoing {
     /// Ends the mirrors and sends the last pages and the device state.
     pub(super) async fn finish_memory(&mut self, stopped: Stopped) -> Result<Finished> {
         let Stopped { at, mut events } = stopped;

@@ -16,7 +16,7 @@ use tokio::sync::broadcast;
 
 use super::mirror::{Rate, transfer};
 use super::switchover::{Finished, STOPPED_MAX, Stopped, Switched};
-use super::{Source, socket};
+use super::{Outgoing, socket};
 use limosa_host::failure::{Failure, OrFail, Result, chain};
 
 /// How often progress is looked at.
@@ -28,7 +28,7 @@ const SWITCHOVER_COUNT_MAX: u32 = 8;
 /// Rounds that are given to each downtime limit before it is raised.
 const ROUNDS_PER_LIMIT: u64 = 2;
 
-impl Source {
+impl Outgoing {
     /// Copies RAM and ends with the guest stopped and everything at the
     /// destination. A guest that would stand too long runs on, and all of it
     /// begins again: what the destination has by then is not sent another time.

@@ -10,7 +10,7 @@ use limosa_qemu::migrate::{self, MigrationStatus};
 use limosa_qemu::power::{self, RunState};
 
 use super::mirror::MIRROR_PREFIX;
-use super::{Source, plane_failure};
+use super::{Outgoing, plane_failure};
 use limosa_host::failure::{Failure, OrFail, Result};
 use limosa_host::vm::Qemu;
 
@@ -22,7 +22,7 @@ const FIND_MAX: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Gives up: ends the plane, lets the guest go on, and says so.
-pub(super) async fn abort(mut source: Source, why: &Failure) {
+pub(super) async fn abort(mut source: Outgoing, why: &Failure) {
     let found = if source.differs { find_difference(&source).await } else { None };
     let why = found.as_ref().unwrap_or(why);
     // When the plane broke, what QEMU says of it is only an echo.
@@ -41,7 +41,7 @@ pub(super) async fn abort(mut source: Source, why: &Failure) {
 
 /// Waits for the destination's word on where the two hosts differ. The guest need
 /// not stand for that: nothing was handed over, and nothing will be.
-async fn find_difference(source: &Source) -> Option<Failure> {
+async fn find_difference(source: &Outgoing) -> Option<Failure> {
     let released = async {
         undo_in_qemu(&source.qemu).await?;
         if source.was_running { resume_source(&source.qemu).await } else { Ok(()) }
@@ -50,7 +50,7 @@ async fn find_difference(source: &Source) -> Option<Failure> {
         // It is tried again, and told, when the VM is taken back.
         tracing::warn!(migration = %source.job.id(), %failure, "the guest does not run on yet");
     }
-    let found = Source::link_ended(source.link_state.subscribe());
+    let found = Outgoing::link_ended(source.link_state.subscribe());
     tokio::time::timeout(FIND_MAX, found).await.ok()
 }
 

@@ -13,7 +13,7 @@ use limosa_protocol::plan::DiskItem;
 use limosa_qemu::block::{self, MirrorSync};
 use limosa_qemu::launch::disk_node;
 
-use super::{Source, abort, socket};
+use super::{Outgoing, abort, socket};
 use limosa_host::failure::{Failure, OrFail, Result};
 
 /// How often progress is looked at.
@@ -73,7 +73,7 @@ pub(super) fn transfer(done_bytes: u64, total_bytes: u64, rate: &mut Rate) -> Tr
     }
 }
 
-impl Source {
+impl Outgoing {
     /// Waits until little is left of what the guest wrote, for it was stopped before for
     /// more; not for ever, as it may go on writing.
     pub(super) async fn catch_up(&mut self) -> Result<()> {

@@ -37,9 +37,9 @@ pub(crate) use link::link_wait;
 pub(crate) use prepare::plane_settings;
 pub(crate) use retire::{free_source, left_behind};
 
-use super::compare;
 use super::handover::{Handover, SourceDriver};
 use super::job::Job;
+use super::preflight;
 use crate::migrations::Migrations;
 use crate::migrations::Slot;
 use crate::peer::PeerClient;
@@ -53,7 +53,7 @@ use switchover::Switched;
 const EVENT_COUNT_MAX: usize = 64;
 
 /// One migration at its source.
-pub(crate) struct Source {
+pub(crate) struct Outgoing {
     migrations: Arc<Migrations>,
     vm: Arc<Vm>,
     job: Arc<Job>,
@@ -83,6 +83,15 @@ pub(crate) struct Source {
     exports: Vec<limosa_nbd::server::ServerHandle>,
 }
 
+/// Where the phases begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// At the first phase, with nothing at the destination
+    First,
+    /// With contents there, and a guest that runs on after a switchover that was given up
+    Retry,
+}
+
 /// Begins a migration that has passed preflight: records it, and leaves the rest to a task.
 pub(crate) async fn begin(
     migrations: &Arc<Migrations>,
@@ -99,7 +108,7 @@ pub(crate) async fn begin(
     inner.expect_owned()?;
     inner.expect_cold_start()?;
     job.begin();
-    let offer = compare::make_offer(migrations, &inner, &request, job.id()).await?;
+    let offer = preflight::make_offer(migrations, &inner, &request, job.id()).await?;
     let was_running = runs(&inner).await?;
     let qemu = match &inner.qemu {
         Some(qemu) => qemu.clone(),
@@ -123,7 +132,7 @@ pub(crate) async fn begin(
     inner.lock = driver.initial_lock();
     drop(inner);
     let view = job.view();
-    supervise(Source {
+    supervise(Outgoing {
         migrations: Arc::clone(migrations),
         vm: Arc::clone(vm),
         job: Arc::clone(job),
@@ -171,7 +180,7 @@ fn first_record(
 }
 
 /// Runs a source in a task of its own; a panic in it ends the move as any failure does.
-fn supervise(source: Source) {
+fn supervise(source: Outgoing) {
     let (job, driver) = (Arc::clone(&source.job), Arc::clone(&source.driver));
     job.supervise(source.run(), async move {
         let reason = "a fault in limosad ended the move; its log says which";
@@ -183,15 +192,15 @@ fn supervise(source: Source) {
 async fn runs(inner: &Inner) -> Result<bool> {
     let Some(qemu) = &inner.qemu else { return Ok(false) };
     let status = power::query_status(&qemu.qmp).await.or_fail("asking QEMU")?;
-    compare::movable(&inner.definition.name, status)
+    preflight::movable(&inner.definition.name, status)
         .map_err(|problem| Failure::problems("the VM changed meanwhile", vec![problem]))
 }
 
-impl Source {
+impl Outgoing {
     async fn run(mut self) {
-        let mut is_again = false;
+        let mut start = Start::First;
         loop {
-            match self.drive(is_again).await {
+            match self.drive(start).await {
                 Ok(Some(switched)) => match self.handover(switched).await {
                     Some(source) => self = source,
                     None => return,
@@ -199,22 +208,23 @@ impl Source {
                 Ok(None) => {}
                 Err(failure) => return abort::abort(self, &failure).await,
             }
-            is_again = true;
+            start = Start::Retry;
         }
     }
 
     /// Goes through the phases until everything is at the destination; `None` when that
-    /// has it, or may, but the guest stood for too long.
-    async fn drive(&mut self, is_again: bool) -> Result<Option<Switched>> {
+    /// has it, or may, but the guest was paused for too long.
+    async fn drive(&mut self, start: Start) -> Result<Option<Switched>> {
         let job = Arc::clone(&self.job);
         let link_ended = Self::link_ended(self.link_state.subscribe());
         let work = async {
-            if is_again {
-                self.resume_for_retry().await?;
-            } else {
-                self.prepare().await?;
-                self.job.enter(Phase::Mirror);
-                self.mirror().await?;
+            match start {
+                Start::First => {
+                    self.prepare().await?;
+                    self.job.enter(Phase::Mirror);
+                    self.mirror().await?;
+                }
+                Start::Retry => self.resume_for_retry().await?,
             }
             let switched = if self.plan().moves_memory() {
                 self.pre_copy().await?

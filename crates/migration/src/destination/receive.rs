@@ -17,7 +17,7 @@ use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
 use limosa_qemu::{block, migrate, ram};
 use tokio::sync::{mpsc, watch};
 
-use super::super::outgoing::plane_settings;
+use super::super::source::plane_settings;
 use super::channels::ConnectionGroup;
 use super::place::removable;
 use super::{Incoming, Inner};

@@ -20,7 +20,7 @@ use limosa_qemu::migrate::{self, MigrationStatus};
 
 use super::memory::memory_failure;
 use super::switchover::Finished;
-use super::{Source, abort};
+use super::{Outgoing, abort};
 use limosa_host::failure::{Failure, OrFail, Result};
 
 /// Longest wait for QEMU to end a stream that nobody wants any more.
@@ -28,7 +28,7 @@ const QEMU_ENDS_MAX: Duration = Duration::from_secs(10);
 /// How often QEMU is asked whether it has.
 const ENDED_LOOK_EVERY: Duration = Duration::from_millis(10);
 
-impl Source {
+impl Outgoing {
     /// Gives a switchover up and lets the guest run on, its disks mirrored.
     ///
     /// - `continued`: QEMU was told to go on, so it ends its stream.

@@ -40,9 +40,9 @@ pub(crate) use take_over::{expect_paused, resume_guest};
 
 use channels::Connections;
 
-use super::compare::{self, Placed};
 use super::handover::{DestinationDriver, Handover};
 use super::job::Job;
+use super::preflight::{self, Placed};
 use crate::migrations::Migrations;
 use crate::migrations::Slot;
 use limosa_host::failure::{Failure, Result};
@@ -162,7 +162,7 @@ impl Incoming {
         if known.is_some() {
             return Err(Failure::conflict(format!("migration {id} was offered before")));
         }
-        let problems = compare::check_offer(migrations, &offer).await?;
+        let problems = preflight::check_offer(migrations, &offer).await?;
         if !problems.is_empty() {
             return Ok(OfferAnswer { problems, is_full: false });
         }
@@ -180,7 +180,7 @@ impl Incoming {
     /// Takes the VM's name, records the offer and begins.
     async fn take(migrations: &Arc<Migrations>, offer: Offer, slot: Slot<'_>) -> Result<Arc<Self>> {
         let id = offer.migration;
-        let Placed { definition, plan } = compare::place_offer(migrations, &offer);
+        let Placed { definition, plan } = preflight::place_offer(migrations, &offer);
         let configuration = files::place(&definition.places.configuration, "configuration")?;
         let of_vm = VmRecord {
             configuration: configuration.to_owned(),
