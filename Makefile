@@ -4,6 +4,8 @@
 CARGO ?= cargo
 BIN = target/debug
 RELEASE = target/release
+# Builds for tests have fault points, at which agents fail; releases have none.
+FAULTS = --features limosa-agent/faults
 
 # In the order that is written; cargo uses all processors by itself.
 .NOTPARALLEL:
@@ -11,7 +13,7 @@ RELEASE = target/release
 .PHONY: build release install workload demo test unit lint audit bench chaos soak clean root
 
 build:
-	$(CARGO) build --workspace
+	$(CARGO) build --workspace $(FAULTS)
 
 release:
 	$(CARGO) build --workspace --release
@@ -62,13 +64,14 @@ root:
 
 unit:
 	scripts/install-packages test
-	$(CARGO) test --workspace
+	$(CARGO) test --workspace $(FAULTS)
 
 # The fuzz targets are only checked: to link them, libFuzzer and a nightly compiler
 # are needed, and any file serves for a library that nobody links.
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --workspace --all-targets $(FAULTS) -- -D warnings
+	$(CARGO) clippy --workspace -- -D warnings
 	CUSTOM_LIBFUZZER_PATH=$(CURDIR)/fuzz/Cargo.toml $(CARGO) clippy --manifest-path fuzz/Cargo.toml \
 		--target-dir target -- -D warnings
 	TIDY_STRICT=1 $(CARGO) test -q -p limosa-tidy
@@ -92,8 +95,9 @@ chaos: root build workload
 	$(BIN)/limosa-lab chaos --seed 1 --runs 300
 
 # Hours of moves and faults.
-soak: root release workload
+soak: root workload
 	scripts/install-packages test
+	$(CARGO) build --workspace --release $(FAULTS)
 	$(RELEASE)/limosa-lab soak
 
 clean:

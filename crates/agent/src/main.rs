@@ -48,7 +48,7 @@ fn main() -> anyhow::Result<()> {
     } else {
         log.with_target(false).init();
     }
-    limosa_host::fault::install();
+    install_fault_points();
     let config = Config::read(arguments.config.as_deref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -56,6 +56,22 @@ fn main() -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(run(config))
+}
+
+/// Makes QEMU's commands fault points, too, in a build for tests that runs under one.
+fn install_fault_points() {
+    #[cfg(feature = "faults")]
+    if limosa_faults::install() {
+        use limosa_faults::{Edge, Kind};
+        use limosa_qemu::watch::{Moment, watch_commands};
+        watch_commands(|command, moment| {
+            let edge = match moment {
+                Moment::Before => Edge::Before,
+                Moment::After => Edge::After,
+            };
+            Box::pin(async move { limosa_faults::reach(Kind::Qmp, &command, edge).await })
+        });
+    }
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {

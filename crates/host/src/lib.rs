@@ -12,7 +12,6 @@
 
 pub mod clock;
 pub mod failure;
-pub mod fault;
 pub mod hex;
 pub mod memory;
 pub mod net;

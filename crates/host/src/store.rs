@@ -34,7 +34,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::DomainError;
-use crate::fault::{self, Edge};
+use limosa_faults::{self as faults, Edge};
 
 /// Most ended migrations that are kept; the oldest go first.
 pub const MIGRATIONS_KEPT_MAX: usize = 200;
@@ -278,11 +278,11 @@ impl Store {
     ) -> Result<(), StoreError> {
         self.check()?;
         let written = synced(|| {
-            fault::reach_write(fault_name, Edge::Before)?;
+            faults::reach_write(fault_name, Edge::Before)?;
             let write = self.database.begin_write()?;
             work(&write)?;
             write.commit()?;
-            Ok(fault::reach_write(fault_name, Edge::After)?)
+            Ok(faults::reach_write(fault_name, Edge::After)?)
         });
         if written.is_err() {
             self.has_failed.store(true, Ordering::Release);

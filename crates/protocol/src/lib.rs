@@ -10,7 +10,6 @@
 //! is checked by the type that holds it (a [`id::VmName`] that exists is valid).
 
 pub mod api;
-pub mod fault;
 pub mod frame;
 pub mod handover;
 pub mod id;

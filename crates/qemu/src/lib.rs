@@ -25,6 +25,8 @@ pub mod quirk;
 pub mod ram;
 pub mod stream;
 pub mod version;
+#[cfg(feature = "faults")]
+pub mod watch;
 
 #[cfg(test)]
 mod tests;

@@ -16,15 +16,17 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+#[cfg(feature = "faults")]
+use crate::watch::{self as watcher, Moment};
 
 /// Longest line that QEMU may send, in bytes.
 pub const LINE_BYTES_MAX: u64 = 16 << 20;
@@ -107,17 +109,6 @@ struct Shared {
     events: broadcast::Sender<QmpEvent>,
     closed: watch::Sender<bool>,
     peer: Option<u32>,
-}
-
-/// Is awaited before a command (`false`) and once it was answered (`true`).
-pub type Watcher = fn(String, bool) -> Pin<Box<dyn Future<Output = ()> + Send>>;
-
-static WATCHER: OnceLock<Watcher> = OnceLock::new();
-
-/// Lets `watcher` wait at every command of this process, for tests; only the
-/// first call counts.
-pub fn watch_commands(watcher: Watcher) {
-    WATCHER.get_or_init(|| watcher);
 }
 
 /// A command that waits for its answer; forgotten when its asker gives up.
@@ -213,10 +204,11 @@ impl Qmp {
     /// # Errors
     /// QEMU's refusal, or no answer: then it may or may not have been done.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        let Some(watcher) = WATCHER.get() else { return self.exchange(command, arguments).await };
-        watcher(command.to_owned(), false).await;
+        #[cfg(feature = "faults")]
+        watcher::command(command, Moment::Before).await;
         let answer = self.exchange(command, arguments).await;
-        watcher(command.to_owned(), true).await;
+        #[cfg(feature = "faults")]
+        watcher::command(command, Moment::After).await;
         answer
     }
 

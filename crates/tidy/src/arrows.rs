@@ -1,31 +1,32 @@
 //! Which crate may use which: the declared order, against the manifests.
 //!
 //! ```text
-//! protocol  qemu  nbd
-//!     └──┬────┴────┘
+//! protocol  qemu  nbd  faults
+//!     └──┬────┴────┴─────┘
 //!   plane  auth ──► http
 //!       └──┬─────────┘
-//!        host ──► migration ──► agent          cli: protocol, auth, http          lab: protocol, http
+//!        host ──► migration ──► agent          cli: protocol, auth, http          lab: protocol, http, faults
 //! ```
 
 use crate::finding::Finding;
 use crate::source::Tree;
 
 /// Each crate with those that it may use. A crate that is not named here may use none, and none may use it.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("protocol", &[]),
     ("qemu", &[]),
     ("nbd", &[]),
+    ("faults", &[]),
     ("workload", &[]),
     ("tidy", &[]),
     ("auth", &["protocol"]),
     ("plane", &["protocol", "qemu", "nbd"]),
     ("http", &["protocol", "auth"]),
-    ("host", &["protocol", "qemu", "nbd", "auth", "plane"]),
-    ("migration", &["protocol", "qemu", "nbd", "auth", "plane", "http", "host"]),
-    ("agent", &["protocol", "qemu", "nbd", "auth", "plane", "http", "host", "migration"]),
+    ("host", &["protocol", "qemu", "nbd", "auth", "plane", "faults"]),
+    ("migration", &["protocol", "qemu", "nbd", "auth", "plane", "http", "host", "faults"]),
+    ("agent", &["protocol", "qemu", "nbd", "auth", "plane", "http", "host", "migration", "faults"]),
     ("cli", &["protocol", "auth", "http"]),
-    ("lab", &["protocol", "http"]),
+    ("lab", &["protocol", "http", "faults"]),
 ];
 
 /// Checks the manifests of all crates. Tests may use what they like.

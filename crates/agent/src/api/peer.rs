@@ -21,8 +21,8 @@ use super::failure::Result;
 use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::caller::Caller;
+use limosa_faults::{self as faults, Edge, Kind};
 use limosa_host::failure::Failure;
-use limosa_host::fault::{self, Edge, Kind};
 use limosa_migration::FilePart;
 
 pub(super) fn routes() -> Router<Arc<Agent>> {
@@ -59,9 +59,9 @@ where
 
 /// Answers a message between its two fault points.
 async fn with_faults(name: &'static str, request: Request, next: Next) -> Response {
-    fault::reach(Kind::Answer, name, Edge::Before).await;
+    faults::reach(Kind::Answer, name, Edge::Before).await;
     let response = next.run(request).await;
-    fault::reach(Kind::Answer, name, Edge::After).await;
+    faults::reach(Kind::Answer, name, Edge::After).await;
     response
 }
 

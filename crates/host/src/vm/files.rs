@@ -12,7 +12,7 @@ use limosa_protocol::vm::{Disk, Firmware, Places, VmDefinition};
 
 use crate::Folders;
 use crate::failure::{Failure, OrFail, Result};
-use crate::fault::{self, Edge, Kind};
+use limosa_faults::{self as faults, Edge, Kind};
 
 /// Name of the kernel in a configuration folder.
 pub const KERNEL_FILE: &str = "kernel";
@@ -143,7 +143,7 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
 ///
 /// Returns what could not be removed, with the reason.
 pub fn remove_made(made: &[PathBuf]) -> Vec<String> {
-    fault::reach_blocking(Kind::Host, "remove", Edge::Before);
+    faults::reach_blocking(Kind::Host, "remove", Edge::Before);
     let mut left = Vec::new();
     for path in made.iter().rev() {
         let removed = match std::fs::symlink_metadata(path) {
@@ -163,7 +163,7 @@ pub fn remove_made(made: &[PathBuf]) -> Vec<String> {
             left.push(format!("{}: {error}", path.display()));
         }
     }
-    fault::reach_blocking(Kind::Host, "remove", Edge::After);
+    faults::reach_blocking(Kind::Host, "remove", Edge::After);
     left
 }
 

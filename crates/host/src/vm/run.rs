@@ -14,10 +14,10 @@ use limosa_qemu::{power, qmp::Qmp, ram};
 
 use super::{Inner, Qemu, Vm, cgroup, create, files};
 use crate::failure::{Failure, OrFail, Result, chain};
-use crate::fault::{self, Edge, Kind};
 use crate::net::{Net, learn, tap_name};
 use crate::store::{RunRecord, Store, VmRecord};
 use crate::{Folders, Host, HostQemu};
+use limosa_faults::{self as faults, Edge, Kind};
 
 /// Longest wait for a QEMU that was just started to answer.
 const QEMU_START: Duration = Duration::from_secs(20);
@@ -30,9 +30,9 @@ const QEMU_EXIT: Duration = Duration::from_secs(10);
 ///
 /// - `incoming`: it waits for a migration.
 pub async fn launch(host: &Host, definition: &VmDefinition, incoming: bool) -> Result<Qemu> {
-    fault::reach(Kind::Host, "launch", Edge::Before).await;
+    faults::reach(Kind::Host, "launch", Edge::Before).await;
     let launched = spawn(host, definition, incoming).await;
-    fault::reach(Kind::Host, "launch", Edge::After).await;
+    faults::reach(Kind::Host, "launch", Edge::After).await;
     launched
 }
 

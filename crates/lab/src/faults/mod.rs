@@ -1,3 +1,4 @@
 //! Faults that strike moves at points drawn from a seed.
 
 pub(crate) mod chaos;
+pub(crate) mod steps;

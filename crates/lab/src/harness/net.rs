@@ -150,10 +150,11 @@ impl Net {
     pub(crate) fn cut(&self, link: usize, host: &str, how: Cut) -> Result<()> {
         let port = self.port(link, host)?;
         match how {
-            Cut::Cable => self.switch.ip(&["link", "set", &port, "down"]),
-            Cut::Silent => self.silence(&port, true),
+            Cut::Cable => self.switch.ip(&["link", "set", &port, "down"]).map(drop),
+            // Nothing passes a port that is down, and it takes no other state.
+            Cut::Silent if !self.is_up(&port)? => Ok(()),
+            Cut::Silent => self.silence(&port, true).map(drop),
         }
-        .map(drop)
     }
 
     /// Lets nothing more come to a host on a migration link whose speed is set;
@@ -226,6 +227,13 @@ impl Net {
         ensure!(link < self.link_count, "the lab has no link {link}");
         ensure!(self.hosts.iter().any(|(name, _)| name == host), "the lab has no host {host}");
         Ok(format!("{}-{host}", link_name(link)))
+    }
+
+    fn is_up(&self, port: &str) -> Result<bool> {
+        let text = self.switch.ip(&["-j", "link", "show", "dev", port])?;
+        let shown: serde_json::Value = serde_json::from_str(&text).context("reading ip's JSON")?;
+        let flags = shown[0]["flags"].as_array().context("no flags")?;
+        Ok(flags.iter().any(|flag| flag == "UP"))
     }
 
     fn silence(&self, port: &str, silent: bool) -> Result<String> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use limosa_protocol::fault::{ARMED_FILE, Action, Armed, FOLDER_VARIABLE, REACHED_PREFIX};
+use limosa_faults::{ARMED_FILE, Action, Armed, FOLDER_VARIABLE, REACHED_PREFIX};
 
 use super::steps;
 use crate::harness::lab::Lab;
@@ -36,7 +36,9 @@ impl Point {
 
     /// Waits until the agent is there.
     pub(crate) fn wait(&self) -> Result<()> {
-        wait(&format!("coming to {}", self.name), || Ok(self.reached().exists().then_some(())))
+        wait(&format!("coming to {} (limosad needs the feature `faults`)", self.name), || {
+            Ok(self.reached().exists().then_some(()))
+        })
     }
 
     /// Lets an agent that holds there go on.

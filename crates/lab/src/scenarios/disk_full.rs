@@ -13,7 +13,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::fault::Action;
+use limosa_faults::Action;
 use limosa_protocol::migration::Migration;
 use serde_json::{Value, json};
 

@@ -11,14 +11,13 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::fault::{
-    ARMED_FILE, Action, Armed, Edge, FOLDER_VARIABLE, REACHED_PREFIX, STEPS, Side, TRACE_FILE,
-};
+use limosa_faults::{ARMED_FILE, Action, Armed, Edge, FOLDER_VARIABLE, REACHED_PREFIX, TRACE_FILE};
 use limosa_protocol::migration::{Migration, Outcome};
 use serde_json::{Value, json};
 
 use super::Scenario;
 use super::faults::SETTLE_TIMEOUT;
+use crate::faults::steps::{STEPS, Side};
 use crate::harness::lab::{Lab, Topology};
 use crate::harness::net::{self, Cut};
 use crate::harness::points::wait;

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use limosa_faults::Action;
 use limosa_protocol::api::Power;
-use limosa_protocol::fault::Action;
 use limosa_protocol::migration::{Migration, Outcome, Phase};
 use serde_json::Value;
 

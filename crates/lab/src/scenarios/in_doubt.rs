@@ -10,8 +10,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use limosa_faults::Action;
 use limosa_protocol::api::{Power, Recovery, Vm};
-use limosa_protocol::fault::Action;
 use limosa_protocol::migration::{Migration, Outcome};
 use serde_json::{Value, json};
 

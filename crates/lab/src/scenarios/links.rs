@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::fault::Action;
+use limosa_faults::Action;
 use limosa_protocol::migration::{Moved, Phase};
 use serde_json::{Value, json};
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::fault::Action;
+use limosa_faults::Action;
 use limosa_protocol::migration::{Migration, Outcome};
 use rustix::fs::SeekFrom;
 use serde_json::json;

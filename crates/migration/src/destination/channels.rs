@@ -26,8 +26,8 @@ use super::Incoming;
 use crate::migrations::Migrations;
 use crate::peer::into_blocking;
 use crate::source::link_wait;
+use limosa_faults::{self as faults, Edge, Kind};
 use limosa_host::failure::{Failure, OrFail, Result, chain};
-use limosa_host::fault::{self, Edge, Kind};
 
 /// Longest wait for the hello of a connection.
 const HELLO_MAX: Duration = Duration::from_secs(10);
@@ -186,9 +186,9 @@ pub async fn accept_channel(
     let incoming = migrations
         .incoming(hello.migration, from)
         .ok_or_else(|| anyhow::anyhow!("a channel for a migration that is not under way"))?;
-    fault::reach(Kind::Answer, "channel", Edge::Before).await;
+    faults::reach(Kind::Answer, "channel", Edge::Before).await;
     let added = incoming.add_channel(&hello, stream).await;
-    fault::reach(Kind::Answer, "channel", Edge::After).await;
+    faults::reach(Kind::Answer, "channel", Edge::After).await;
     added.map_err(|failure| anyhow::anyhow!("{failure}"))
 }
 

@@ -9,7 +9,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::connect::{CONNECT_MAX, connect};
 use super::{PeerClient, PeerError};
-use limosa_host::fault::{self, Edge, Kind};
+use limosa_faults::{self as faults, Edge, Kind};
 
 /// Most bytes of a data channel that wait in the kernel to be sent: those that are among
 /// them when the guest is stopped are blackout. Bytes in flight are not limited here, or a
@@ -23,9 +23,9 @@ impl PeerClient {
         &self,
         hello: &ChannelHello,
     ) -> Result<Option<TlsStream<TcpStream>>, PeerError> {
-        fault::reach(Kind::Send, "channel", Edge::Before).await;
+        faults::reach(Kind::Send, "channel", Edge::Before).await;
         let opened = self.connect_channel(hello).await;
-        fault::reach(Kind::Send, "channel", Edge::After).await;
+        faults::reach(Kind::Send, "channel", Edge::After).await;
         opened
     }
 

@@ -19,8 +19,8 @@ use tokio_rustls::TlsConnector;
 
 use super::connect::connect;
 use super::error::{NoPeer, PeerError};
+use limosa_faults::{self as faults, Edge, Kind};
 use limosa_host::failure::Result;
-use limosa_host::fault::{self, Edge, Kind};
 use limosa_host::store::{PeerRecord, Store, StoreError};
 
 /// The agent's name in its requests.
@@ -193,9 +193,9 @@ impl PeerClient {
         };
         let limits = Limits { wait: limit, answer_bytes: BODY_BYTES_MAX };
         let uri = message.uri(parameters);
-        fault::reach(Kind::Send, message.name, Edge::Before).await;
+        faults::reach(Kind::Send, message.name, Edge::Before).await;
         let answer = self.control.call(method, &uri, body, limits).await;
-        fault::reach(Kind::Send, message.name, Edge::After).await;
+        faults::reach(Kind::Send, message.name, Edge::After).await;
         answer.map_err(|error| {
             PeerError::from_http(&format!("{} at {}", self.name, self.address), error)
         })

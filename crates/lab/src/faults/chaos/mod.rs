@@ -82,8 +82,8 @@ pub(crate) struct Request {
 /// Performs it; `false` when something did not hold.
 pub(crate) fn run(request: &Request) -> Result<bool> {
     if request.list {
-        for step in limosa_protocol::fault::STEPS.iter().copied().flatten() {
-            use limosa_protocol::fault::Edge;
+        for step in crate::faults::steps::STEPS.iter().copied().flatten() {
+            use limosa_faults::Edge;
             for edge in [Edge::Before, Edge::After] {
                 print_line(&format!("{}.{}", step.side.as_str(), step.point(edge)));
             }

@@ -10,7 +10,9 @@
 
 use std::fmt;
 
-use limosa_protocol::fault::{Edge, Kind, STEPS, Side, Step};
+use limosa_faults::{Edge, Kind};
+
+use crate::faults::steps::{STEPS, Side, Step};
 
 use super::rng::{Rng, one_of, percent};
 

@@ -11,7 +11,9 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use limosa_protocol::fault::{Edge, Kind, STEPS, Side, Step};
+use limosa_faults::{Edge, Kind};
+
+use crate::faults::steps::{STEPS, Side, Step};
 use limosa_protocol::migration::Outcome;
 
 use super::plan::{Fault, Initial, Injection, Plan, shape_of};

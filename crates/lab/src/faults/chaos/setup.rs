@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use limosa_faults::FOLDER_VARIABLE;
 use limosa_protocol::api::{Power, Vm};
-use limosa_protocol::fault::FOLDER_VARIABLE;
 use limosa_protocol::migration::Migration;
 use serde_json::{Value, json};
 

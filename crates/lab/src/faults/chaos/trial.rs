@@ -16,8 +16,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use limosa_faults::{ARMED_FILE, Action, Armed, REACHED_PREFIX};
 use limosa_protocol::api::{FailureCode, Power};
-use limosa_protocol::fault::{ARMED_FILE, Action, Armed, REACHED_PREFIX, Side};
+
+use crate::faults::steps::Side;
 use limosa_protocol::migration::{Migration, Outcome};
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! Points at which this agent can be made to fail; see [`limosa_protocol::fault`].
+//! Fault points of a build for tests.
 //!
 //! ```text
 //! reach(kind, name, edge) ─► is anything armed? ─ no ─► goes on
@@ -13,10 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use limosa_protocol::fault::{
-    ARMED_FILE, Action, Armed, FOLDER_VARIABLE, HOLD_MS_MAX, REACHED_PREFIX, TRACE_FILE,
+use crate::point::{
+    ARMED_FILE, Action, Armed, Edge, FOLDER_VARIABLE, HOLD_MS_MAX, Kind, REACHED_PREFIX, TRACE_FILE,
 };
-pub use limosa_protocol::fault::{Edge, Kind};
 
 /// How often whoever holds looks whether he may go on.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
@@ -25,19 +24,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
 /// Looks, once, whether this agent is under test.
-pub fn install() {
-    let Some(folder) = std::env::var_os(FOLDER_VARIABLE) else { return };
-    tracing::warn!(folder = ?folder, "under test: this agent fails where it is told to");
-    if FOLDER.set(folder.into()).is_ok() {
-        limosa_qemu::qmp::watch_commands(|command, is_done| {
-            let edge = if is_done { Edge::After } else { Edge::Before };
-            Box::pin(async move { reach(Kind::Qmp, &command, edge).await })
-        });
-    }
+pub(crate) fn install() -> bool {
+    let Some(folder) = std::env::var_os(FOLDER_VARIABLE) else { return false };
+    tracing::warn!(folder = ?folder, "under test: this agent fails where it is ordered to");
+    FOLDER.set(folder.into()).is_ok()
 }
 
 /// A point in async code: whoever holds here holds nobody else.
-pub async fn reach(kind: Kind, name: &str, edge: Edge) {
+pub(crate) async fn reach(kind: Kind, name: &str, edge: Edge) {
     let Some(Held { file, until }) = look(kind, name, edge).as_ref().and_then(strike) else {
         return;
     };
@@ -47,7 +41,7 @@ pub async fn reach(kind: Kind, name: &str, edge: Edge) {
 }
 
 /// A point in code that is not async, and that lets its thread wait.
-pub fn reach_blocking(kind: Kind, name: &str, edge: Edge) {
+pub(crate) fn reach_blocking(kind: Kind, name: &str, edge: Edge) {
     let Some(held) = look(kind, name, edge).as_ref().and_then(strike) else { return };
     held.wait();
 }
@@ -56,7 +50,7 @@ pub fn reach_blocking(kind: Kind, name: &str, edge: Edge) {
 ///
 /// # Errors
 /// The one that a test wants the write to have.
-pub fn reach_write(name: Option<&str>, edge: Edge) -> std::io::Result<()> {
+pub(crate) fn reach_write(name: Option<&str>, edge: Edge) -> std::io::Result<()> {
     let Some(found) = name.and_then(|name| look(Kind::Record, name, edge)) else { return Ok(()) };
     if found.armed.action == Action::FailStore {
         found.disarm();
