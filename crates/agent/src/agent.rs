@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
+use data_encoding::HEXLOWER_PERMISSIVE;
 use limosa_auth::Identity;
 use limosa_auth::pairing::Invitation;
 use limosa_auth::trust::{PeerRole, TrustStore, TrustedPeer};
 
 use crate::config::Config;
-use limosa_host::hex::decode_hex;
 use limosa_host::store::{OperatorRecord, PeerRecord};
 use limosa_host::{Folders, Host, clock};
 use limosa_migration::Migrations;
@@ -49,7 +49,9 @@ impl Agent {
 
     fn trust_recorded_peers(&self) -> anyhow::Result<()> {
         let trust = |name: &str, hex: &str, role| -> anyhow::Result<()> {
-            let der = decode_hex(hex).with_context(|| format!("certificate of {name}"))?;
+            let der = HEXLOWER_PERMISSIVE
+                .decode(hex.as_bytes())
+                .with_context(|| format!("certificate of {name}"))?;
             Ok(self.trust.insert(TrustedPeer::new(name.to_owned(), role, der))?)
         };
         for (name, peer) in self.host.store.all::<PeerRecord>()? {

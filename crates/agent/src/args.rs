@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use clap_complete::Shell;
+use limosa_documents::Shell;
 
 /// The Limosa host agent.
 ///

@@ -1,9 +1,6 @@
-//! Man pages and completions of `limosad`, made from its command line.
+//! Man pages and completions of `limosad`.
 
-use std::path::Path;
-
-use anyhow::Context;
-use clap::CommandFactory;
+use std::io::Write;
 
 use crate::args::{Arguments, Document};
 
@@ -11,28 +8,18 @@ use crate::args::{Arguments, Document};
 pub(crate) fn make(document: Document) -> anyhow::Result<()> {
     match document {
         Document::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Arguments::command(),
-                "limosad",
-                &mut std::io::stdout(),
-            );
-            Ok(())
+            let script = limosa_documents::completions::<Arguments>(shell);
+            std::io::stdout().write_all(&script)?;
         }
-        Document::Man { folder } => man_pages(&folder),
+        Document::Man { folder } => limosa_documents::man_pages::<Arguments>(&folder)?,
     }
-}
-
-fn man_pages(folder: &Path) -> anyhow::Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    clap_mangen::generate_to(Arguments::command(), folder)
-        .with_context(|| format!("writing man pages into {}", folder.display()))
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum;
-    use clap_complete::Shell;
+    use clap::{CommandFactory, ValueEnum};
+    use limosa_documents::Shell;
 
     use super::*;
 
@@ -41,12 +28,10 @@ mod tests {
     fn every_option_is_in_the_documents() {
         Arguments::command().debug_assert();
         let folder = tempfile::tempdir().unwrap();
-        man_pages(folder.path()).unwrap();
+        limosa_documents::man_pages::<Arguments>(folder.path()).unwrap();
         let page = std::fs::read_to_string(folder.path().join("limosad.1")).unwrap();
         let scripts = Shell::value_variants().iter().map(|shell| {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Arguments::command(), "limosad", &mut script);
-            String::from_utf8(script).unwrap()
+            String::from_utf8(limosa_documents::completions::<Arguments>(*shell)).unwrap()
         });
         for text in scripts.chain([page.replace("\\-", "-")]) {
             for name in ["config", "openapi", "log-json", "completions", "man"] {

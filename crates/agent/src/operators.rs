@@ -2,10 +2,10 @@
 //!
 //! **Invariant.** A certificate is trusted exactly as long as it is recorded.
 
+use data_encoding::HEXLOWER;
 use limosa_auth::trust::{TrustStore, certificate_from_pem};
 use limosa_auth::{Fingerprint, PeerRole, TrustedPeer};
 use limosa_host::failure::{Failure, OrFail, Result};
-use limosa_host::hex::encode_hex;
 use limosa_host::store::{OperatorRecord, Store};
 use limosa_protocol::api::{Operator, OperatorRequest};
 use limosa_protocol::id::OperatorName;
@@ -43,8 +43,10 @@ pub(crate) fn add(store: &Store, trust: &TrustStore, request: OperatorRequest) -
     trust
         .insert(TrustedPeer::new(name.to_string(), PeerRole::Operator, der.clone()))
         .map_err(|error| Failure::conflict(error.to_string()))?;
-    let record =
-        OperatorRecord { fingerprint: fingerprint.to_string(), certificate_hex: encode_hex(&der) };
+    let record = OperatorRecord {
+        fingerprint: fingerprint.to_string(),
+        certificate_hex: HEXLOWER.encode(&der),
+    };
     if let Err(error) = store.put(name.as_str(), &record) {
         trust.remove(name.as_str());
         return Err(error.into());

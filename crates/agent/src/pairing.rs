@@ -13,6 +13,7 @@
 
 use std::time::Duration;
 
+use data_encoding::HEXLOWER;
 use limosa_auth::pairing::{Answer, Confirmation, Initiator, Invitation, Offer, Responder};
 use limosa_auth::{Fingerprint, PeerRole, TrustedPeer, tls};
 use limosa_protocol::api::{self, BODY_BYTES_MAX, PairRequest, PairedHost};
@@ -25,7 +26,6 @@ use crate::agent::Agent;
 use crate::caller::Caller;
 use limosa_host::clock::now_unix_s;
 use limosa_host::failure::{Failure, OrFail, Result, chain};
-use limosa_host::hex::encode_hex;
 use limosa_host::store::PeerRecord;
 use limosa_migration::peer::{USER_AGENT, connect, with_port};
 
@@ -196,7 +196,7 @@ fn record(agent: &Agent, name: &str, certificate: Vec<u8>, address: String) -> R
     }
     let peer = PeerRecord {
         fingerprint: fingerprint.to_string(),
-        certificate_hex: encode_hex(&certificate),
+        certificate_hex: HEXLOWER.encode(&certificate),
         address: address.clone(),
     };
     // First what may be refused, then the disk: a record that cannot be trusted

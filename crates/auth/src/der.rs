@@ -3,15 +3,13 @@
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serializer};
 
-use crate::hex::{fill, push};
+use crate::hex::{encode, fill};
 
 /// Longest certificate that is kept, in bytes; ours have about 500.
 pub const DER_BYTES_MAX: usize = 64 << 10;
 
 pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-    let mut text = String::with_capacity(2 * bytes.len());
-    push(&mut text, bytes);
-    serializer.serialize_str(&text)
+    serializer.serialize_str(&encode(bytes))
 }
 
 pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {

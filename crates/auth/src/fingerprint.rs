@@ -6,8 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use sha2::{Digest, Sha256};
 
 use crate::hex;
 
@@ -30,15 +30,7 @@ impl Fingerprint {
     /// The fingerprint of a certificate, given as DER.
     #[must_use]
     pub fn of_certificate(certificate_der: &[u8]) -> Self {
-        // Ring's SHA-256, reached through rustls: the one digest of the crate
-        // that TLS uses, and no further dependency.
-        let sha256 = TLS13_AES_128_GCM_SHA256
-            .tls13()
-            .expect("the suite is one of TLS 1.3 by its name")
-            .common
-            .hash_provider
-            .hash(certificate_der);
-        Self(sha256.as_ref().try_into().expect("SHA-256 has 32 bytes"))
+        Self(Sha256::digest(certificate_der).into())
     }
 }
 
@@ -49,7 +41,7 @@ impl fmt::Display for Fingerprint {
             if index > 0 {
                 text.push('-');
             }
-            hex::push(&mut text, group);
+            text.push_str(&hex::encode(group));
         }
         f.pad(&text)
     }

@@ -69,7 +69,7 @@ pub(crate) enum Command {
     /// Exit codes: 0 done, 1 failed, 2 wrong usage.
     Completions {
         /// The shell
-        shell: clap_complete::Shell,
+        shell: limosa_documents::Shell,
     },
     /// Write the man pages into a folder
     ///

@@ -12,13 +12,13 @@
 
 pub mod clock;
 pub mod failure;
-pub mod hex;
 pub mod memory;
 pub mod net;
 pub mod qemu;
 mod registry;
 pub mod store;
 mod switch;
+pub mod token;
 pub mod vm;
 
 use std::fs::File;

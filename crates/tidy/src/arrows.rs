@@ -1,8 +1,8 @@
 //! Which crate may use which: the declared order, against the manifests.
 //!
 //! ```text
-//! protocol  qemu  nbd  faults
-//!     └──┬────┴────┴─────┘
+//! protocol  qemu  nbd  faults  documents
+//!     └──┬────┴────┴─────┴─────────┘
 //!   plane  auth ──► http
 //!       └──┬─────────┘
 //!        host ──► migration ──► agent          cli: protocol, auth, http          lab: protocol, http, faults
@@ -12,11 +12,12 @@ use crate::finding::Finding;
 use crate::source::Tree;
 
 /// Each crate with those that it may use. A crate that is not named here may use none, and none may use it.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("protocol", &[]),
     ("qemu", &[]),
     ("nbd", &[]),
     ("faults", &[]),
+    ("documents", &[]),
     ("workload", &[]),
     ("tidy", &[]),
     ("auth", &["protocol"]),
@@ -24,8 +25,22 @@ const ARROWS: [(&str, &[&str]); 14] = [
     ("http", &["protocol", "auth"]),
     ("host", &["protocol", "qemu", "nbd", "auth", "plane", "faults"]),
     ("migration", &["protocol", "qemu", "nbd", "auth", "plane", "http", "host", "faults"]),
-    ("agent", &["protocol", "qemu", "nbd", "auth", "plane", "http", "host", "migration", "faults"]),
-    ("cli", &["protocol", "auth", "http"]),
+    (
+        "agent",
+        &[
+            "protocol",
+            "qemu",
+            "nbd",
+            "auth",
+            "plane",
+            "http",
+            "host",
+            "migration",
+            "faults",
+            "documents",
+        ],
+    ),
+    ("cli", &["protocol", "auth", "http", "documents"]),
     ("lab", &["protocol", "http", "faults"]),
 ];
 

@@ -122,14 +122,10 @@ async fn console(
         let wrong = format!("the console is raw bytes: ask for an upgrade to {CONSOLE_PROTOCOL}");
         return Err(Failure::bad_request(wrong).into());
     }
-    let mut console = Console::open(&agent.host.folders, &*agent.host.vm(&name)?).await?;
+    let console = Console::open(&agent.host.folders, &*agent.host.vm(&name)?).await?;
     tokio::spawn(async move {
         match hyper::upgrade::on(request).await {
-            Ok(upgraded) => {
-                let mut operator = TokioIo::new(upgraded);
-                // Either side's end is the normal end of a console.
-                tokio::io::copy_bidirectional(&mut operator, &mut console.serial).await.ok();
-            }
+            Ok(upgraded) => console.serve(TokioIo::new(upgraded)).await,
             Err(error) => tracing::debug!(%error, "a console was not opened"),
         }
     });

@@ -6,11 +6,7 @@ mod operator;
 mod switch;
 mod vm;
 
-use std::path::Path;
-
-use anyhow::{Context, Result};
-use clap::CommandFactory;
-use clap_complete::Shell;
+use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 
@@ -57,32 +53,22 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {
         Command::Switch(command) => switch::run(&session, command).await,
         Command::Operator(command) => operator::run(&session, command).await,
         Command::Completions { shell } => {
-            let script = completions(shell)?;
-            let value = json!({ "shell": shell.to_string(), "script": script });
-            session.result(&value, |_| show::raw(script.as_bytes()))
+            let script = limosa_documents::completions::<Arguments>(shell);
+            let text = String::from_utf8_lossy(&script);
+            let value = json!({ "shell": shell.to_string(), "script": text });
+            session.result(&value, |_| show::raw(&script))
         }
         Command::Man { folder } => {
-            man_pages(&folder)?;
+            limosa_documents::man_pages::<Arguments>(&folder)?;
             session.result(&json!({ "folder": folder }), |_| Ok(()))
         }
     }
 }
 
-fn completions(shell: Shell) -> Result<String> {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
-    String::from_utf8(script).context("the completion script is no text")
-}
-
-fn man_pages(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    clap_mangen::generate_to(Arguments::command(), folder)
-        .with_context(|| format!("writing man pages into {}", folder.display()))
-}
-
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum;
+    use clap::{CommandFactory, ValueEnum};
+    use limosa_documents::Shell;
 
     use super::*;
 
@@ -99,14 +85,15 @@ mod tests {
         walk(&Arguments::command(), "limosa", &mut pages);
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("man1");
-        man_pages(&folder).unwrap();
+        limosa_documents::man_pages::<Arguments>(&folder).unwrap();
         for page in &pages {
             let text = std::fs::read_to_string(folder.join(page)).unwrap();
             assert!(text.contains(".SH SYNOPSIS"), "{page}");
         }
         assert!(pages.contains(&"limosa-vm-move.1".to_owned()), "{pages:?}");
         for shell in Shell::value_variants() {
-            let script = completions(*shell).unwrap();
+            let script = limosa_documents::completions::<Arguments>(*shell);
+            let script = String::from_utf8(script).unwrap();
             for page in &pages {
                 let (_, subcommand) =
                     page.trim_end_matches(".1").rsplit_once('-').unwrap_or(("", page));

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use limosa_qemu::launch::CONSOLE_SOCKET;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::sync::OwnedMutexGuard;
 
@@ -17,7 +18,8 @@ const FREE_WAIT: Duration = Duration::from_secs(1);
 /// An open console.
 pub struct Console {
     /// QEMU's serial line
-    pub serial: UnixStream,
+    serial: UnixStream,
+    /// Keeps others out
     _only: OwnedMutexGuard<()>,
 }
 
@@ -41,5 +43,10 @@ impl Console {
             .await
             .or_fail(&format!("connecting to the console of VM {name}"))?;
         Ok(Self { serial, _only: only })
+    }
+
+    /// Carries bytes both ways until either side ends, which is the normal end of a console.
+    pub async fn serve(mut self, mut operator: impl AsyncRead + AsyncWrite + Unpin) {
+        tokio::io::copy_bidirectional(&mut operator, &mut self.serial).await.ok();
     }
 }

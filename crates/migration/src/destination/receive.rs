@@ -22,7 +22,7 @@ use super::channels::ConnectionGroup;
 use super::place::removable;
 use super::{Incoming, Inner};
 use limosa_host::failure::{Failure, OrFail, Result, chain};
-use limosa_host::hex::random_token;
+use limosa_host::token::random_token;
 use limosa_host::vm::{files, run};
 
 /// Most plane events that wait to be looked at.
