@@ -9,7 +9,6 @@ use std::io::{self, Cursor, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
 
 use limosa_plane::{
     ChannelIo, DestinationDisk, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES,
@@ -88,7 +87,6 @@ pub(crate) fn check(bytes: &[u8]) {
     let (qemu, qemu_incoming) = UnixStream::pair().expect("a socket");
     // Whatever comes is taken: QEMU is not what is tried here.
     let qemu = std::thread::spawn(move || io::copy(&mut &qemu, &mut io::sink()));
-    let (sender, events) = channel();
     let plane = DestinationPlane::start(DestinationSpec {
         channels: vec![Peer::channel(bytes)],
         return_path: Peer::channel(&[]),
@@ -97,13 +95,12 @@ pub(crate) fn check(bytes: &[u8]) {
         qemu_incoming: Some(qemu_incoming),
         settings: PlaneSettings::default(),
         read_back: true,
-        on_event: Arc::new(move |event| drop(sender.send(event))),
     });
-    let plane = plane.expect("it starts");
+    let (plane, mut events) = plane.expect("it starts");
     let mut told = Vec::new();
     let (mut is_lost, mut is_failed) = (false, false);
     while !is_lost && !is_failed {
-        let event = events.recv().expect("a plane that ends says so");
+        let event = events.blocking_recv().expect("a plane that ends says so");
         is_lost = matches!(event, PlaneEvent::LinkLost(_));
         is_failed = matches!(event, PlaneEvent::Failed(_));
         told.push(event);
@@ -116,7 +113,7 @@ pub(crate) fn check(bytes: &[u8]) {
     assert!(!reason.contains("panicked"), "{reason}");
     assert!(!misused.load(Ordering::Relaxed), "the disk was misused");
     assert_eq!(is_failed, ended.is_err(), "{reason}");
-    told.extend(events.iter());
+    told.extend(std::iter::from_fn(|| events.blocking_recv()));
     let count = |is: fn(&PlaneEvent) -> bool| told.iter().filter(|event| is(event)).count();
     assert!(count(|event| matches!(event, PlaneEvent::RamDelivered)) <= 1, "QEMU is fed once");
     assert!(count(|event| matches!(event, PlaneEvent::LinkBack)) == 0);

@@ -46,5 +46,5 @@ pub use digest::ram_digests;
 pub use disk::DiskTarget;
 pub use page::{PAGE_BYTES, PagePlace};
 pub use settings::{PlaneSettings, SILENCE_MAX};
-pub use shutdown::{Place, PlaneError, PlaneEvent};
+pub use shutdown::{EVENT_COUNT_MAX, Place, PlaneError, PlaneEvent, PlaneEvents};
 pub use source::{RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use limosa_protocol::frame::FrameError;
 use limosa_qemu::stream::StreamError;
+use tokio::sync::mpsc;
 
 /// Why a plane failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -117,7 +118,7 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// What a plane tells the agent.
+/// What a plane reports.
 #[derive(Debug, Clone)]
 pub enum PlaneEvent {
     /// All RAM is at the destination and equal, and QEMU's stream is complete.
@@ -138,7 +139,12 @@ pub enum PlaneEvent {
     Failed(PlaneError),
 }
 
-type OnEvent = Arc<dyn Fn(PlaneEvent) + Send + Sync>;
+/// Most events that wait to be received; a plane makes a handful, and a few for each lost link.
+pub const EVENT_COUNT_MAX: usize = 64;
+
+/// The events of a plane, in order; `None` once the plane is gone.
+pub type PlaneEvents = mpsc::Receiver<PlaneEvent>;
+
 type Closer = Box<dyn Fn() + Send + Sync>;
 
 /// Shared by all threads of a plane.
@@ -146,17 +152,20 @@ pub(crate) struct Shutdown {
     is_shut_down: AtomicBool,
     error: Mutex<Option<PlaneError>>,
     closers: Mutex<Vec<Closer>>,
-    on_event: OnEvent,
+    /// Held while it is sent on, so that the last slot is kept for the failure.
+    events: Mutex<mpsc::Sender<PlaneEvent>>,
 }
 
 impl Shutdown {
-    pub(crate) fn new(on_event: OnEvent) -> Arc<Self> {
-        Arc::new(Self {
+    pub(crate) fn new() -> (Arc<Self>, PlaneEvents) {
+        let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
+        let shutdown = Arc::new(Self {
             is_shut_down: AtomicBool::new(false),
             error: Mutex::default(),
             closers: Mutex::default(),
-            on_event,
-        })
+            events: Mutex::new(sender),
+        });
+        (shutdown, events)
     }
 
     /// Has something closed when the plane ends.
@@ -176,7 +185,9 @@ impl Shutdown {
     /// Ends the plane with an error, unless it has ended.
     pub(crate) fn fail(&self, error: PlaneError) {
         if self.stop(error.clone()) && !matches!(error, PlaneError::Aborted) {
-            (self.on_event)(PlaneEvent::Failed(error));
+            let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+            // Fails only without a receiver, which wants to know no more.
+            events.try_send(PlaneEvent::Failed(error)).ok();
         }
     }
 
@@ -193,9 +204,17 @@ impl Shutdown {
     }
 
     pub(crate) fn emit(&self, event: PlaneEvent) {
-        if !self.is_shut_down() {
-            (self.on_event)(event);
+        if self.is_shut_down() {
+            return;
         }
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if events.capacity() > 1 {
+            events.try_send(event).ok();
+            return;
+        }
+        drop(events);
+        let unread = io::Error::other(format!("{EVENT_COUNT_MAX} events are not read"));
+        self.fail(PlaneError::local("reporting", unread));
     }
 
     /// What ended the plane.

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use hyper::body::Bytes;
 use limosa_nbd::client::NbdClient;
 use limosa_plane::{
-    DestinationDisk, DestinationPlane, DestinationSpec, Place, PlaneError, PlaneEvent, RamTarget,
+    DestinationDisk, DestinationPlane, DestinationSpec, EVENT_COUNT_MAX, Place, PlaneError,
+    PlaneEvent, PlaneEvents, RamTarget,
 };
 use limosa_protocol::migration::Phase;
 use limosa_protocol::peer::{self, FileReceived, Receive};
@@ -24,9 +25,6 @@ use super::{Incoming, Inner};
 use limosa_host::failure::{Failure, OrFail, Result, chain};
 use limosa_host::token::random_token;
 use limosa_host::vm::{files, run};
-
-/// Most plane events that wait to be looked at.
-const EVENT_COUNT_MAX: usize = 64;
 
 /// Where QEMU exports the disks, in the VM's folder for sockets.
 pub(super) const NBD_SOCKET: &str = "nbd.sock";
@@ -169,11 +167,6 @@ impl Incoming {
                 Some(_) => Err(Failure::conflict("nothing is received any more")),
             };
         };
-        let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
-        let watcher = Arc::clone(self);
-        let runtime = tokio::runtime::Handle::current();
-        let (lost, losses) = watch::channel(None);
-        inner.lost = Some(lost.clone());
         let spec = DestinationSpec {
             channels: set.channels,
             return_path: set.return_path,
@@ -182,24 +175,48 @@ impl Incoming {
             qemu_incoming: parts.qemu_incoming,
             settings: plane_settings(&self.migrations),
             read_back: self.plan.verifies_fully(),
-            on_event: Arc::new(move |event| match event {
-                PlaneEvent::LinkLost(error) => drop(lost.send_replace(Some(error))),
-                PlaneEvent::LinkBack => drop(lost.send_replace(None)),
-                event => {
-                    if let PlaneEvent::Failed(error) = &event {
-                        let reason = watcher.receiving_failed(error);
-                        let watcher = Arc::clone(&watcher);
-                        runtime.spawn(async move { watcher.fail(reason).await });
-                    }
-                    sender.try_send(event).ok();
-                }
-            }),
         };
-        self.driver.hold_plane(DestinationPlane::start(spec).or_fail("starting the data plane")?);
+        let (plane, from_plane) =
+            DestinationPlane::start(spec).or_fail("starting the data plane")?;
+        self.driver.hold_plane(plane);
+        let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
+        let (lost, losses) = watch::channel(None);
+        inner.lost = Some(lost.clone());
+        self.job.spawn(Arc::clone(self).take_events(from_plane, lost, sender));
         self.spawn_link_watch(losses);
         inner.events = Some(events);
         self.enter(Phase::Mirror);
         Ok(())
+    }
+}
+
+impl Incoming {
+    /// Takes the plane's events until it is gone: a failure ends the migration, the link's
+    /// state goes to `lost`, all others to `others`.
+    async fn take_events(
+        self: Arc<Self>,
+        mut events: PlaneEvents,
+        lost: watch::Sender<Option<PlaneError>>,
+        others: mpsc::Sender<PlaneEvent>,
+    ) {
+        while let Some(event) = events.recv().await {
+            match event {
+                PlaneEvent::LinkLost(error) => drop(lost.send_replace(Some(error))),
+                PlaneEvent::LinkBack => drop(lost.send_replace(None)),
+                event => {
+                    let failed = match &event {
+                        PlaneEvent::Failed(error) => Some(self.receiving_failed(error)),
+                        _ => None,
+                    };
+                    if others.send(event).await.is_err() {
+                        tracing::debug!("a plane event came after the migration's end");
+                    }
+                    if let Some(reason) = failed {
+                        self.fail(reason).await;
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use limosa_plane::{ChannelIo, PlaneError, PlaneEvent, SourcePlane};
+use limosa_plane::{ChannelIo, PlaneError, PlaneEvent, PlaneEvents, SourcePlane};
 use limosa_protocol::id::MigrationId;
 use limosa_protocol::peer::{ChannelHello, ChannelRole, DestinationVote};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -54,41 +54,54 @@ impl LinkState {
     }
 }
 
-/// Puts what the plane says of its link into the state of it; gives other events
-/// back.
-///
-/// - `through`: the destination has everything, so that a loss is no news.
-pub(super) fn take_event(
-    state: &watch::Sender<LinkState>,
-    job: &Job,
-    wait: Duration,
-    through: bool,
-    event: PlaneEvent,
-) -> Option<PlaneEvent> {
-    let next = match event {
-        PlaneEvent::LinkLost(why) => LinkState::Lost { why, since: Instant::now() },
-        PlaneEvent::LinkBack => LinkState::Up,
-        other => return Some(other),
-    };
-    match &next {
-        _ if through => {}
-        LinkState::Lost { why, .. } => {
-            tracing::warn!(migration = %job.id(), error = chain(why), "the link is lost");
-            job.report_link_lost(chain(why), wait);
-        }
-        _ => {
-            tracing::info!(migration = %job.id(), "the link is back");
-            job.report_link_back();
+/// Takes the events of the link out of those of the plane, and reports them.
+pub(super) struct LinkEvents {
+    pub(super) state: watch::Sender<LinkState>,
+    pub(super) job: Arc<Job>,
+    /// How long a lost link is waited for
+    pub(super) wait: Duration,
+    /// The destination has everything, so that a loss is no news
+    pub(super) through: Arc<AtomicBool>,
+}
+
+impl LinkEvents {
+    /// Runs until the plane is gone; all other events go to `others`.
+    pub(super) async fn run(self, mut events: PlaneEvents, others: mpsc::Sender<PlaneEvent>) {
+        while let Some(event) = events.recv().await {
+            match event {
+                PlaneEvent::LinkLost(why) => {
+                    self.take(LinkState::Lost { why, since: Instant::now() });
+                }
+                PlaneEvent::LinkBack => self.take(LinkState::Up),
+                other => {
+                    if others.send(other).await.is_err() {
+                        tracing::debug!("a plane event came after the migration's end");
+                    }
+                }
+            }
         }
     }
-    state.send_if_modified(|state| {
-        let is_open = !matches!(state, LinkState::Ended(_));
-        if is_open {
-            *state = next;
+
+    fn take(&self, next: LinkState) {
+        match &next {
+            _ if self.through.load(Ordering::Acquire) => {}
+            LinkState::Lost { why, .. } => {
+                tracing::warn!(error = chain(why), "the link is lost");
+                self.job.report_link_lost(chain(why), self.wait);
+            }
+            _ => {
+                tracing::info!("the link is back");
+                self.job.report_link_back();
+            }
         }
-        is_open
-    });
-    None
+        self.state.send_if_modified(|state| {
+            let is_open = !matches!(state, LinkState::Ended(_));
+            if is_open {
+                *state = next;
+            }
+            is_open
+        });
+    }
 }
 
 /// Opens all connections of a plane, one set after the other.

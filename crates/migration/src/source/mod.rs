@@ -49,9 +49,6 @@ use limosa_host::vm::{Inner, Qemu, Vm, run};
 use link::{Connector, LinkKeeper, LinkState};
 use switchover::Switched;
 
-/// Most plane events that wait to be looked at; the plane makes a handful.
-const EVENT_COUNT_MAX: usize = 64;
-
 /// One migration at its source.
 pub(crate) struct Outgoing {
     migrations: Arc<Migrations>,

@@ -3,11 +3,12 @@
 use std::io::SeekFrom;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hyper::body::Bytes;
-use limosa_plane::{ChannelIo, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
+use limosa_plane::{
+    ChannelIo, EVENT_COUNT_MAX, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec,
+};
 use limosa_protocol::migration::{Note, Queued};
 use limosa_protocol::peer::{FILE_PART_BYTES_MAX, Receive};
 use limosa_qemu::launch::RAM_BACKEND_ID;
@@ -16,8 +17,8 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
 use super::super::preflight::destination_full;
-use super::link::{self, Connector, link_wait};
-use super::{EVENT_COUNT_MAX, Outgoing};
+use super::Outgoing;
+use super::link::{self, Connector, LinkEvents, link_wait};
 use crate::migrations::Migrations;
 use limosa_host::clock::now_unix_ms;
 use limosa_host::failure::{Failure, OrFail, Result};
@@ -117,27 +118,23 @@ impl Outgoing {
         channels: Vec<ChannelIo>,
         return_path: ChannelIo,
     ) -> Result<()> {
-        let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
-        self.events = Some(events);
-        let wait = link_wait(&self.migrations);
-        let (state, job) = (self.link_state.clone(), Arc::clone(&self.job));
-        let through = Arc::clone(&self.through);
         let spec = SourceSpec {
             channels,
             return_path,
             ram: self.ram()?,
             disks: self.disks(),
             settings: plane_settings(&self.migrations),
-            on_event: Arc::new(move |event| {
-                let through = through.load(Ordering::Acquire);
-                let event = link::take_event(&state, &job, wait, through, event);
-                let Some(event) = event else { return };
-                if sender.try_send(event).is_err() {
-                    tracing::debug!("a plane event came after the migration's end");
-                }
-            }),
         };
-        let plane = SourcePlane::start(spec).or_fail("starting the data plane")?;
+        let (plane, from_plane) = SourcePlane::start(spec).or_fail("starting the data plane")?;
+        let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
+        self.events = Some(events);
+        let link_events = LinkEvents {
+            state: self.link_state.clone(),
+            job: Arc::clone(&self.job),
+            wait: link_wait(&self.migrations),
+            through: Arc::clone(&self.through),
+        };
+        self.job.spawn(link_events.run(from_plane, sender));
         self.plane = Some(Arc::new(plane));
         self.connector = Some(connector);
         self.keep_link();

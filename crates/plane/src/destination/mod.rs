@@ -34,7 +34,7 @@ use crate::page::PAGE_BYTES;
 use crate::ram::Ram;
 use crate::route::slot_count;
 use crate::settings::PlaneSettings;
-use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
+use crate::shutdown::{self, PlaneError, PlaneEvents, Shutdown};
 use acks::AckState;
 pub use disks::DestinationDisk;
 use disks::Disks;
@@ -68,8 +68,6 @@ pub struct DestinationSpec {
     /// Read all RAM again when it is in, before QEMU gets device state: loading
     /// devices may change pages (KVM's virtual APIC does)
     pub read_back: bool,
-    /// Told of what happens; must not wait, nor call the plane
-    pub on_event: Arc<dyn Fn(PlaneEvent) + Send + Sync>,
 }
 
 /// The plane of a destination, running.
@@ -81,12 +79,12 @@ pub struct DestinationPlane {
 }
 
 impl DestinationPlane {
-    /// Starts the threads that receive.
+    /// Starts the threads that receive; gives what they report, too.
     ///
     /// # Errors
     /// Memory that cannot be mapped, threads that cannot be made.
-    pub fn start(spec: DestinationSpec) -> Result<Self, PlaneError> {
-        let shutdown = Shutdown::new(spec.on_event);
+    pub fn start(spec: DestinationSpec) -> Result<(Self, PlaneEvents), PlaneError> {
+        let (shutdown, events) = Shutdown::new();
         let ram = map(spec.ram)?;
         if let Some(stream) = &spec.qemu_incoming {
             close_with(&shutdown, stream)?;
@@ -144,7 +142,7 @@ impl DestinationPlane {
             told.ack_state.run(&own, channel_count, keep_alive_every, &told.shutdown)
         });
         threads.push(thread.map_err(failed)?);
-        Ok(Self { shutdown, link, shared, threads: Mutex::new(threads) })
+        Ok((Self { shutdown, link, shared, threads: Mutex::new(threads) }, events))
     }
 
     /// Goes on over new connections, as many as before; the source is told what

@@ -35,7 +35,7 @@ use crate::queue::Queue;
 use crate::replay::Replay;
 use crate::route::page_channel;
 use crate::settings::PlaneSettings;
-use crate::shutdown::{self, PlaneError, PlaneEvent, Shutdown};
+use crate::shutdown::{self, PlaneError, PlaneEvent, PlaneEvents, Shutdown};
 use ack_tracker::{AckTracker, Acked};
 use limosa_nbd::server::DiskSink;
 pub use spec::{RamBlockSpec, SourceDisk};
@@ -54,8 +54,6 @@ pub struct SourceSpec {
     pub disks: Vec<SourceDisk>,
     /// Settings
     pub settings: PlaneSettings,
-    /// Told of what happens; must not wait, nor call the plane
-    pub on_event: Arc<dyn Fn(PlaneEvent) + Send + Sync>,
 }
 
 /// The plane of a source, running.
@@ -74,12 +72,12 @@ pub struct SourcePlane {
 }
 
 impl SourcePlane {
-    /// Starts the threads that send.
+    /// Starts the threads that send; gives what they report, too.
     ///
     /// # Errors
     /// When threads or compressors cannot be made.
-    pub fn start(spec: SourceSpec) -> Result<Self, PlaneError> {
-        let shutdown = Shutdown::new(spec.on_event);
+    pub fn start(spec: SourceSpec) -> Result<(Self, PlaneEvents), PlaneError> {
+        let (shutdown, events) = Shutdown::new();
         let meter = Arc::new(Meter::default());
         let (count, settings) = (spec.channels.len(), spec.settings);
         // Half of a channel's window waits in its queue; the rest is the piece
@@ -124,7 +122,7 @@ impl SourcePlane {
         };
         let own = Arc::clone(&link);
         spawn("acks".to_owned(), Box::new(move || acks.run(&own)))?;
-        Ok(Self {
+        let plane = Self {
             shutdown,
             link,
             meter,
@@ -136,7 +134,8 @@ impl SourcePlane {
             is_urgent: Arc::default(),
             threads: Mutex::new(threads),
             reader: Mutex::default(),
-        })
+        };
+        Ok((plane, events))
     }
 
     /// Goes on over new connections, as many as before, from what the

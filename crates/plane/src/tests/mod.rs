@@ -24,8 +24,8 @@ use std::time::Duration;
 
 use crate::{
     ChannelIo, DestinationDisk, DestinationPlane, DestinationSpec, DiskTarget, PAGE_BYTES,
-    PagePlace, PlaneEvent, PlaneSettings, RamBlockSpec, RamTarget, SourceDisk, SourcePlane,
-    SourceSpec,
+    PagePlace, PlaneEvent, PlaneEvents, PlaneSettings, RamBlockSpec, RamTarget, SourceDisk,
+    SourcePlane, SourceSpec,
 };
 
 use raw_target::RawTarget;
@@ -181,6 +181,17 @@ struct Both {
     folder: tempfile::TempDir,
 }
 
+/// Events that a thread without a runtime can wait for.
+fn with_timeouts(mut events: PlaneEvents) -> Receiver<PlaneEvent> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        while let Some(event) = events.blocking_recv() {
+            sender.send(event).ok();
+        }
+    });
+    receiver
+}
+
 fn settings() -> PlaneSettings {
     PlaneSettings {
         page_cache_bytes_max: 16 << 20,
@@ -198,7 +209,6 @@ impl Both {
     fn with(fate: &Fate) -> Self {
         let [(ours, ack_in), (theirs, ack_out)] = connections(fate);
         let settings = settings();
-        let (sender, source_events) = channel();
         let source = SourcePlane::start(SourceSpec {
             channels: ours,
             return_path: ack_in,
@@ -209,9 +219,6 @@ impl Both {
             }],
             disks: vec![SourceDisk { index: 0, size_bytes: DISK_BYTES, fresh: true }],
             settings,
-            on_event: Arc::new(move |event| {
-                sender.send(event).ok();
-            }),
         });
         let memory = tempfile::tempfile().unwrap();
         memory.set_len(RAM_BYTES).unwrap();
@@ -232,7 +239,6 @@ impl Both {
             early: Some(noted_disk(&Arc::default(), &early_flush_count)),
         };
         let (qemu, qemu_incoming) = UnixStream::pair().unwrap();
-        let (sender, destination_events) = channel();
         let destination = DestinationPlane::start(DestinationSpec {
             channels: theirs,
             return_path: ack_out,
@@ -245,15 +251,14 @@ impl Both {
             qemu_incoming: Some(qemu_incoming),
             settings,
             read_back: true,
-            on_event: Arc::new(move |event| {
-                sender.send(event).ok();
-            }),
         });
+        let (source, source_events) = source.unwrap();
+        let (destination, destination_events) = destination.unwrap();
         Self {
-            source: source.unwrap(),
-            destination: destination.unwrap(),
-            source_events,
-            destination_events,
+            source,
+            destination,
+            source_events: with_timeouts(source_events),
+            destination_events: with_timeouts(destination_events),
             memory,
             disk,
             noted,
