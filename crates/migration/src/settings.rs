@@ -1,7 +1,9 @@
 //! The settings of migrations, as the configuration file has them.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use limosa_plane::PlaneSettings;
 use serde::Deserialize;
 
 /// Most migrations that a host may have under way, both ways together.
@@ -37,6 +39,23 @@ impl Default for MigrationSettings {
             compression: true,
             link_wait_s: 60,
             storage_roots: vec!["/srv".into(), "/mnt".into()],
+        }
+    }
+}
+
+impl MigrationSettings {
+    /// How long a lost link is waited for.
+    pub(crate) fn link_wait(&self) -> Duration {
+        Duration::from_secs(self.link_wait_s.into())
+    }
+
+    /// Those of a data plane.
+    pub(crate) fn plane(&self) -> PlaneSettings {
+        PlaneSettings {
+            window_bytes: usize::try_from(self.window_kib).unwrap_or(usize::MAX >> 10) << 10,
+            page_cache_bytes_max: u64::from(self.page_versions_mib) << 20,
+            compression: self.compression,
+            ..PlaneSettings::default()
         }
     }
 }

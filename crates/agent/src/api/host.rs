@@ -13,8 +13,8 @@ use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::extract::{Body, Named, Shared};
 use super::failure::Result;
-use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::{operators, pairing};
 use limosa_host::failure::OrFail;

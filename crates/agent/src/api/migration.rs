@@ -15,8 +15,8 @@ use limosa_protocol::migration::Migration;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::extract::{Named, Shared};
 use super::failure::Result;
-use super::{Named, Shared};
 use crate::agent::Agent;
 
 /// Events of one migration come at most this often.

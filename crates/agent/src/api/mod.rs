@@ -5,6 +5,7 @@
 //! generated from the handlers: their paths, types, and the failures of each;
 //! those that any request may end with are added to all of them here.
 
+mod extract;
 mod failure;
 mod host;
 mod migration;
@@ -15,14 +16,12 @@ mod vm;
 
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request, State};
-use axum::http::request::Parts;
+use axum::extract::{DefaultBodyLimit, Request};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::get;
 use axum::{Extension, Json, Router};
 use limosa_protocol::api::BODY_BYTES_MAX;
-use serde::de::DeserializeOwned;
 use utoipa::{OpenApi, openapi};
 use utoipa_axum::router::OpenApiRouter;
 
@@ -134,35 +133,6 @@ async fn hosts_only(
         _ => Err(Failure::forbidden("only for paired hosts").into()),
     }
 }
-
-/// A JSON body whose faults are told as every other failure.
-pub(crate) struct Body<T>(pub(crate) T);
-
-impl<T: DeserializeOwned> FromRequest<Arc<Agent>> for Body<T> {
-    type Rejection = Rejection;
-    async fn from_request(request: Request, agent: &Arc<Agent>) -> Result<Self> {
-        match Json::<T>::from_request(request, agent).await {
-            Ok(Json(body)) => Ok(Self(body)),
-            Err(rejection) => Err(Failure::bad_request(rejection.body_text()).into()),
-        }
-    }
-}
-
-/// A part of the path, likewise.
-pub(crate) struct Named<T>(pub(crate) T);
-
-impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Agent>> for Named<T> {
-    type Rejection = Rejection;
-    async fn from_request_parts(parts: &mut Parts, agent: &Arc<Agent>) -> Result<Self> {
-        match axum::extract::Path::<T>::from_request_parts(parts, agent).await {
-            Ok(axum::extract::Path(name)) => Ok(Self(name)),
-            Err(rejection) => Err(Failure::bad_request(rejection.body_text()).into()),
-        }
-    }
-}
-
-/// The agent, for handlers.
-pub(crate) type Shared = State<Arc<Agent>>;
 
 #[cfg(test)]
 mod tests {

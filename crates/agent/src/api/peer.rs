@@ -17,8 +17,8 @@ use limosa_protocol::peer::{
 };
 use serde_json::Value;
 
+use super::extract::{Body, Named, Shared};
 use super::failure::Result;
-use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::caller::Caller;
 use limosa_faults::{self as faults, Edge, Kind};

@@ -9,8 +9,8 @@ use limosa_protocol::id::SwitchName;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::extract::{Body, Named, Shared};
 use super::failure::Result;
-use super::{Body, Named, Shared};
 use crate::agent::Agent;
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Agent>> {

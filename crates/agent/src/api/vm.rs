@@ -18,8 +18,8 @@ use limosa_protocol::vm::VmDefinition;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::extract::{Body, Named, Shared};
 use super::failure::Result;
-use super::{Body, Named, Shared};
 use crate::agent::Agent;
 use crate::caller::Caller;
 use limosa_host::failure::{Failure, OrFail};

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use anyhow::Result;
 use limosa_protocol::api::{Host as View, Invitation, PairRequest, PairedHost};
 
-use super::Session;
+use super::session::Session;
 use crate::args::Host;
 use crate::exit::Exit;
 use crate::prompt::ask;

@@ -5,7 +5,7 @@ use limosa_protocol::id::MigrationId;
 use limosa_protocol::migration::{Migration as View, Outcome};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Session;
+use super::session::Session;
 use crate::args::Migration;
 use crate::client::Client;
 use crate::events::{Follower, News};

@@ -3,43 +3,18 @@
 mod host;
 mod migration;
 mod operator;
+mod session;
 mod switch;
 mod vm;
 
 use anyhow::Result;
-use serde::Serialize;
 use serde_json::json;
 
 use crate::args::{Arguments, Command};
 use crate::client::Client;
 use crate::exit::Exit;
 use crate::show;
-
-/// A command with its agent.
-pub(crate) struct Session {
-    pub(crate) client: Client,
-    pub(crate) json: bool,
-}
-
-impl Session {
-    /// Shows a result: as JSON, or as `text` tells it.
-    fn result<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> Result<()>) -> Result<Exit> {
-        if self.json {
-            show::json(value)?
-        } else {
-            text(value)?
-        }
-        Ok(Exit::Done)
-    }
-
-    /// Tells that something is done which has no result.
-    fn done(&self, text: &str) -> Result<Exit> {
-        self.result(&json!(null), |_| {
-            show::note(text);
-            Ok(())
-        })
-    }
-}
+use session::Session;
 
 /// Runs what was typed.
 pub(crate) async fn run(arguments: Arguments) -> Result<Exit> {

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use limosa_protocol::api::{BODY_BYTES_MAX, Operator as View, OperatorRequest};
 use serde_json::json;
 
-use super::Session;
+use super::session::Session;
 use crate::args::Operator;
 use crate::exit::Exit;
 use crate::{known, show};

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use limosa_protocol::api::Switch as View;
 
-use super::Session;
+use super::session::Session;
 use crate::args::Switch;
 use crate::exit::Exit;
 use crate::show;

@@ -10,8 +10,8 @@ use limosa_protocol::id::VmName;
 use limosa_protocol::migration::{self, Migration, MoveRequest, Role};
 use limosa_protocol::vm::{Accelerator, VmDefinition};
 
-use super::Session;
 use super::migration::{CtrlC, watch};
+use super::session::Session;
 use crate::args::{MoveOptions, OneVm, Stop, Verify, Vm};
 use crate::client::ANSWER_SECONDS_MAX;
 use crate::exit::{Exit, problem_text};

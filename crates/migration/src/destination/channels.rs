@@ -26,7 +26,6 @@ use tracing::Instrument;
 use super::Incoming;
 use crate::migrations::Migrations;
 use crate::peer::into_blocking;
-use crate::source::link_wait;
 use limosa_faults::{self as faults, Edge, Kind};
 use limosa_host::failure::{Failure, OrFail, Result, chain};
 
@@ -228,7 +227,7 @@ impl Incoming {
         let incoming = Arc::clone(self);
         let attempt = *self.attempt.borrow();
         self.job.spawn(async move {
-            tokio::time::sleep(link_wait(&incoming.migrations) + WAIT_LONGER).await;
+            tokio::time::sleep(incoming.migrations.settings.link_wait() + WAIT_LONGER).await;
             let is_last = *incoming.attempt.borrow() == attempt;
             if is_last && !incoming.connections.have_come() {
                 incoming.fail("the source opened no channels".to_owned()).await;
@@ -243,7 +242,7 @@ impl Incoming {
         mut lost: watch::Receiver<Option<PlaneError>>,
     ) {
         let (incoming, job) = (Arc::downgrade(self), Arc::clone(&self.job));
-        let wait = link_wait(&self.migrations) + WAIT_LONGER;
+        let wait = self.migrations.settings.link_wait() + WAIT_LONGER;
         self.job.spawn(async move {
             loop {
                 let why = lost.wait_for(Option::is_some).await.map(|why| why.clone());

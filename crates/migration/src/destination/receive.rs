@@ -18,7 +18,6 @@ use limosa_qemu::launch::{RAM_BACKEND_ID, disk_node};
 use limosa_qemu::{block, migrate, ram};
 use tokio::sync::{mpsc, watch};
 
-use super::super::source::plane_settings;
 use super::channels::ConnectionGroup;
 use super::place::removable;
 use super::{Incoming, Inner};
@@ -173,7 +172,7 @@ impl Incoming {
             ram: parts.ram,
             disks: parts.disks,
             qemu_incoming: parts.qemu_incoming,
-            settings: plane_settings(&self.migrations),
+            settings: self.migrations.settings.plane(),
             read_back: self.plan.verifies_fully(),
         };
         let (plane, from_plane) =

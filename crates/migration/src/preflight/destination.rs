@@ -12,7 +12,8 @@ use limosa_protocol::version::{PEER_VERSION, PEER_VERSION_MIN};
 use limosa_protocol::vm::{Firmware, VmDefinition};
 use serde_json::Value;
 
-use super::{check_qemu, problem, storage};
+use super::problem::{check_qemu, problem};
+use super::storage;
 use crate::migrations::Migrations;
 use limosa_host::failure::{Failure, OrFail, Result};
 use limosa_host::memory::Memory;

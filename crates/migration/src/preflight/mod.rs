@@ -9,6 +9,7 @@
 //! thing only to be told of the next.
 
 mod destination;
+mod problem;
 mod source;
 mod storage;
 
@@ -18,21 +19,16 @@ use limosa_protocol::api::FailureCode;
 use limosa_protocol::id::{HostName, MigrationId};
 use limosa_protocol::migration::{MoveRequest, Note, Problem, ProblemCode, QueueReason};
 use limosa_protocol::peer::Offer;
-use limosa_qemu::quirk::VERSION_MIN;
-use limosa_qemu::version::Version;
 use uuid::Uuid;
 
 pub(crate) use destination::{Placed, check_offer, place_offer, read_offer};
 pub(crate) use source::movable;
 
+use self::problem::problem;
 use crate::migrations::Migrations;
 use crate::peer::{NoPeer, PeerClient, PeerError, pairing_remedy};
 use limosa_host::failure::{Failure, Result};
 use limosa_host::vm::{Inner, Vm};
-
-fn problem(code: ProblemCode, message: impl Into<String>, remedy: impl Into<String>) -> Problem {
-    Problem { code, message: message.into(), remedy: remedy.into() }
-}
 
 /// What preflight found.
 pub(crate) struct Preflight {
@@ -178,20 +174,6 @@ pub(crate) async fn make_offer(
     Err(Failure::problems("the VM's files changed meanwhile; nothing was touched", unusable))
 }
 
-/// Whether a host's QEMU can do what Limosa needs of it.
-fn check_qemu(host: &HostName, version: Version, missing: &[&str]) -> Option<Problem> {
-    let wanted = format!("install QEMU {VERSION_MIN} or newer on {host}, then restart limosad");
-    if version < VERSION_MIN {
-        let what = format!("QEMU of {host} is {version}, older than {VERSION_MIN}");
-        return Some(problem(ProblemCode::QemuVersion, what, wanted));
-    }
-    (!missing.is_empty()).then(|| {
-        let what = format!("QEMU {version} of {host} lacks what is needed: {}", missing.join(", "));
-        let remedy = format!("{wanted}; if it is newer already, upgrade Limosa");
-        problem(ProblemCode::QemuVersion, what, remedy)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use limosa_protocol::api;
@@ -201,18 +183,6 @@ mod tests {
 
     fn host() -> HostName {
         "host2".parse().unwrap()
-    }
-
-    #[test]
-    fn a_qemu_too_old_or_without_a_command_is_told() {
-        let version = |major, minor| Version { major, minor, micro: 0 };
-        let told = check_qemu(&host(), version(7, 1), &[]).unwrap();
-        assert_eq!(told.code, ProblemCode::QemuVersion);
-        assert!(told.message.contains("7.1.0") && told.remedy.contains("7.2.0"), "{told:?}");
-        let told = check_qemu(&host(), version(12, 0), &["migrate_cancel"]).unwrap();
-        assert!(told.message.contains("migrate_cancel"), "{told:?}");
-        assert_eq!(check_qemu(&host(), version(7, 2), &[]), None);
-        assert_eq!(check_qemu(&host(), version(11, 0), &[]), None);
     }
 
     /// Goal: a host that answers is never called unreachable.

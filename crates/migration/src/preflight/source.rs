@@ -14,7 +14,7 @@ use limosa_protocol::vm::{Disk, DiskKind, VmDefinition};
 use limosa_qemu::image::{self, ImageFacts};
 use limosa_qemu::power::{self, RunState};
 
-use super::{check_qemu, problem};
+use super::problem::{check_qemu, problem};
 use crate::migrations::Migrations;
 use limosa_host::failure::{Hindrance, Result, chain};
 use limosa_host::vm::run_state::stopped_by;

@@ -4,10 +4,10 @@
 //! ```text
 //! /srv/vms/web1/disks/root.qcow2
 //! └──┬───┘└──┬─────────────────┘
-//!  ground    would be made
+//!  ancestor    would be made
 //! ```
 //!
-//! The *ground* of a path is the deepest folder of it that exists. Nothing is
+//! The *ancestor* of a path is the deepest folder of it that exists. Nothing is
 //! made to find out.
 
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 use rustix::fs::Access;
 
-use super::problem;
+use super::problem::problem;
 use crate::migrations::Migrations;
 use limosa_host::failure::Result;
 use limosa_host::vm::files;
@@ -55,16 +55,16 @@ pub(super) async fn check(
     let mut told = Vec::new();
     let wanted = wanted(placed, plan, offer)?;
     for wanted in wanted.iter().filter(|wanted| is_whole(&wanted.folder)) {
-        let found = match ground(&wanted.folder) {
-            Ok(ground) => usable(migrations, &ground).await.map(|room| (ground, room)),
+        let found = match nearest_existing_ancestor(&wanted.folder) {
+            Ok(ancestor) => usable(migrations, &ancestor).await.map(|room| (ancestor, room)),
             Err(why) => Err(why),
         };
         match found {
-            Ok((ground, found)) => {
-                let room = room.entry(found.device).or_insert(Room { ground, ..found });
+            Ok((ancestor, found)) => {
+                let room = room.entry(found.device).or_insert(Room { ancestor, ..found });
                 room.needed_bytes = room.needed_bytes.saturating_add(wanted.bytes);
             }
-            // Several folders of a VM mostly stand on the same ground.
+            // Several folders of a VM mostly stand on the same ancestor.
             Err(why) if told.contains(&why) => {}
             Err(why) => {
                 problems.push(problem(
@@ -93,7 +93,7 @@ fn promised(migrations: &Migrations, offer: &Offer) -> Vec<(u64, u64)> {
     let receiving = migrations.receiving_but(offer.migration);
     let images = receiving.iter().flat_map(|incoming| incoming.images_to_come_bytes());
     let on_device = images.filter_map(|(image, bytes)| {
-        let folder = ground(image.parent()?).ok()?;
+        let folder = nearest_existing_ancestor(image.parent()?).ok()?;
         Some((std::fs::metadata(folder).ok()?.dev(), bytes))
     });
     on_device.collect()
@@ -170,7 +170,7 @@ fn check_form<'a>(
 /// Whether nothing lies there yet.
 fn check_free(placed: &VmDefinition, problems: &mut Vec<Problem>) -> Result<()> {
     let folder = files::place(&placed.places.configuration, "configuration")?;
-    // A folder that cannot be read is told with its ground.
+    // A folder that cannot be read is told with its ancestor.
     if is_whole(folder) && matches!(files::is_free(folder), Ok(false)) {
         problems.push(problem(
             ProblemCode::NotEmpty,
@@ -210,7 +210,7 @@ fn wanted(placed: &VmDefinition, plan: &MigrationPlan, offer: &Offer) -> Result<
 }
 
 /// The deepest folder of a path that exists, or why nothing can be made there.
-fn ground(path: &Path) -> Result<PathBuf, String> {
+fn nearest_existing_ancestor(path: &Path) -> Result<PathBuf, String> {
     let mut at = path;
     loop {
         let missing = match std::fs::metadata(at) {
@@ -232,7 +232,7 @@ fn ground(path: &Path) -> Result<PathBuf, String> {
 
 /// A file system in which something will lie.
 struct Room {
-    ground: PathBuf,
+    ancestor: PathBuf,
     device: u64,
     free_bytes: u64,
     needed_bytes: u64,
@@ -248,7 +248,7 @@ impl Room {
                     "the VM needs {} MiB at {}, with {} MiB to stay free, and {} MiB are free \
                      besides what VMs that are moving in will take",
                     self.needed_bytes >> 20,
-                    self.ground.display(),
+                    self.ancestor.display(),
                     DISK_RESERVE_BYTES >> 20,
                     self.free_bytes >> 20
                 ),
@@ -258,36 +258,36 @@ impl Room {
     }
 }
 
-/// Whether folders and files can be made in a ground and reached by QEMU; how
+/// Whether folders and files can be made in a ancestor and reached by QEMU; how
 /// much room there is.
-async fn usable(migrations: &Migrations, ground: &Path) -> Result<Room, String> {
-    let shown = ground.display();
+async fn usable(migrations: &Migrations, ancestor: &Path) -> Result<Room, String> {
+    let shown = ancestor.display();
     let at = |error: io::Error| format!("{shown}: {error}");
-    rustix::fs::access(ground, Access::WRITE_OK | Access::EXEC_OK).map_err(
+    rustix::fs::access(ancestor, Access::WRITE_OK | Access::EXEC_OK).map_err(
         |error| match error {
             rustix::io::Errno::ROFS => format!("{shown} lies on a read-only file system"),
             _ => format!("limosad may make nothing in {shown}: {error}"),
         },
     )?;
     let user = migrations.host.qemu.user.as_ref();
-    if let Some(closed) = first_closed(user, ground).await.map_err(at)? {
+    if let Some(closed) = first_closed(user, ancestor).await.map_err(at)? {
         return Err(format!(
             "QEMU's user may not pass through the folder {} (`chmod a+x`, or set qemu.user)",
             closed.display()
         ));
     }
-    let found = rustix::fs::statvfs(ground).map_err(|error| at(error.into()))?;
-    let device = std::fs::metadata(ground).map_err(at)?.dev();
+    let found = rustix::fs::statvfs(ancestor).map_err(|error| at(error.into()))?;
+    let device = std::fs::metadata(ancestor).map_err(at)?.dev();
     let free_bytes = found.f_bavail.saturating_mul(found.f_frsize);
-    Ok(Room { ground: ground.to_owned(), device, free_bytes, needed_bytes: 0 })
+    Ok(Room { ancestor: ancestor.to_owned(), device, free_bytes, needed_bytes: 0 })
 }
 
 /// The first folder on the way that QEMU's user may not pass through.
-async fn first_closed(user: Option<&User>, ground: &Path) -> io::Result<Option<PathBuf>> {
-    if may_pass(user, ground).await? {
+async fn first_closed(user: Option<&User>, ancestor: &Path) -> io::Result<Option<PathBuf>> {
+    if may_pass(user, ancestor).await? {
         return Ok(None);
     }
-    let mut way: Vec<&Path> = ground.ancestors().collect();
+    let mut way: Vec<&Path> = ancestor.ancestors().collect();
     way.reverse();
     for folder in way {
         if !may_pass(user, folder).await? {
@@ -323,18 +323,18 @@ mod tests {
     fn the_ground_of_a_path_is_found_or_what_is_in_its_way() {
         let folder = tempfile::tempdir().unwrap();
         let at = |path: &str| folder.path().join(path);
-        assert_eq!(ground(&at("a/b/c")), Ok(folder.path().to_owned()));
+        assert_eq!(nearest_existing_ancestor(&at("a/b/c")), Ok(folder.path().to_owned()));
         std::fs::create_dir(at("a")).unwrap();
-        assert_eq!(ground(&at("a/b/c")), Ok(at("a")));
+        assert_eq!(nearest_existing_ancestor(&at("a/b/c")), Ok(at("a")));
         std::fs::write(at("file"), "").unwrap();
         for path in ["file", "file/b/c"] {
-            let why = ground(&at(path)).unwrap_err();
+            let why = nearest_existing_ancestor(&at(path)).unwrap_err();
             assert_eq!(why, format!("{} is not a folder", at("file").display()));
         }
         std::os::unix::fs::symlink("nowhere", at("link")).unwrap();
-        assert!(ground(&at("link/b")).unwrap_err().contains("link to nothing"));
+        assert!(nearest_existing_ancestor(&at("link/b")).unwrap_err().contains("link to nothing"));
         let long = "x".repeat(300);
-        assert!(ground(&at(&long)).unwrap_err().contains("too long"));
+        assert!(nearest_existing_ancestor(&at(&long)).unwrap_err().contains("too long"));
     }
 
     /// Goal: a folder through which QEMU could not go is found before the move.
@@ -383,7 +383,7 @@ mod tests {
     #[test]
     fn room_is_counted_with_its_reserve() {
         let room = |needed_bytes| Room {
-            ground: "/srv".into(),
+            ancestor: "/srv".into(),
             device: 1,
             free_bytes: 1 << 30,
             needed_bytes,

@@ -24,7 +24,6 @@ use tracing::Instrument;
 
 use super::Outgoing;
 use crate::job::Job;
-use crate::migrations::Migrations;
 use crate::peer::{PeerClient, PeerError, into_blocking};
 use limosa_host::failure::{Failure, Result, chain};
 
@@ -300,7 +299,7 @@ impl Drop for Retry<'_> {
 impl Outgoing {
     /// Retries for as long as a migration waits for a lost link.
     pub(super) fn retry(&self) -> Retry<'_> {
-        self.retry_for(link_wait(&self.migrations))
+        self.retry_for(self.migrations.settings.link_wait())
     }
 
     pub(super) fn retry_for(&self, wait: Duration) -> Retry<'_> {
@@ -314,7 +313,7 @@ impl Outgoing {
             LinkState::Lost { since, .. } => Some(*since),
             _ => None,
         };
-        Retry { job: &self.job, wait: link_wait(&self.migrations), lost }
+        Retry { job: &self.job, wait: self.migrations.settings.link_wait(), lost }
     }
 
     /// Ends with the reason when the link is given up.
@@ -332,9 +331,4 @@ impl Outgoing {
         // The sender is ours: it is never gone.
         self.link_state.subscribe().wait_for(LinkState::is_up).await.ok();
     }
-}
-
-/// How long a lost link is waited for.
-pub(crate) fn link_wait(migrations: &Migrations) -> Duration {
-    Duration::from_secs(migrations.settings.link_wait_s.into())
 }

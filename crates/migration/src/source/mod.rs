@@ -33,8 +33,6 @@ use limosa_qemu::power;
 use tokio::sync::{mpsc, watch};
 
 pub(crate) use abort::{resume_source, undo_in_qemu};
-pub(crate) use link::link_wait;
-pub(crate) use prepare::plane_settings;
 pub(crate) use retire::{free_source, left_behind};
 
 use super::handover::{Handover, SourceDriver};

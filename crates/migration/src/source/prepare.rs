@@ -6,9 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::Bytes;
-use limosa_plane::{
-    ChannelIo, EVENT_COUNT_MAX, PlaneSettings, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec,
-};
+use limosa_plane::{ChannelIo, EVENT_COUNT_MAX, RamBlockSpec, SourceDisk, SourcePlane, SourceSpec};
 use limosa_protocol::migration::{Note, Queued};
 use limosa_protocol::peer::{FILE_PART_BYTES_MAX, Receive};
 use limosa_qemu::launch::RAM_BACKEND_ID;
@@ -18,8 +16,7 @@ use tokio::sync::mpsc;
 
 use super::super::preflight::destination_full;
 use super::Outgoing;
-use super::link::{self, Connector, LinkEvents, link_wait};
-use crate::migrations::Migrations;
+use super::link::{self, Connector, LinkEvents};
 use limosa_host::clock::now_unix_ms;
 use limosa_host::failure::{Failure, OrFail, Result};
 
@@ -123,7 +120,7 @@ impl Outgoing {
             return_path,
             ram: self.ram()?,
             disks: self.disks(),
-            settings: plane_settings(&self.migrations),
+            settings: self.migrations.settings.plane(),
         };
         let (plane, from_plane) = SourcePlane::start(spec).or_fail("starting the data plane")?;
         let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
@@ -131,7 +128,7 @@ impl Outgoing {
         let link_events = LinkEvents {
             state: self.link_state.clone(),
             job: Arc::clone(&self.job),
-            wait: link_wait(&self.migrations),
+            wait: self.migrations.settings.link_wait(),
             through: Arc::clone(&self.through),
         };
         self.job.spawn(link_events.run(from_plane, sender));
@@ -144,7 +141,7 @@ impl Outgoing {
     /// Has a lost link brought again, from now on.
     pub(super) fn keep_link(&mut self) {
         let (Some(connector), Some(plane)) = (self.connector.clone(), &self.plane) else { return };
-        let (state, wait) = (self.link_state.clone(), link_wait(&self.migrations));
+        let (state, wait) = (self.link_state.clone(), self.migrations.settings.link_wait());
         self.link_keeper =
             Some(link::keep(connector, plane, state, wait, Arc::clone(&self.through)));
     }
@@ -169,16 +166,5 @@ impl Outgoing {
         disks
             .map(|(disk, index)| SourceDisk { index, size_bytes: disk.virtual_bytes, fresh: true })
             .collect()
-    }
-}
-
-/// Settings of the plane that the configuration makes.
-pub(crate) fn plane_settings(migrations: &Migrations) -> PlaneSettings {
-    let migration = &migrations.settings;
-    PlaneSettings {
-        window_bytes: usize::try_from(migration.window_kib).unwrap_or(usize::MAX >> 10) << 10,
-        page_cache_bytes_max: u64::from(migration.page_versions_mib) << 20,
-        compression: migration.compression,
-        ..PlaneSettings::default()
     }
 }

@@ -23,7 +23,7 @@ use tokio::sync::broadcast;
 
 use super::super::destination::verify;
 use super::super::handover::Handed;
-use super::link::{NoAnswer, link_wait};
+use super::link::NoAnswer;
 use super::memory::{memory_failure, qmp_failure};
 use super::mirror::mirror_name;
 use super::{Outgoing, abort};
@@ -324,7 +324,7 @@ impl Outgoing {
             Some(at) if !self.plan().verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
             Some(_) => (began + limit + STOPPED_MAX, began + limit),
             None => {
-                let patience = link_wait(&self.migrations).max(STOPPED_MAX);
+                let patience = self.migrations.settings.link_wait().max(STOPPED_MAX);
                 (began + patience, began + patience)
             }
         };
@@ -336,7 +336,7 @@ impl Outgoing {
                 return Ok(None);
             }
             // Its QEMU is gone: nobody stands any more, and the destination has all of it.
-            let until = Instant::now() + link_wait(&self.migrations);
+            let until = Instant::now() + self.migrations.settings.link_wait();
             vote = self.ask_ready_until(attempt, until, until).await?;
         }
         let Some(vote) = vote else {

@@ -36,6 +36,7 @@
 //! needs nobody. Once QEMU is gone, only the other host's word that it is out of
 //! it (`retired`, `declined`) or the operator's allows starting the VM anew.
 
+mod committed;
 mod destination;
 mod event;
 mod machine;
@@ -48,11 +49,12 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
+pub use committed::Committed;
 pub use destination::Destination;
 pub use event::{DestinationAction, DestinationEvent, SourceAction, SourceEvent};
 pub use machine::{Machine, Snapshot};
 pub use receipt::{Receipt, Store, persist};
-pub use source::{Committed, Source};
+pub use source::Source;
 
 use crate::id::{Epoch, MigrationId};
 

@@ -15,6 +15,7 @@
 
 mod status;
 
+use super::committed::Committed;
 use super::event::{SourceAction as Do, SourceEvent as On};
 use super::{
     Ended, Guest, IllegalEvent, Machine, Receipt, Record, Snapshot, Stage, WrongRecord, forced,
@@ -64,28 +65,6 @@ pub struct Source {
     /// The destination may hold the whole VM and be ready, as far as is known.
     may_be_ready: bool,
     state: State,
-}
-
-/// Proof that the commit point is passed: made of the receipt of `handed-over`.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use]
-pub struct Committed {
-    migration: MigrationId,
-    epoch: Epoch,
-}
-
-impl Committed {
-    /// Which migration.
-    #[must_use]
-    pub fn migration(&self) -> MigrationId {
-        self.migration
-    }
-
-    /// The epoch handed over.
-    #[must_use]
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
-    }
 }
 
 impl Machine for Source {
@@ -386,7 +365,7 @@ impl Source {
     /// Only from [`State::HandedOver`], which has its receipt.
     fn commit(&self) -> Do {
         debug_assert_eq!(self.state, State::HandedOver);
-        Do::SendCommit(Committed { migration: self.migration, epoch: self.reserved })
+        Do::SendCommit(Committed::new(self.migration, self.reserved))
     }
 
     fn record(&self) -> Record {
