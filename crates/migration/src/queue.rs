@@ -251,7 +251,7 @@ pub async fn request_move(
     }
 }
 
-/// Starts waiting moves as room comes, for as long as the migrations runs.
+/// Starts waiting moves as room comes, for as long as the agent runs.
 pub async fn run(migrations: Arc<Migrations>) {
     let queue = &migrations.queue;
     loop {

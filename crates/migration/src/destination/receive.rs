@@ -255,7 +255,7 @@ fn append_blocking(path: &Path, offset: u64, part: &[u8], size_bytes: u64) -> Re
     if size_bytes > peer::FILE_BYTES_MAX {
         return Err(Failure::bad_request(format!("{doing}: {size_bytes} bytes are too many")));
     }
-    // The first part makes the file, in a folder that only the migrations writes.
+    // The first part makes the file, in a folder that only the agent writes.
     let mut file = OpenOptions::new()
         .append(true)
         .create(offset == 0)

@@ -112,7 +112,7 @@ fn unsettled(migrations: &Migrations, vm: &VmName) -> Result<Handover> {
 }
 
 /// Fails when the disks are not here any more: a source may have begun to free
-/// them when its migrations ended.
+/// them when its agent ended.
 async fn expect_files(migrations: &Arc<Migrations>, vm: &VmName) -> Result<()> {
     let found = migrations.host.vm(vm)?;
     let of_vm = found.lock().await;

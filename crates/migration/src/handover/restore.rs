@@ -1,4 +1,4 @@
-//! After a restart of the migrations: every unsettled migration's machine is made
+//! After a restart of the agent: every unsettled migration's machine is made
 //! again of its record, before anybody can ask for its VM; then it goes on.
 //!
 //! | record | guest's QEMU | first |

@@ -26,7 +26,7 @@ const SAME_VM_WAIT: Duration = Duration::from_secs(1);
 /// Memory that a VM's QEMU needs besides guest RAM, in bytes.
 const QEMU_OVERHEAD_BYTES: u64 = 128 << 20;
 
-/// Reads an offer whose version this migrations speaks; another one is a problem,
+/// Reads an offer whose version this agent speaks; another one is a problem,
 /// whatever else it holds.
 pub(crate) fn read_offer(
     migrations: &Migrations,

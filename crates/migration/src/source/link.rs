@@ -22,7 +22,6 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use super::Outgoing;
 use crate::job::Job;
 use crate::peer::{PeerClient, PeerError, into_blocking};
 use limosa_host::failure::{Failure, Result, chain};
@@ -238,9 +237,9 @@ async fn expect_receiving(connector: &Connector) -> Result<()> {
 /// Repeats a request to a destination that cannot be reached, for as long as a migration
 /// waits for a lost link.
 pub(super) struct Retry<'a> {
-    job: &'a Job,
-    wait: Duration,
-    lost: Option<Instant>,
+    pub(super) job: &'a Job,
+    pub(super) wait: Duration,
+    pub(super) lost: Option<Instant>,
 }
 
 /// Why a request that was repeated has no answer.
@@ -293,42 +292,5 @@ impl Drop for Retry<'_> {
         if self.lost.is_some() {
             self.job.report_link_back();
         }
-    }
-}
-
-impl Outgoing {
-    /// Retries for as long as a migration waits for a lost link.
-    pub(super) fn retry(&self) -> Retry<'_> {
-        self.retry_for(self.migrations.settings.link_wait())
-    }
-
-    pub(super) fn retry_for(&self, wait: Duration) -> Retry<'_> {
-        Retry { job: &self.job, wait, lost: None }
-    }
-
-    /// Retries for what is left of the wait if the link is lost already: the destination
-    /// counts from that moment, too.
-    pub(super) fn retry_since_loss(&self) -> Retry<'_> {
-        let lost = match &*self.link_state.borrow() {
-            LinkState::Lost { since, .. } => Some(*since),
-            _ => None,
-        };
-        Retry { job: &self.job, wait: self.migrations.settings.link_wait(), lost }
-    }
-
-    /// Ends with the reason when the link is given up.
-    pub(super) async fn link_ended(mut state: watch::Receiver<LinkState>) -> Failure {
-        let ended = state.wait_for(|state| matches!(state, LinkState::Ended(_))).await;
-        match ended.as_deref() {
-            Ok(LinkState::Ended(failure)) => failure.clone(),
-            // Whoever asks has the sender.
-            _ => Failure::internal("the link is not looked after any more"),
-        }
-    }
-
-    /// Waits until there is a link.
-    pub(super) async fn wait_for_link(&self) {
-        // The sender is ours: it is never gone.
-        self.link_state.subscribe().wait_for(LinkState::is_up).await.ok();
     }
 }

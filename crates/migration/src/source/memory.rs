@@ -14,10 +14,11 @@ use limosa_qemu::power;
 use limosa_qemu::qmp::QmpEvent;
 use tokio::sync::broadcast;
 
-use super::mirror::{Rate, transfer};
-use super::switchover::{Finished, STOPPED_MAX, Stopped, Switched};
-use super::{Outgoing, socket};
-use limosa_host::failure::{Failure, OrFail, Result, chain};
+use super::outgoing::Outgoing;
+use super::rate::{Rate, transfer};
+use super::socket;
+use super::stop::{Finished, STOPPED_MAX, Stopped, Switched, memory_failure};
+use limosa_host::failure::{Failure, OrFail, Result};
 
 /// How often progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -184,18 +185,6 @@ fn last_stop_us(events: &mut broadcast::Receiver<QmpEvent>) -> Option<u64> {
 fn since_stop(now: Duration, stopped_us: Option<u64>, most: Duration) -> Duration {
     let stopped = stopped_us.map_or(now, Duration::from_micros);
     now.saturating_sub(stopped).min(most)
-}
-
-pub(super) fn memory_failure(why: Option<&str>) -> Failure {
-    Failure::internal(format!(
-        "QEMU ended its migration: {}",
-        why.unwrap_or("it does not say why; see qemu.log in the VM's configuration folder")
-    ))
-}
-
-/// The text of a QMP failure.
-pub(super) fn qmp_failure(doing: &str, error: &limosa_qemu::qmp::QmpError) -> Failure {
-    Failure::internal(format!("{doing}: {}", chain(error)))
 }
 
 #[cfg(test)]

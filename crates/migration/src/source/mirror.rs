@@ -1,4 +1,4 @@
-//! `mirror`: QEMU copies each disk into an NBD export of this migrations, whose
+//! `mirror`: QEMU copies each disk into an NBD export of this agent, whose
 //! blocks cross on the channels; from `ready` on both sides stay equal.
 
 use std::path::{Path, PathBuf};
@@ -8,12 +8,14 @@ use limosa_nbd::Export;
 use limosa_nbd::server;
 use limosa_plane::PlaneEvent;
 use limosa_protocol::id::DiskId;
-use limosa_protocol::migration::Transfer;
 use limosa_protocol::plan::DiskItem;
 use limosa_qemu::block::{self, MirrorSync};
 use limosa_qemu::launch::disk_node;
 
-use super::{Outgoing, abort, socket};
+use super::outgoing::{Outgoing, plane_failure};
+use super::rate::{Rate, transfer};
+use super::socket;
+use super::undo::{end_mirrors, mirror_name};
 use limosa_host::failure::{Failure, OrFail, Result};
 
 /// How often progress is looked at.
@@ -28,50 +30,6 @@ const CATCH_UP_MAX: Duration = Duration::from_secs(30);
 const BEHIND_BYTES: u64 = 1 << 20;
 /// Blocks that a mirror handles at a time, in bytes.
 const GRANULARITY_BYTES: u32 = 64 << 10;
-
-/// Name of a disk's mirror job and of its target node.
-pub(crate) fn mirror_name(disk: &DiskId) -> String {
-    format!("{MIRROR_PREFIX}{disk}")
-}
-
-/// Beginning of the names of all jobs and nodes of a migration.
-pub(crate) const MIRROR_PREFIX: &str = "mirror-";
-
-/// Rate of something that grows, over the last look.
-pub(super) struct Rate {
-    last: Instant,
-    last_bytes: u64,
-    per_second: u64,
-}
-
-impl Rate {
-    pub(super) fn new() -> Self {
-        Self { last: Instant::now(), last_bytes: 0, per_second: 0 }
-    }
-
-    /// Takes a new total; gives bytes per second, smoothed.
-    pub(super) fn update(&mut self, bytes: u64) -> u64 {
-        let now = Instant::now();
-        let millis = super::super::job::millis(now - self.last).max(1);
-        let fresh = bytes.saturating_sub(self.last_bytes).saturating_mul(1000) / millis;
-        self.per_second =
-            if self.per_second == 0 { fresh } else { (self.per_second * 3 + fresh) / 4 };
-        self.last = now;
-        self.last_bytes = bytes;
-        self.per_second
-    }
-}
-
-/// A moment of a transfer.
-pub(super) fn transfer(done_bytes: u64, total_bytes: u64, rate: &mut Rate) -> Transfer {
-    let per_second = rate.update(done_bytes);
-    Transfer {
-        done_bytes,
-        total_bytes,
-        rate_bytes_per_second: per_second,
-        left_seconds: total_bytes.saturating_sub(done_bytes).checked_div(per_second),
-    }
-}
 
 impl Outgoing {
     /// Waits until little is left of what the guest wrote, for it was stopped before for
@@ -189,7 +147,7 @@ impl Outgoing {
     /// disk that was equal gets only what is written from now on.
     pub(super) async fn restart_mirrors(&mut self) -> Result<()> {
         block::activate_all(&self.qemu.qmp).await.or_fail("taking the disks back")?;
-        abort::end_mirrors(&self.qemu).await?;
+        end_mirrors(&self.qemu).await?;
         self.mirrors_end = false;
         for (index, id) in self.disk_ids().iter().enumerate() {
             let sync = if self.mirrored.remove(id) { MirrorSync::None } else { MirrorSync::Full };
@@ -208,7 +166,7 @@ impl Outgoing {
             while let Ok(event) = events.try_recv() {
                 if let PlaneEvent::Failed(error) | PlaneEvent::Different(error) = &event {
                     self.differs = matches!(event, PlaneEvent::Different(_));
-                    return Err(super::plane_failure(error));
+                    return Err(plane_failure(error));
                 }
             }
         }

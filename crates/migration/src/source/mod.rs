@@ -13,70 +13,40 @@ mod abort;
 mod link;
 mod memory;
 mod mirror;
+mod outgoing;
 mod prepare;
+mod rate;
 mod retire;
 mod retry;
 mod socket;
+mod stop;
 mod switchover;
+mod undo;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
-use limosa_plane::{PlaneEvent, SourcePlane};
 use limosa_protocol::handover::{Record, Stage};
-use limosa_protocol::id::DiskId;
 use limosa_protocol::migration::{Migration, MoveRequest, Phase};
 use limosa_protocol::peer::Offer;
-use limosa_protocol::plan::MigrationPlan;
 use limosa_qemu::power;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
-pub(crate) use abort::{resume_source, undo_in_qemu};
 pub(crate) use retire::{free_source, left_behind};
+pub(crate) use undo::{resume_source, undo_in_qemu};
 
 use super::handover::{Handover, SourceDriver};
 use super::job::Job;
 use super::preflight;
 use crate::migrations::Migrations;
 use crate::migrations::Slot;
-use crate::peer::PeerClient;
 use limosa_host::failure::{Failure, OrFail, Result};
 use limosa_host::store::MigrationRecord;
 use limosa_host::vm::{Inner, Qemu, Vm, run};
-use link::{Connector, LinkKeeper, LinkState};
-use switchover::Switched;
-
-/// One migration at its source.
-pub(crate) struct Outgoing {
-    migrations: Arc<Migrations>,
-    vm: Arc<Vm>,
-    job: Arc<Job>,
-    link: Arc<PeerClient>,
-    offer: Offer,
-    driver: Arc<SourceDriver>,
-    /// The guest's QEMU; for a VM that is off, one that only reads its disks.
-    qemu: Qemu,
-    /// Whether the guest's vCPUs ran when the migration began.
-    was_running: bool,
-    plane: Option<Arc<SourcePlane>>,
-    link_state: watch::Sender<LinkState>,
-    /// The destination has all of the VM.
-    through: Arc<AtomicBool>,
-    /// What the two hosts hold is not the same; the destination looks for the place.
-    differs: bool,
-    /// Opens connections, once the destination waits for them
-    connector: Option<Connector>,
-    link_keeper: Option<LinkKeeper>,
-    /// How often the guest was stopped for its switchover
-    stop_count: u32,
-    /// Mirrors were told to end.
-    mirrors_end: bool,
-    /// Disks whose mirror has ended well, with both sides equal.
-    mirrored: BTreeSet<DiskId>,
-    events: Option<mpsc::Receiver<PlaneEvent>>,
-    exports: Vec<limosa_nbd::server::ServerHandle>,
-}
+use link::LinkState;
+use outgoing::Outgoing;
+use stop::Switched;
 
 /// Where the phases begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -238,49 +208,4 @@ impl Outgoing {
             () = job.cancelled() => Err(Failure::conflict("cancelled by an operator")),
         }
     }
-
-    fn plan(&self) -> &MigrationPlan {
-        &self.offer.plan
-    }
-
-    fn plane(&self) -> Result<&SourcePlane> {
-        self.plane.as_deref().ok_or_else(|| Failure::internal("the data plane is not up"))
-    }
-
-    /// The next event of the plane that is not a failure.
-    async fn plane_event(&mut self) -> Result<PlaneEvent> {
-        let events =
-            self.events.as_mut().ok_or_else(|| Failure::internal("the data plane is not up"))?;
-        match events.recv().await {
-            Some(PlaneEvent::Failed(error)) => Err(plane_failure(&error)),
-            Some(PlaneEvent::Different(error)) => {
-                self.differs = true;
-                Err(plane_failure(&error))
-            }
-            Some(event) => Ok(event),
-            None => Err(Failure::internal("the data plane ended")),
-        }
-    }
-
-    /// Ends the plane's threads and the exports.
-    fn close_plane(&mut self) {
-        self.link_keeper = None;
-        for export in self.exports.drain(..) {
-            export.stop();
-        }
-        if let Some(plane) = self.plane.take() {
-            plane.abort();
-            let name = self.vm.name.clone();
-            // Threads end within moments; nobody needs to wait for them.
-            std::thread::spawn(move || {
-                if let Err(error) = plane.join() {
-                    tracing::debug!(vm = %name, %error, "the data plane's end");
-                }
-            });
-        }
-    }
-}
-
-fn plane_failure(error: &limosa_plane::PlaneError) -> Failure {
-    Failure::peer(format!("moving the VM's contents: {}", limosa_host::failure::chain(error)))
 }

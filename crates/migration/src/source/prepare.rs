@@ -15,8 +15,8 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
 use super::super::preflight::destination_full;
-use super::Outgoing;
 use super::link::{self, Connector, LinkEvents};
+use super::outgoing::Outgoing;
 use limosa_host::clock::now_unix_ms;
 use limosa_host::failure::{Failure, OrFail, Result};
 

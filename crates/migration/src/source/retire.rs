@@ -7,12 +7,12 @@ use limosa_protocol::migration::{Outcome as End, Role};
 use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 
-use crate::migrations::Migrations;
+use limosa_host::Folders;
 use limosa_host::vm::{Qemu, cgroup, files, run};
 
 /// Ends the stopped QEMU and removes the VM's files. Says what stayed.
 pub(crate) async fn free_source(
-    migrations: &Migrations,
+    folders: &Folders,
     definition: &VmDefinition,
     qemu: Option<&Qemu>,
     plan: &MigrationPlan,
@@ -26,14 +26,14 @@ pub(crate) async fn free_source(
         return left;
     }
     cgroup::remove_of(definition);
-    let runtime = migrations.host.folders.runtime_of(&definition.name);
+    let runtime = folders.runtime_of(&definition.name);
     if runtime.exists()
         && let Err(error) = std::fs::remove_dir_all(&runtime)
     {
         left.push(format!("{}: {error}", runtime.display()));
     }
     let images = plan.freeable(Role::Source, End::Moved).map(Path::to_owned);
-    let all = files::everything(&migrations.host.folders, definition, images);
+    let all = files::everything(folders, definition, images);
     left.extend(files::remove_made(&plan.without_kept(Role::Source, End::Moved, all)));
     left
 }

@@ -18,9 +18,9 @@ use limosa_protocol::migration::Phase;
 use limosa_protocol::peer::{RetryRequest, RetryStarted};
 use limosa_qemu::migrate::{self, MigrationStatus};
 
-use super::memory::memory_failure;
-use super::switchover::Finished;
-use super::{Outgoing, abort};
+use super::outgoing::Outgoing;
+use super::stop::{Finished, memory_failure};
+use super::undo;
 use limosa_host::failure::{Failure, OrFail, Result};
 
 /// Longest wait for QEMU to end a stream that nobody wants any more.
@@ -87,8 +87,8 @@ impl Outgoing {
         if self.mirrors_end {
             self.restart_mirrors().await?;
         }
-        abort::end_migration(&self.qemu).await?;
-        abort::resume_source(&self.qemu).await
+        undo::end_migration(&self.qemu).await?;
+        undo::resume_source(&self.qemu).await
     }
 }
 

@@ -23,18 +23,15 @@ use tokio::sync::broadcast;
 
 use super::super::destination::verify;
 use super::super::handover::Handed;
+use super::abort;
 use super::link::NoAnswer;
-use super::memory::{memory_failure, qmp_failure};
-use super::mirror::mirror_name;
-use super::{Outgoing, abort};
+use super::outgoing::Outgoing;
+use super::stop::{Finished, STOPPED_MAX, Stopped, Switched, memory_failure, qmp_failure};
+use super::undo::mirror_name;
 use crate::job::millis;
 use crate::peer::PeerError;
 use limosa_host::failure::{Failure, OrFail, Result, chain};
 
-/// Longest a guest that ran is held stopped before the commit point, beyond its
-/// downtime limit; past that it runs on at the source. With the link lost it does
-/// so at the limit.
-pub(super) const STOPPED_MAX: Duration = Duration::from_secs(5);
 /// Least time that the destination has to load and record what it holds.
 const READY_MIN: Duration = Duration::from_secs(2);
 /// Longest wait for QEMU to end mirrors that have nothing left. One that it has not
@@ -43,38 +40,11 @@ const MIRRORS_END_MAX: Duration = Duration::from_secs(1);
 /// Pause before *ready?* is asked again over a lost link.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 
-/// QEMU has stopped the guest and waits for the word to go on.
-pub(super) struct Stopped {
-    /// When the vCPUs stopped
-    pub(super) at: Instant,
-    /// What QEMU said since
-    pub(super) events: broadcast::Receiver<QmpEvent>,
-}
-
 /// Why the other host's contents were not read again.
 enum Unread {
     /// The link is away for longer than the guest may stand for that.
     LinkAway,
     Failed(Failure),
-}
-
-/// What became of sending the last pages and the device state.
-pub(super) enum Finished {
-    /// The destination has everything.
-    Whole(Switched),
-    /// It took too long; the guest runs on.
-    RunsOn,
-    /// It took too long, and the destination's QEMU may have loaded everything; the guest
-    /// stands.
-    MayBeLoaded,
-}
-
-/// Where the time of a switchover went so far.
-pub(super) struct Switched {
-    /// vCPUs stopped; `None` for a VM that was off or paused.
-    stopped: Option<Instant>,
-    mirrors_ended: Instant,
-    pages_sent: Instant,
 }
 
 impl Outgoing {

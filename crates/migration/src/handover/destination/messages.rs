@@ -62,7 +62,7 @@ impl DestinationDriver {
     pub(crate) async fn complete(&self, attempt: u32, paused: bool) -> DestinationVote {
         let mut inner = self.inner.lock().await;
         inner.record.paused = paused;
-        // A restarted migrations announces them, too.
+        // A restarted agent announces them, too.
         inner.record.addresses = self.vm.addresses.seen();
         drop(inner);
         self.receive(On::Complete { attempt }).await

@@ -330,7 +330,10 @@ impl SourceDriver {
         let plan = &inner.record.plan;
         let qemu = inner.qemu.take();
         let left = match end_unanswering(qemu.as_ref(), of_vm.record.run.as_ref()).await {
-            Ok(()) => free_source(&self.migrations, &of_vm.definition, qemu.as_ref(), plan).await,
+            Ok(()) => {
+                free_source(&self.migrations.host.folders, &of_vm.definition, qemu.as_ref(), plan)
+                    .await
+            }
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],
         };
