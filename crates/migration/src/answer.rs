@@ -125,7 +125,10 @@ impl Migrations {
     /// The receiving half of a migration from a host.
     fn receiving(&self, id: MigrationId, from: &HostName) -> Result<Arc<Incoming>> {
         self.incoming(id, from).ok_or_else(|| {
-            Failure::not_found(format!("migration {id} is not under way at {}", self.host.name))
+            Failure::not_found(format!(
+                "migration {id} is not under way at {}",
+                self.context.host.name
+            ))
         })
     }
 
@@ -158,7 +161,8 @@ impl Migrations {
         if let Some(incoming) = self.incoming(id, from) {
             return incoming.begin_retry(request.attempt).instrument(incoming.span()).await;
         }
-        let reason = format!("limosad on {} was restarted: the move cannot go on", self.host.name);
+        let reason =
+            format!("limosad on {} was restarted: the move cannot go on", self.context.host.name);
         if let Some(driver) = self.destination_driver(id, from) {
             driver.give_up(&reason).await;
         }
@@ -250,7 +254,7 @@ impl Migrations {
         with: &HostName,
         role: Role,
     ) -> Result<Option<MigrationRecord>> {
-        let record: Option<MigrationRecord> = self.host.store.get(&id.to_string())?;
+        let record: Option<MigrationRecord> = self.context.host.store.get(&id.to_string())?;
         Ok(record.filter(|record| record.peer() == with && record.view.role == role))
     }
 }

@@ -14,6 +14,7 @@
 //! who may run it is decided by [`handover`] alone.
 
 mod answer;
+mod context;
 mod destination;
 mod handover;
 mod job;

@@ -11,33 +11,31 @@ use tokio::sync::watch;
 
 use crate::settings::MigrationSettings;
 
+use crate::context::Context;
 use crate::destination::Incoming;
 use crate::handover::Handover;
 use crate::job::Job;
 use crate::queue::Queue;
 use limosa_host::Host;
-use limosa_host::failure::{Failure, Result};
+use limosa_host::failure::{Failure, Result, chain};
 use limosa_host::store::{MigrationRecord, QueueRecord, StoreError};
 use limosa_host::vm::{Vm, create, run};
 
 /// Starts a VM that is off.
 pub async fn start_vm(migrations: &Arc<Migrations>, vm: &Arc<Vm>) -> Result<()> {
     migrations.close_alone(&vm.name).await;
-    run::start(&migrations.host, vm).await
+    run::start(&migrations.context.host, vm).await
 }
 
 /// Deletes a VM that is off.
 pub async fn delete_vm(migrations: &Migrations, vm: &Arc<Vm>) -> Result<()> {
     migrations.close_alone(&vm.name).await;
-    create::delete(&migrations.host, vm).await
+    create::delete(&migrations.context.host, vm).await
 }
 
 /// All migrations under way, those that wait, and what they need of this host.
 pub struct Migrations {
-    pub(crate) host: Arc<Host>,
-    /// This host's, shown to peers
-    pub(crate) identity: Identity,
-    pub(crate) settings: MigrationSettings,
+    pub(crate) context: Arc<Context>,
     under_way: Mutex<BTreeMap<MigrationId, UnderWay>>,
     /// Slots of migrations that are about to be added.
     reserved_count: AtomicUsize,
@@ -81,9 +79,7 @@ impl Migrations {
     /// No migrations yet.
     pub fn new(host: Arc<Host>, identity: Identity, settings: MigrationSettings) -> Self {
         Self {
-            host,
-            identity,
-            settings,
+            context: Arc::new(Context { host, identity, settings }),
             under_way: Mutex::default(),
             reserved_count: AtomicUsize::new(0),
             queue: Queue::default(),
@@ -92,7 +88,7 @@ impl Migrations {
 
     fn has_room(&self, under_way: &BTreeMap<MigrationId, UnderWay>) -> bool {
         let reserved = self.reserved_count.load(Ordering::Relaxed);
-        moving_count(under_way) + reserved < usize::from(self.settings.concurrent_max)
+        moving_count(under_way) + reserved < usize::from(self.context.settings.concurrent_max)
     }
 
     /// Whether no further migration may begin on this host.
@@ -102,7 +98,7 @@ impl Migrations {
 
     /// Why a move waits while this host is full.
     pub(crate) fn source_full(&self) -> Note {
-        let (count, here) = (self.settings.concurrent_max, &self.host.name);
+        let (count, here) = (self.context.settings.concurrent_max, &self.context.host.name);
         let message = format!("{count} migrations are under way at {here}");
         Note { code: QueueReason::SourceFull, message }
     }
@@ -118,14 +114,21 @@ impl Migrations {
     }
 
     /// Adds a migration that begins, in its slot.
-    pub(crate) fn add(&self, driver: Handover, incoming: Option<Arc<Incoming>>, slot: Slot<'_>) {
+    pub(crate) fn add(
+        self: &Arc<Self>,
+        driver: Handover,
+        incoming: Option<Arc<Incoming>>,
+        slot: Slot<'_>,
+    ) {
+        self.forget_once_ended(&driver);
         let mut under_way = self.lock();
         under_way.insert(driver.id(), UnderWay { driver, incoming });
         drop(slot);
     }
 
     /// Adds a migration that a restart found.
-    pub(crate) fn add_restored(&self, driver: Handover) {
+    pub(crate) fn add_restored(self: &Arc<Self>, driver: Handover) {
+        self.forget_once_ended(&driver);
         self.lock().insert(driver.id(), UnderWay { driver, incoming: None });
     }
 
@@ -152,21 +155,19 @@ impl Migrations {
         }
     }
 
-    /// Forgets a migration that is settled; its record stays, and is still answered from.
-    pub(crate) fn forget(&self, id: MigrationId) {
-        self.remove(id);
-        if let Err(error) = self.host.store.forget_old_migrations() {
-            tracing::warn!(
-                error = limosa_host::failure::chain(&error),
-                "old migrations stay recorded"
-            );
-        }
-    }
-
-    /// Forgets a job that ended; its record stays in the store.
-    pub(crate) fn remove(&self, id: MigrationId) {
-        self.lock().remove(&id);
-        self.queue.wake();
+    /// Forgets a migration once it is settled; its record stays, and is still answered from.
+    fn forget_once_ended(self: &Arc<Self>, driver: &Handover) {
+        let (migrations, id, mut status) = (Arc::clone(self), driver.id(), driver.watch());
+        driver.job().spawn(async move {
+            // An error means that the driver is gone: there is nothing more to wait for.
+            status.wait_for(|now| now.ended.is_some()).await.ok();
+            drop(status);
+            migrations.lock().remove(&id);
+            migrations.queue.wake();
+            if let Err(error) = migrations.context.host.store.forget_old_migrations() {
+                tracing::warn!(error = chain(&error), "old migrations stay recorded");
+            }
+        });
     }
 
     /// The receiving half of a migration under way from a host.
@@ -197,13 +198,13 @@ impl Migrations {
 
     /// All migrations, the oldest first: those recorded, as they are now.
     pub fn list(&self) -> Result<Vec<Migration>> {
-        let recorded = match self.host.store.all::<MigrationRecord>() {
+        let recorded = match self.context.host.store.all::<MigrationRecord>() {
             Ok(recorded) => recorded,
             // Those under way are what an operator now needs to see.
             Err(StoreError::Failed) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
-        let ended_in_queue = match self.host.store.all::<QueueRecord>() {
+        let ended_in_queue = match self.context.host.store.all::<QueueRecord>() {
             Ok(recorded) => recorded,
             Err(StoreError::Failed) => Vec::new(),
             Err(error) => return Err(error.into()),
@@ -227,9 +228,9 @@ impl Migrations {
             return Ok(job.view());
         }
         let key = id.to_string();
-        let view = match self.host.store.get::<MigrationRecord>(&key)? {
+        let view = match self.context.host.store.get::<MigrationRecord>(&key)? {
             Some(record) => Some(record.view),
-            None => self.host.store.get::<QueueRecord>(&key)?.map(|record| record.view),
+            None => self.context.host.store.get::<QueueRecord>(&key)?.map(|record| record.view),
         };
         view.ok_or_else(|| {
             Failure::not_found(format!(
@@ -248,7 +249,7 @@ impl Migrations {
     pub fn cancel(&self, id: MigrationId) -> Result<Migration> {
         let under_way = self.lock().get(&id).cloned();
         if under_way.is_none()
-            && let Some(cancelled) = self.queue.cancel(&self.host.store, id)
+            && let Some(cancelled) = self.queue.cancel(&self.context.host.store, id)
         {
             return cancelled;
         }

@@ -238,7 +238,13 @@ pub async fn request_move(
     preflight.expect_possible(vm, &request)?;
     let id = MigrationId(Uuid::now_v7());
     let to = request.to.clone();
-    let job = Job::new(id, vm.name.clone(), Role::Source, migrations.host.name.clone(), to.clone());
+    let job = Job::new(
+        id,
+        vm.name.clone(),
+        Role::Source,
+        migrations.context.host.name.clone(),
+        to.clone(),
+    );
     let job = Arc::new(job);
     let why = preflight.notes.into_iter().next().or_else(|| queue.behind(&to));
     let slot = if why.is_none() { migrations.reserve() } else { None };
@@ -246,7 +252,7 @@ pub async fn request_move(
         Some(slot) => source::begin(migrations, vm, request, &job, slot).await,
         None => {
             let why = why.unwrap_or_else(|| migrations.source_full());
-            queue.push(&migrations.host.store, &job, request, why)
+            queue.push(&migrations.context.host.store, &job, request, why)
         }
     }
 }
@@ -281,10 +287,10 @@ async fn try_all(migrations: &Arc<Migrations>) -> Result<()> {
         match try_one(migrations, &entry).await {
             Ok(Attempt::Left) => {}
             Ok(Attempt::Waits(why)) => {
-                queue.keep_waiting(&migrations.host.store, id, why)?;
+                queue.keep_waiting(&migrations.context.host.store, id, why)?;
                 held_up.insert(entry.request.to);
             }
-            Err(failure) => queue.end(&migrations.host.store, id, failure.to_string())?,
+            Err(failure) => queue.end(&migrations.context.host.store, id, failure.to_string())?,
         }
     }
     Ok(())
@@ -293,7 +299,7 @@ async fn try_all(migrations: &Arc<Migrations>) -> Result<()> {
 /// Starts a waiting move if it can; an error ends it.
 async fn try_one(migrations: &Arc<Migrations>, entry: &Entry) -> Result<Attempt> {
     let (queue, id) = (&migrations.queue, entry.job.id());
-    let vm = migrations.host.vm(&entry.job.view().vm)?;
+    let vm = migrations.context.host.vm(&entry.job.view().vm)?;
     let preflight = preflight::preflight(migrations, &vm, &entry.request).await?;
     if let Some(problem) = preflight.only_problem(ProblemCode::Unreachable) {
         // After a restart of both hosts one is up before the other.
@@ -309,7 +315,7 @@ async fn try_one(migrations: &Arc<Migrations>, entry: &Entry) -> Result<Attempt>
     };
     if queue.start(id) {
         source::begin(migrations, &vm, entry.request.clone(), &entry.job, slot).await?;
-        queue.forget(&migrations.host.store, id)?;
+        queue.forget(&migrations.context.host.store, id)?;
     }
     Ok(Attempt::Left)
 }

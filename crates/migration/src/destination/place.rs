@@ -7,14 +7,12 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use limosa_protocol::migration::{Outcome as End, Role};
-use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
 
-use super::Incoming;
-use crate::migrations::Migrations;
+use super::incoming::Incoming;
+use super::undo::{removable, remove};
 use limosa_host::failure::{OrFail, Result};
-use limosa_host::vm::{Qemu, cgroup, create, definition_files, files, run, write_definition};
+use limosa_host::vm::{create, files, write_definition};
 
 impl Incoming {
     /// Makes folders, images and the definition. What could be made is recorded by
@@ -55,7 +53,7 @@ impl Incoming {
             // Nobody wants it any more if it was given up meanwhile.
             self.driver.expect_preparing()?;
             create::make_image(
-                &self.migrations.host.qemu,
+                &self.context.host.qemu,
                 &image.path,
                 image.format,
                 disk.virtual_bytes,
@@ -100,46 +98,6 @@ fn not_there_yet(paths: &[PathBuf]) -> Vec<PathBuf> {
     }
     // A parent sorts before what is in it.
     missing.into_iter().collect()
-}
-
-/// Of what was made for a VM that does not come, what may be removed: a disk that is no copy
-/// stays.
-pub(crate) fn removable(plan: &MigrationPlan, made: Vec<PathBuf>) -> Vec<PathBuf> {
-    plan.without_kept(Role::Destination, End::Stayed, made)
-}
-
-/// Ends an incoming QEMU and removes what was made for it. Says what stayed.
-pub(crate) async fn free(
-    migrations: &Migrations,
-    definition: &VmDefinition,
-    qemu: Option<&Qemu>,
-    made: &[PathBuf],
-) -> Vec<String> {
-    if let Some(qemu) = qemu
-        && let Err(failure) = run::end(qemu).await
-    {
-        return vec![failure.to_string()];
-    }
-    cgroup::remove_of(definition);
-    let mut left = Vec::new();
-    let runtime = migrations.host.folders.runtime_of(&definition.name);
-    if runtime.exists()
-        && let Err(error) = std::fs::remove_dir_all(&runtime)
-    {
-        left.push(format!("{}: {error}", runtime.display()));
-    }
-    left.extend(remove(definition, made.to_vec()).await);
-    left
-}
-
-/// Removes what was made, and what comes to lie beside it. Says what stayed.
-async fn remove(definition: &VmDefinition, mut made: Vec<PathBuf>) -> Vec<String> {
-    if let Some(folder) = &definition.places.configuration {
-        made.push(folder.join("qemu.log"));
-        made.extend(definition_files(folder));
-    }
-    let removed = tokio::task::spawn_blocking(move || files::remove_made(&made)).await;
-    removed.unwrap_or_else(|error| vec![format!("the VM's files: {error}")])
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use limosa_protocol::migration::Phase;
 use limosa_protocol::peer::{DestinationVote, RetryStarted};
 
-use super::{Arrived, Incoming, Inner};
+use super::incoming::{Arrived, Incoming, Inner};
 use limosa_host::failure::{Failure, OrFail, Result};
 use limosa_host::vm::run;
 

@@ -1,16 +1,15 @@
 //! `switchover` here: from the last byte to *ready*, and to a running guest.
 
-use std::path::Path;
 use std::time::Duration;
 
 use limosa_plane::PlaneEvent;
 use limosa_protocol::migration::{Phase, Role};
 use limosa_protocol::peer::{DestinationVote, Digests, Part, ReadyRequest, VerifyRequest};
+use limosa_qemu::block;
 use limosa_qemu::migrate::{self, MigrationStatus};
-use limosa_qemu::{block, power, process};
 
-use super::receive::NBD_SOCKET;
-use super::{Incoming, Inner, Settled, verify};
+use super::incoming::{Incoming, Inner, Settled};
+use super::verify;
 use limosa_host::failure::{Failure, OrFail, Result, chain};
 use limosa_host::vm::{Qemu, run};
 
@@ -43,7 +42,7 @@ impl Incoming {
     async fn read_contents(&self, inner: &mut Inner, part: Option<Part>) -> Result<Digests> {
         let settled = self.settle(inner).await?;
         let contents = verify::Contents {
-            migrations: &self.migrations,
+            img: &self.context.host.qemu.img,
             definition: &self.definition,
             qemu: inner.qemu.as_ref(),
             plan: &self.plan,
@@ -106,30 +105,6 @@ impl Incoming {
         }
         let ram_digests = self.driver.plane().and_then(|plane| plane.ram_digests());
         Ok(inner.settled.insert(Settled { ram_digests }).clone())
-    }
-}
-
-/// Makes a guest that is to stay paused one like any other: it may move on as it is.
-///
-/// - `runtime`: the VM's folder for sockets.
-pub(crate) async fn expect_paused(qemu: &Qemu, runtime: &Path) -> Result<()> {
-    block::activate_loaded(&qemu.qmp, &runtime.join(NBD_SOCKET))
-        .await
-        .or_fail("taking the paused guest's disks")
-}
-
-/// Lets the guest run, unless it does. An error means that it surely did not.
-pub(crate) async fn resume_guest(qemu: &Qemu) -> Result<()> {
-    let doing = "running the guest at the destination";
-    if !process::is_alive(&qemu.process) {
-        return Err(Failure::internal(format!("{doing}: its QEMU ended; see qemu.log")));
-    }
-    let Err(refused) = power::cont(&qemu.qmp).await else { return Ok(()) };
-    match power::query_status(&qemu.qmp).await {
-        Ok(power::RunState::Running) => Ok(()),
-        Ok(_) => Err(Failure::internal(format!("{doing}: {}", chain(&refused)))),
-        // It ended while or after it ran: the VM is off, and here.
-        Err(_) => Ok(()),
     }
 }
 

@@ -5,10 +5,10 @@ use limosa_protocol::migration::Role;
 use limosa_protocol::peer::{Digests, Part};
 use limosa_protocol::plan::MigrationPlan;
 use limosa_protocol::vm::VmDefinition;
-use limosa_qemu::{image, ram};
+use limosa_qemu::image::{self, ImageTool};
+use limosa_qemu::ram;
 use tokio::io::AsyncReadExt;
 
-use crate::migrations::Migrations;
 use limosa_host::failure::{Failure, OrFail, Result};
 use limosa_host::vm::{Qemu, create};
 
@@ -18,7 +18,8 @@ type Told<'a> = (Part, &'a Vec<String>, Option<&'a Vec<String>>);
 
 /// Something whose contents are read again.
 pub(crate) struct Contents<'a> {
-    pub(crate) migrations: &'a Migrations,
+    /// Reads images
+    pub(crate) img: &'a ImageTool,
     pub(crate) definition: &'a VmDefinition,
     /// The guest's QEMU, which stands. Without one there is no RAM.
     pub(crate) qemu: Option<&'a Qemu>,
@@ -143,7 +144,7 @@ impl Contents<'_> {
         let doing = format!("reading {} again", path.display());
         let range = part.from_bytes..part.to_bytes;
         let format = create::format_of(image.format);
-        let tool = &self.migrations.host.qemu.img;
+        let tool = self.img;
         let mut child = image::read_content(tool, path, format, range).or_fail(&doing)?;
         let content = child.stdout.take().ok_or_else(|| Failure::internal(doing.clone()))?;
         let digests = digests(content, part).await.or_fail(&doing)?;

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use limosa_protocol::handover::Doubt;
 use limosa_protocol::id::{HostName, MigrationId};
+use tokio::sync::watch;
 
 pub(crate) use destination::DestinationDriver;
 pub(crate) use durable::{Durable, VmChange};
@@ -57,6 +58,14 @@ impl Handover {
         }
     }
 
+    /// The status from now on.
+    pub(crate) fn watch(&self) -> watch::Receiver<Status> {
+        match self {
+            Self::Source(driver) => driver.watch(),
+            Self::Destination(driver) => driver.watch(),
+        }
+    }
+
     pub(crate) fn job(&self) -> &Arc<Job> {
         match self {
             Self::Source(driver) => driver.job(),
@@ -77,13 +86,10 @@ impl Handover {
     /// the other host of this one owes. Without it that host may be made the owner
     /// by its operator, and nobody here would hear of it.
     pub(crate) async fn move_on(&self) -> Result<()> {
-        let mut status = match self {
-            Self::Source(driver) => {
-                driver.move_on().await;
-                driver.watch()
-            }
-            Self::Destination(driver) => driver.watch(),
-        };
+        if let Self::Source(driver) = self {
+            driver.move_on().await;
+        }
+        let mut status = self.watch();
         let settled = status.wait_for(|now| now.ended.is_some());
         if matches!(tokio::time::timeout(SETTLE_MAX, settled).await, Ok(Ok(_))) {
             return Ok(());

@@ -103,7 +103,7 @@ pub async fn force_owner(
 }
 
 fn unsettled(migrations: &Migrations, vm: &VmName) -> Result<Handover> {
-    migrations.host.vm(vm)?;
+    migrations.context.host.vm(vm)?;
     migrations.unsettled(vm).ok_or_else(|| {
         Failure::conflict(format!(
             "VM {vm} needs no recovery: no migration of it waits for another host"
@@ -114,7 +114,7 @@ fn unsettled(migrations: &Migrations, vm: &VmName) -> Result<Handover> {
 /// Fails when the disks are not here any more: a source may have begun to free
 /// them when its agent ended.
 async fn expect_files(migrations: &Arc<Migrations>, vm: &VmName) -> Result<()> {
-    let found = migrations.host.vm(vm)?;
+    let found = migrations.context.host.vm(vm)?;
     let of_vm = found.lock().await;
     for disk in &of_vm.definition.disks {
         if let Some(image) = disk.path.as_ref().filter(|image| !image.exists()) {

@@ -36,7 +36,7 @@ pub struct Restored(Vec<RestoredDriver>);
 /// here on; nothing is done yet.
 pub async fn restore(migrations: &Arc<Migrations>) -> anyhow::Result<Restored> {
     let mut all = Vec::new();
-    for (id, record) in migrations.host.store.all::<MigrationRecord>()? {
+    for (id, record) in migrations.context.host.store.all::<MigrationRecord>()? {
         if record.is_ended() {
             continue;
         }
@@ -46,14 +46,14 @@ pub async fn restore(migrations: &Arc<Migrations>) -> anyhow::Result<Restored> {
             Err(failure) => {
                 tracing::error!(migration = id, %vm, %failure, "it cannot be settled");
                 // Nobody may work with a VM whose owner is not known.
-                if let Ok(vm) = migrations.host.vm(&vm) {
+                if let Ok(vm) = migrations.context.host.vm(&vm) {
                     let why = format!("its migration {id} cannot be settled: {failure}");
                     vm.lock().await.unusable.get_or_insert(why);
                 }
             }
         }
     }
-    migrations.queue.restore(&migrations.host.store)?;
+    migrations.queue.restore(&migrations.context.host.store)?;
     Ok(Restored(all))
 }
 
@@ -65,11 +65,11 @@ async fn restore_one(
     // failed before the restart.
     let read = record.handover;
     // The VM's record was written in one step with it, and is as uncertain.
-    let vm = match migrations.host.store.get::<VmRecord>(record.view.vm.as_str())? {
+    let vm = match migrations.context.host.store.get::<VmRecord>(record.view.vm.as_str())? {
         Some(of_vm) => VmChange::Put(of_vm),
         None => VmChange::Remove,
     };
-    let mut store = Durable { store: &migrations.host.store, migration: &mut record, vm };
+    let mut store = Durable { store: &migrations.context.host.store, migration: &mut record, vm };
     let receipt = persist(&mut store, read)?;
     match record.view.role {
         Role::Source => restore_source(migrations, record, receipt).await,
@@ -82,7 +82,7 @@ async fn restore_source(
     record: MigrationRecord,
     receipt: Receipt,
 ) -> Result<RestoredDriver> {
-    let vm = migrations.host.vm(&record.view.vm)?;
+    let vm = migrations.context.host.vm(&record.view.vm)?;
     let is_told = record.view.ended_unix_ms.is_some();
     let mut of_vm = vm.lock().await;
     let (guest, qemu) = if record.is_off() {
@@ -101,7 +101,8 @@ async fn restore_source(
             (None, _) => (Guest::Gone, None),
         }
     };
-    let (driver, actions) = SourceDriver::restore(migrations, &vm, record, receipt, guest, qemu)?;
+    let (driver, actions) =
+        SourceDriver::restore(&migrations.context, &vm, record, receipt, guest, qemu)?;
     if !is_told {
         driver.note_restart().await;
     }
@@ -136,7 +137,7 @@ async fn restore_destination(
         .clone()
         .ok_or_else(|| Failure::internal("its record has no definition of the VM"))?;
     let is_owner = record.handover.stage == Stage::Owner;
-    let vm = match migrations.host.vm(&definition.name) {
+    let vm = match migrations.context.host.vm(&definition.name) {
         Ok(vm) if is_owner => vm,
         _ => {
             // The name is taken until it is settled.
@@ -147,14 +148,21 @@ async fn restore_destination(
                 given_up_to: None,
             };
             let vm = Arc::new(Vm::new(definition.clone(), of_vm));
-            migrations.host.vms.add(&migrations.host.name, Arc::clone(&vm))?;
+            migrations.context.host.vms.add(&migrations.context.host.name, Arc::clone(&vm))?;
             vm
         }
     };
     let (guest, qemu) = look_at_destination(migrations, &vm, &record).await;
     let mut of_vm = vm.lock().await;
-    let (driver, actions) =
-        DestinationDriver::restore(migrations, &vm, record, receipt, guest, qemu, definition)?;
+    let (driver, actions) = DestinationDriver::restore(
+        &migrations.context,
+        &vm,
+        record,
+        receipt,
+        guest,
+        qemu,
+        definition,
+    )?;
     of_vm.lock = driver.initial_lock();
     migrations.add_restored(Handover::Destination(Arc::clone(&driver)));
     Ok(RestoredDriver::Destination(driver, actions))
@@ -173,7 +181,7 @@ async fn look_at_destination(
             tracing::error!(vm = %vm.name, %failure, "it holds the images open");
         }
         if record.run.is_none() {
-            run::end_unrecorded(&migrations.host.folders, &definition).await;
+            run::end_unrecorded(&migrations.context.host.folders, &definition).await;
         }
         return (Guest::Off, None);
     }
@@ -182,7 +190,7 @@ async fn look_at_destination(
         (Some(qemu), _) => Some(qemu),
         (None, Some(run)) if process::is_alive(&run.process) => {
             let definition = vm.lock().await.definition.clone();
-            match run::reconnect(&migrations.host.folders, &definition, run).await {
+            match run::reconnect(&migrations.context.host.folders, &definition, run).await {
                 Ok(qemu) => Some(qemu),
                 Err(failure) => {
                     tracing::error!(vm = %vm.name, %failure, "QEMU runs and does not answer");
@@ -192,7 +200,8 @@ async fn look_at_destination(
         }
         (None, Some(_)) => return (Guest::Gone, None),
         (None, None) => {
-            run::end_unrecorded(&migrations.host.folders, &vm.lock().await.definition).await;
+            run::end_unrecorded(&migrations.context.host.folders, &vm.lock().await.definition)
+                .await;
             return (Guest::Gone, None);
         }
     };

@@ -33,13 +33,13 @@ pub(crate) fn read_offer(
     from: &HostName,
     offer: Value,
 ) -> Result<Result<Offer, Problem>> {
-    if let Some(problem) = check_version(from, &migrations.host.name, &offer) {
+    if let Some(problem) = check_version(from, &migrations.context.host.name, &offer) {
         return Ok(Err(problem));
     }
     serde_json::from_value(offer).map(Ok).map_err(|error| {
         Failure::bad_request(format!(
             "the offer is not understood, though {from} and {} speak the same version: {error}",
-            migrations.host.name
+            migrations.context.host.name
         ))
     })
 }
@@ -83,7 +83,7 @@ pub(crate) fn place_offer(migrations: &Migrations, offer: &Offer) -> Placed {
     let folder = offer
         .storage_path
         .clone()
-        .unwrap_or_else(|| migrations.host.folders.files_of(&definition.name));
+        .unwrap_or_else(|| migrations.context.host.folders.files_of(&definition.name));
     definition.places = files::places_in(&folder);
     for (path, name) in [
         (&mut definition.boot.kernel, files::KERNEL_FILE),
@@ -147,7 +147,7 @@ async fn check_names(
     problems: &mut Vec<Problem>,
 ) -> bool {
     let mut is_here = false;
-    for vm in migrations.host.vms.all() {
+    for vm in migrations.context.host.vms.all() {
         let other = &vm.reserved;
         if other.uuid == placed.uuid {
             let inner = tokio::time::timeout(SAME_VM_WAIT, vm.lock()).await;
@@ -162,10 +162,13 @@ async fn check_names(
         if other.name == placed.name {
             problems.push(problem(
                 ProblemCode::NameTaken,
-                format!("host {} already has another VM {}", migrations.host.name, other.name),
+                format!(
+                    "host {} already has another VM {}",
+                    migrations.context.host.name, other.name
+                ),
                 format!(
                     "delete VM {} on {}, or move to another host",
-                    other.name, migrations.host.name
+                    other.name, migrations.context.host.name
                 ),
             ));
             continue;
@@ -173,7 +176,10 @@ async fn check_names(
         if other.places.configuration == placed.places.configuration {
             problems.push(problem(
                 ProblemCode::NotEmpty,
-                format!("VM {} on {} has the same folder", other.name, migrations.host.name),
+                format!(
+                    "VM {} on {} has the same folder",
+                    other.name, migrations.context.host.name
+                ),
                 "name another one with --storage-path",
             ));
         }
@@ -183,7 +189,7 @@ async fn check_names(
                     ProblemCode::MacTaken,
                     format!(
                         "VM {} on {} has the MAC address {mac} too",
-                        other.name, migrations.host.name
+                        other.name, migrations.context.host.name
                     ),
                     "give one of the two another address",
                 ));
@@ -200,7 +206,7 @@ fn same_vm(
     other: &VmDefinition,
     migration: Option<(MigrationId, Role)>,
 ) -> Problem {
-    let (name, here) = (&other.name, &migrations.host.name);
+    let (name, here) = (&other.name, &migrations.context.host.name);
     match migration {
         Some((id, Role::Destination)) => problem(
             ProblemCode::Busy,
@@ -235,10 +241,10 @@ fn check_switches(
     switches.sort();
     switches.dedup();
     for switch in switches {
-        if migrations.host.store.get::<Switch>(switch.as_str())?.is_none() {
+        if migrations.context.host.store.get::<Switch>(switch.as_str())?.is_none() {
             problems.push(problem(
                 ProblemCode::SwitchMissing,
-                format!("host {} has no virtual switch {switch}", migrations.host.name),
+                format!("host {} has no virtual switch {switch}", migrations.context.host.name),
                 format!(
                     "make it there with `limosa switch create {switch}`, or name another one with \
                      --switch {switch}=OTHER"
@@ -272,14 +278,18 @@ fn check_memory(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Probl
 }
 
 fn check_machine(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) {
-    let facts = &migrations.host.qemu.facts;
+    let facts = &migrations.context.host.qemu.facts;
     let definition = &offer.definition;
-    problems.extend(check_qemu(&migrations.host.name, facts.version, &facts.missing_commands()));
-    let code = &migrations.host.qemu.uefi_code;
+    problems.extend(check_qemu(
+        &migrations.context.host.name,
+        facts.version,
+        &facts.missing_commands(),
+    ));
+    let code = &migrations.context.host.qemu.uefi_code;
     if definition.boot.firmware == Firmware::Uefi && !code.is_file() {
         problems.push(problem(
             ProblemCode::FirmwareMissing,
-            format!("{} has no UEFI firmware at {}", migrations.host.name, code.display()),
+            format!("{} has no UEFI firmware at {}", migrations.context.host.name, code.display()),
             "install the package ovmf there, or set qemu.uefi_code",
         ));
     }
@@ -290,22 +300,22 @@ fn check_machine(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Prob
             format!(
                 "QEMU {} of {} does not know the machine type {}; {} has QEMU \
                  {major}.{minor}.{micro}",
-                facts.version, migrations.host.name, definition.machine, offer.source
+                facts.version, migrations.context.host.name, definition.machine, offer.source
             ),
             "upgrade QEMU at the destination, or give the VM an older machine type while it is off",
         ));
     }
     if offer.plan.moves_memory()
-        && offer.accelerator != wire_accelerator(migrations.host.qemu.accelerator)
+        && offer.accelerator != wire_accelerator(migrations.context.host.qemu.accelerator)
     {
         problems.push(problem(
             ProblemCode::Accelerator,
             format!(
                 "the VM runs with {} and {} would run it with {} ({})",
                 offer.accelerator,
-                migrations.host.name,
-                migrations.host.qemu.accelerator,
-                migrations.host.qemu.accelerator_reason
+                migrations.context.host.name,
+                migrations.context.host.qemu.accelerator,
+                migrations.context.host.qemu.accelerator_reason
             ),
             "set qemu.accelerator alike on both hosts, or move the VM while it is off",
         ));
@@ -313,7 +323,7 @@ fn check_machine(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Prob
 }
 
 fn check_cpu(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) {
-    let facts = &migrations.host.qemu.facts;
+    let facts = &migrations.context.host.qemu.facts;
     let cpu = &offer.definition.cpu;
     let here = facts.cpu_features(cpu);
     let mut missing: Vec<_> =
@@ -329,7 +339,7 @@ fn check_cpu(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>
             ProblemCode::CpuFeatures,
             format!(
                 "the CPU of {} lacks what the model {cpu} shows the guest: {}",
-                migrations.host.name,
+                migrations.context.host.name,
                 missing.join(", ")
             ),
             "give the VM a CPU model that both hosts have, such as qemu64 or a versioned one",

@@ -75,10 +75,14 @@ pub(crate) async fn preflight(
     let (offer, unusable) =
         source::describe(migrations, &inner, request, MigrationId(Uuid::now_v7())).await?;
     problems.extend(unusable);
-    if request.to == migrations.host.name {
+    if request.to == migrations.context.host.name {
         return Ok(Preflight { problems, notes });
     }
-    let link = match PeerClient::open(&migrations.host.store, &migrations.identity, &request.to) {
+    let link = match PeerClient::open(
+        &migrations.context.host.store,
+        &migrations.context.identity,
+        &request.to,
+    ) {
         Ok(link) => link,
         Err(error) => {
             problems.push(not_linked(&request.to, error)?);

@@ -28,16 +28,20 @@ pub(super) async fn check(
     request: &MoveRequest,
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
-    if request.to == migrations.host.name {
+    if request.to == migrations.context.host.name {
         problems.push(problem(
             ProblemCode::SameHost,
-            format!("VM {} is on {} already", inner.definition.name, migrations.host.name),
+            format!("VM {} is on {} already", inner.definition.name, migrations.context.host.name),
             "name another host with --to",
         ));
     }
     problems.extend(check_condition(inner).await);
-    let facts = &migrations.host.qemu.facts;
-    problems.extend(check_qemu(&migrations.host.name, facts.version, &facts.missing_commands()));
+    let facts = &migrations.context.host.qemu.facts;
+    problems.extend(check_qemu(
+        &migrations.context.host.name,
+        facts.version,
+        &facts.missing_commands(),
+    ));
     check_request(&inner.definition, request, &mut problems);
     problems
 }
@@ -148,13 +152,15 @@ pub(super) async fn describe(
         let size = look_at_file(name, &path).map_err(|problem| problems.push(problem));
         small_files.push((name.to_owned(), size.unwrap_or(0)));
     }
-    let facts = &migrations.host.qemu.facts;
-    let accelerator =
-        inner.qemu.as_ref().map_or(migrations.host.qemu.accelerator, |qemu| qemu.accelerator);
+    let facts = &migrations.context.host.qemu.facts;
+    let accelerator = inner
+        .qemu
+        .as_ref()
+        .map_or(migrations.context.host.qemu.accelerator, |qemu| qemu.accelerator);
     let offer = Offer {
         peer_version: PEER_VERSION,
         migration,
-        source: migrations.host.name.clone(),
+        source: migrations.context.host.name.clone(),
         epoch: inner.record.epoch,
         definition: definition.clone(),
         plan: MigrationPlan {
@@ -246,7 +252,8 @@ async fn look_at_image(
         ));
     }
     let facts =
-        image::image_facts(&migrations.host.qemu.img, path, create::format_of(disk.format)).await;
+        image::image_facts(&migrations.context.host.qemu.img, path, create::format_of(disk.format))
+            .await;
     let facts = facts.map_err(|error| {
         problem(
             ProblemCode::FileUnusable,

@@ -69,10 +69,14 @@ pub(super) async fn check(
             Err(why) => {
                 problems.push(problem(
                     ProblemCode::BadPath,
-                    format!("{} at {}: {why}", wanted.folder.display(), migrations.host.name),
+                    format!(
+                        "{} at {}: {why}",
+                        wanted.folder.display(),
+                        migrations.context.host.name
+                    ),
                     format!(
                         "fix that on {}, or name another place with {}",
-                        migrations.host.name, wanted.option
+                        migrations.context.host.name, wanted.option
                     ),
                 ));
                 told.push(why);
@@ -118,8 +122,11 @@ fn is_whole(path: &Path) -> bool {
 /// Whether the paths that were asked for lie where other hosts may have files
 /// made: a paired host is not to write to any folder of this one.
 fn check_roots(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Problem>) {
-    let roots =
-        || [&migrations.host.folders.state].into_iter().chain(&migrations.settings.storage_roots);
+    let roots = || {
+        [&migrations.context.host.folders.state]
+            .into_iter()
+            .chain(&migrations.context.settings.storage_roots)
+    };
     let outside = |path: &&PathBuf| is_whole(path) && !roots().any(|root| path.starts_with(root));
     for path in requested_paths(offer).filter(outside) {
         let list: Vec<String> = roots().map(|root| root.display().to_string()).collect();
@@ -127,14 +134,14 @@ fn check_roots(migrations: &Migrations, offer: &Offer, problems: &mut Vec<Proble
             ProblemCode::BadPath,
             format!(
                 "{} takes no VMs at {}, only in {}",
-                migrations.host.name,
+                migrations.context.host.name,
                 path.display(),
                 list.join(", ")
             ),
             format!(
                 "name a place in one of these, or add one to `storage_roots` in section \
                  `migration` of limosad.toml on {} and restart limosad",
-                migrations.host.name
+                migrations.context.host.name
             ),
         ));
     }
@@ -269,7 +276,7 @@ async fn usable(migrations: &Migrations, ancestor: &Path) -> Result<Room, String
             _ => format!("limosad may make nothing in {shown}: {error}"),
         },
     )?;
-    let user = migrations.host.qemu.user.as_ref();
+    let user = migrations.context.host.qemu.user.as_ref();
     if let Some(closed) = first_closed(user, ancestor).await.map_err(at)? {
         return Err(format!(
             "QEMU's user may not pass through the folder {} (`chmod a+x`, or set qemu.user)",

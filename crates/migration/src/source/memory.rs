@@ -115,7 +115,7 @@ impl Outgoing {
 
     async fn start_memory(&mut self) -> Result<()> {
         let doing = "starting the move of RAM";
-        let socket = self.migrations.host.folders.runtime_of(&self.vm.name).join("migrate.sock");
+        let socket = self.context.host.folders.runtime_of(&self.vm.name).join("migrate.sock");
         let listener = socket::listen(&socket).or_fail(doing)?;
         let plane = self.plane()?;
         plane.attach_migration_socket(listener).or_fail(doing)?;

@@ -157,7 +157,7 @@ impl Outgoing {
     }
 
     fn mirror_socket(&self, index: usize) -> PathBuf {
-        self.migrations.host.folders.runtime_of(&self.vm.name).join(format!("m{index}.sock"))
+        self.context.host.folders.runtime_of(&self.vm.name).join(format!("m{index}.sock"))
     }
 
     /// Fails when the data plane or an export failed.

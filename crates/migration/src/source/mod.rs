@@ -78,10 +78,10 @@ pub(crate) async fn begin(
     let qemu = match &inner.qemu {
         Some(qemu) => qemu.clone(),
         // A VM that is off needs something that reads its disks.
-        None => run::launch(&migrations.host, &inner.definition, false).await?,
+        None => run::launch(&migrations.context.host, &inner.definition, false).await?,
     };
     let record = first_record(&inner, &offer, job, was_running, &qemu);
-    let started = SourceDriver::begin(migrations, vm, job, record, &qemu)
+    let started = SourceDriver::begin(&migrations.context, vm, job, record, &qemu)
         .and_then(|driver| Ok((Arc::clone(&driver), driver.link()?)));
     let (driver, link) = match started {
         Ok(started) => started,
@@ -89,7 +89,7 @@ pub(crate) async fn begin(
             if inner.qemu.is_none() {
                 run::end(&qemu).await?;
             }
-            migrations.host.store.remove::<MigrationRecord>(&job.id().to_string())?;
+            migrations.context.host.store.remove::<MigrationRecord>(&job.id().to_string())?;
             return Err(failure);
         }
     };
@@ -98,7 +98,7 @@ pub(crate) async fn begin(
     drop(inner);
     let view = job.view();
     supervise(Outgoing {
-        migrations: Arc::clone(migrations),
+        context: Arc::clone(&migrations.context),
         vm: Arc::clone(vm),
         job: Arc::clone(job),
         link,

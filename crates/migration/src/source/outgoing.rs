@@ -14,14 +14,14 @@ use limosa_protocol::plan::MigrationPlan;
 use tokio::sync::{mpsc, watch};
 
 use super::link::{Connector, LinkKeeper, LinkState, Retry};
+use crate::context::Context;
 use crate::handover::SourceDriver;
 use crate::job::Job;
-use crate::migrations::Migrations;
 use crate::peer::PeerClient;
 
 /// One migration at its source.
 pub(crate) struct Outgoing {
-    pub(super) migrations: Arc<Migrations>,
+    pub(super) context: Arc<Context>,
     pub(super) vm: Arc<Vm>,
     pub(super) job: Arc<Job>,
     pub(super) link: Arc<PeerClient>,
@@ -94,7 +94,7 @@ impl Outgoing {
 
     /// Retries for as long as a migration waits for a lost link.
     pub(super) fn retry(&self) -> Retry<'_> {
-        self.retry_for(self.migrations.settings.link_wait())
+        self.retry_for(self.context.settings.link_wait())
     }
 
     pub(super) fn retry_for(&self, wait: Duration) -> Retry<'_> {
@@ -108,7 +108,7 @@ impl Outgoing {
             LinkState::Lost { since, .. } => Some(*since),
             _ => None,
         };
-        Retry { job: &self.job, wait: self.migrations.settings.link_wait(), lost }
+        Retry { job: &self.job, wait: self.context.settings.link_wait(), lost }
     }
 
     /// Ends with the reason when the link is given up.

@@ -29,7 +29,7 @@ impl Outgoing {
         for (name, path) in limosa_host::vm::files::small_files(&self.offer.definition)? {
             self.send_file(name, &path).await?;
         }
-        let channel_count = self.migrations.settings.channels;
+        let channel_count = self.context.settings.channels;
         let token = self.receive(channel_count).await?;
         let connector = Connector {
             link: Arc::clone(&self.link),
@@ -120,7 +120,7 @@ impl Outgoing {
             return_path,
             ram: self.ram()?,
             disks: self.disks(),
-            settings: self.migrations.settings.plane(),
+            settings: self.context.settings.plane(),
         };
         let (plane, from_plane) = SourcePlane::start(spec).or_fail("starting the data plane")?;
         let (sender, events) = mpsc::channel(EVENT_COUNT_MAX);
@@ -128,7 +128,7 @@ impl Outgoing {
         let link_events = LinkEvents {
             state: self.link_state.clone(),
             job: Arc::clone(&self.job),
-            wait: self.migrations.settings.link_wait(),
+            wait: self.context.settings.link_wait(),
             through: Arc::clone(&self.through),
         };
         self.job.spawn(link_events.run(from_plane, sender));
@@ -141,7 +141,7 @@ impl Outgoing {
     /// Has a lost link brought again, from now on.
     pub(super) fn keep_link(&mut self) {
         let (Some(connector), Some(plane)) = (self.connector.clone(), &self.plane) else { return };
-        let (state, wait) = (self.link_state.clone(), self.migrations.settings.link_wait());
+        let (state, wait) = (self.link_state.clone(), self.context.settings.link_wait());
         self.link_keeper =
             Some(link::keep(connector, plane, state, wait, Arc::clone(&self.through)));
     }

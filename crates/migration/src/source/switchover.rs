@@ -174,7 +174,7 @@ impl Outgoing {
     /// The first place in which the two hosts differ.
     async fn find_difference(&self) -> Result<Option<String>, Unread> {
         let contents = verify::Contents {
-            migrations: &self.migrations,
+            img: &self.context.host.qemu.img,
             definition: &self.offer.definition,
             qemu: self.plan().moves_memory().then_some(&self.qemu),
             plan: self.plan(),
@@ -294,7 +294,7 @@ impl Outgoing {
             Some(at) if !self.plan().verifies_fully() => (at + limit + STOPPED_MAX, at + limit),
             Some(_) => (began + limit + STOPPED_MAX, began + limit),
             None => {
-                let patience = self.migrations.settings.link_wait().max(STOPPED_MAX);
+                let patience = self.context.settings.link_wait().max(STOPPED_MAX);
                 (began + patience, began + patience)
             }
         };
@@ -306,7 +306,7 @@ impl Outgoing {
                 return Ok(None);
             }
             // Its QEMU is gone: nobody stands any more, and the destination has all of it.
-            let until = Instant::now() + self.migrations.settings.link_wait();
+            let until = Instant::now() + self.context.settings.link_wait();
             vote = self.ask_ready_until(attempt, until, until).await?;
         }
         let Some(vote) = vote else {

@@ -94,12 +94,10 @@ impl DestinationDriver {
         let kept = self.lock_link().take();
         let link = match kept {
             Some(link) => link,
-            None => PeerClient::open(
-                &self.migrations.host.store,
-                &self.migrations.identity,
-                &self.source,
-            )
-            .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?,
+            None => {
+                PeerClient::open(&self.context.host.store, &self.context.identity, &self.source)
+                    .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?
+            }
         };
         let answer = link.decision(self.id()).await?;
         // One that failed is not used again: paired anew, the source may have

@@ -28,9 +28,9 @@ use super::guest::{end_unanswering, stop_guest};
 use super::lock::{Parties, initial_lock, publish_lock};
 use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
+use crate::context::Context;
 use crate::destination::{self, ConnectionGroup, expect_paused, resume_guest};
 use crate::job::Job;
-use crate::migrations::Migrations;
 use crate::peer::PeerClient;
 use limosa_host::failure::{Failure, Result};
 use limosa_host::store::{MigrationRecord, VmRecord};
@@ -40,7 +40,7 @@ use limosa_host::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its destination.
 pub(crate) struct DestinationDriver {
-    migrations: Arc<Migrations>,
+    context: Arc<Context>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     source: HostName,
@@ -73,7 +73,7 @@ struct Inner {
 impl DestinationDriver {
     /// Records that the offer is taken, and begins.
     pub(crate) fn begin(
-        migrations: &Arc<Migrations>,
+        context: &Arc<Context>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         mut record: MigrationRecord,
@@ -81,18 +81,18 @@ impl DestinationDriver {
     ) -> Result<Arc<Self>> {
         let first = record.handover;
         let mut store =
-            Durable { store: &migrations.host.store, migration: &mut record, vm: VmChange::Keep };
+            Durable { store: &context.host.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
         let guest = if record.is_off() { Guest::Off } else { Guest::Stopped };
         let machine = Destination::begin(receipt, guest)
             .map_err(|wrong| Failure::internal(wrong.to_string()))?;
-        Ok(Self::new(migrations, vm, job, machine, record, definition, None))
+        Ok(Self::new(context, vm, job, machine, record, definition, None))
     }
 
     /// Goes on from a record; what the machine orders first is to be given to
     /// [`DestinationDriver::go_on`].
     pub(super) fn restore(
-        migrations: &Arc<Migrations>,
+        context: &Arc<Context>,
         vm: &Arc<Vm>,
         record: MigrationRecord,
         receipt: Receipt,
@@ -107,11 +107,11 @@ impl DestinationDriver {
         if !machine.may_give_up() {
             job.pass_commit_point()?;
         }
-        Ok((Self::new(migrations, vm, &job, machine, record, definition, qemu), actions))
+        Ok((Self::new(context, vm, &job, machine, record, definition, qemu), actions))
     }
 
     fn new(
-        migrations: &Arc<Migrations>,
+        context: &Arc<Context>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         machine: Destination,
@@ -125,7 +125,7 @@ impl DestinationDriver {
         let is_under_way = record.view.ended_unix_ms.is_none();
         let status = watch::Sender::new(now);
         let driver = Arc::new(Self {
-            migrations: Arc::clone(migrations),
+            context: Arc::clone(context),
             vm: Arc::clone(vm),
             job: Arc::clone(job),
             source,
@@ -196,7 +196,7 @@ impl DestinationDriver {
         let mut inner = self.inner.lock().await;
         self.expect_preparing()?;
         change(&mut inner.record);
-        Ok(self.migrations.host.store.put(&self.id().to_string(), &inner.record)?)
+        Ok(self.context.host.store.put(&self.id().to_string(), &inner.record)?)
     }
 
     /// Notes the QEMU that receives, durably.
@@ -206,7 +206,7 @@ impl DestinationDriver {
         self.expect_preparing()?;
         inner.qemu = Some(qemu.clone());
         inner.record.run = Some(run::run_record(qemu));
-        Ok(self.migrations.host.store.put(&self.id().to_string(), &inner.record)?)
+        Ok(self.context.host.store.put(&self.id().to_string(), &inner.record)?)
     }
 
     /// A VM that was off has no QEMU any more once its disks are here.
@@ -345,7 +345,7 @@ impl DestinationDriver {
             Stage::Preparing | Stage::Ready | Stage::Offered | Stage::HandedOver => VmChange::Keep,
         };
         let mut store =
-            Durable { store: &self.migrations.host.store, migration: &mut inner.record, vm };
+            Durable { store: &self.context.host.store, migration: &mut inner.record, vm };
         match persist(&mut store, record) {
             Ok(receipt) => On::Recorded(receipt),
             Err(error) => {
@@ -374,7 +374,7 @@ impl DestinationDriver {
     async fn run_guest(&self, inner: &mut Inner) -> On {
         let Some(qemu) = inner.qemu.clone() else { return On::GuestRuns };
         let runs = if inner.record.paused {
-            expect_paused(&qemu, &self.migrations.host.folders.runtime_of(&inner.definition.name))
+            expect_paused(&qemu, &self.context.host.folders.runtime_of(&inner.definition.name))
                 .await
         } else {
             resume_guest(&qemu).await
@@ -384,7 +384,7 @@ impl DestinationDriver {
             return On::GuestNeverRan;
         }
         if !inner.record.paused {
-            announce(&self.migrations.host.net, &self.vm, &inner.definition, &qemu).await;
+            announce(&self.context.host.net, &self.vm, &inner.definition, &qemu).await;
         }
         On::GuestRuns
     }
@@ -401,7 +401,7 @@ impl DestinationDriver {
             if inner.machine.is_ours() && inner.machine.ended().is_none() && !inner.record.has_run {
                 inner.record.has_run = true;
                 if let Err(error) =
-                    driver.migrations.host.store.put(&driver.id().to_string(), &inner.record)
+                    driver.context.host.store.put(&driver.id().to_string(), &inner.record)
                 {
                     report_unknown(&inner.record, &error);
                 }
@@ -417,7 +417,13 @@ impl DestinationDriver {
         let made = destination::removable(&inner.record.plan, inner.record.made.clone());
         let left = match end_unanswering(qemu.as_ref(), inner.record.run.as_ref()).await {
             Ok(()) => {
-                destination::free(&self.migrations, &inner.definition, qemu.as_ref(), &made).await
+                destination::free(
+                    &self.context.host.folders,
+                    &inner.definition,
+                    qemu.as_ref(),
+                    &made,
+                )
+                .await
             }
             // Files of a process that lives are not removed below it.
             Err(failure) => vec![failure.to_string()],
@@ -448,10 +454,9 @@ impl DestinationDriver {
         let mut of_vm = self.vm.lock().await;
         of_vm.lock = None;
         if ended == Ended::Stayed {
-            self.migrations.host.vms.remove(&self.vm, &mut of_vm);
+            self.context.host.vms.remove(&self.vm, &mut of_vm);
         }
         drop(of_vm);
-        self.migrations.forget(self.id());
     }
 
     /// The VM is this host's: operators may work with it from here on.
@@ -465,13 +470,13 @@ impl DestinationDriver {
             // Found again after a restart, which may have come before the
             // guest was announced.
             if !inner.record.paused {
-                announce(&self.migrations.host.net, &self.vm, &inner.definition, qemu).await;
+                announce(&self.context.host.net, &self.vm, &inner.definition, qemu).await;
             }
             return;
         }
         of_vm.record = self.vm_record(inner, inner.record.handover);
         if let Some(qemu) = inner.qemu.take() {
-            run::watch(&self.migrations.host, &self.vm, &mut of_vm, qemu).await;
+            run::watch(&self.context.host, &self.vm, &mut of_vm, qemu).await;
         }
     }
 }

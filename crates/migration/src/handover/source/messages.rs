@@ -23,12 +23,9 @@ impl SourceDriver {
         if let Some(link) = kept.as_ref() {
             return Ok(Arc::clone(link));
         }
-        let made = PeerClient::open(
-            &self.migrations.host.store,
-            &self.migrations.identity,
-            &self.destination,
-        )
-        .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?;
+        let made =
+            PeerClient::open(&self.context.host.store, &self.context.identity, &self.destination)
+                .map_err(|error| PeerError::Unreachable(Failure::from(error).to_string()))?;
         Ok(Arc::clone(kept.insert(Arc::new(made))))
     }
 
@@ -159,7 +156,7 @@ impl SourceDriver {
             let reason = inner.reason.clone();
             let view = self.job.ended_view(Outcome::Stayed, reason, None, Vec::new());
             inner.record.view = view;
-            let stored = self.migrations.host.store.put(&self.job.id().to_string(), &inner.record);
+            let stored = self.context.host.store.put(&self.job.id().to_string(), &inner.record);
             if let Err(error) = stored {
                 report_unknown(&inner.record, &error);
             }

@@ -23,8 +23,8 @@ use super::guest::{end_unanswering, stop_guest};
 use super::lock::{Parties, initial_lock, publish_lock};
 use super::report::{report_doubt, report_unknown};
 use super::status::{PeerAnswer, Status};
+use crate::context::Context;
 use crate::job::Job;
-use crate::migrations::Migrations;
 use crate::peer::PeerClient;
 use crate::source::{free_source, left_behind, resume_source, undo_in_qemu};
 use limosa_host::failure::{Failure, Result};
@@ -34,7 +34,7 @@ use limosa_host::vm::{Qemu, Vm, run};
 
 /// One unsettled migration at its source.
 pub(crate) struct SourceDriver {
-    migrations: Arc<Migrations>,
+    context: Arc<Context>,
     vm: Arc<Vm>,
     job: Arc<Job>,
     destination: HostName,
@@ -73,7 +73,7 @@ pub(crate) struct Handed {
 impl SourceDriver {
     /// Records the offer, and begins.
     pub(crate) fn begin(
-        migrations: &Arc<Migrations>,
+        context: &Arc<Context>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         mut record: MigrationRecord,
@@ -81,18 +81,18 @@ impl SourceDriver {
     ) -> Result<Arc<Self>> {
         let first = record.handover;
         let mut store =
-            Durable { store: &migrations.host.store, migration: &mut record, vm: VmChange::Keep };
+            Durable { store: &context.host.store, migration: &mut record, vm: VmChange::Keep };
         let receipt = persist(&mut store, first)?;
         let guest = if record.is_off() { Guest::Off } else { Guest::Running };
         let machine =
             Source::begin(receipt, guest).map_err(|wrong| Failure::internal(wrong.to_string()))?;
-        Ok(Self::new(migrations, vm, job, machine, record, Some(qemu.clone())))
+        Ok(Self::new(context, vm, job, machine, record, Some(qemu.clone())))
     }
 
     /// Goes on from a record; what the machine orders first is to be given to
     /// [`SourceDriver::go_on`].
     pub(super) fn restore(
-        migrations: &Arc<Migrations>,
+        context: &Arc<Context>,
         vm: &Arc<Vm>,
         record: MigrationRecord,
         receipt: Receipt,
@@ -106,11 +106,11 @@ impl SourceDriver {
             // Nobody can cancel what a restart found.
             job.pass_commit_point()?;
         }
-        Ok((Self::new(migrations, vm, &job, machine, record, qemu), actions))
+        Ok((Self::new(context, vm, &job, machine, record, qemu), actions))
     }
 
     fn new(
-        migrations: &Arc<Migrations>,
+        context: &Arc<Context>,
         vm: &Arc<Vm>,
         job: &Arc<Job>,
         machine: Source,
@@ -123,7 +123,7 @@ impl SourceDriver {
         let is_under_way = record.view.ended_unix_ms.is_none();
         let status = watch::Sender::new(now);
         let driver = Arc::new(Self {
-            migrations: Arc::clone(migrations),
+            context: Arc::clone(context),
             vm: Arc::clone(vm),
             job: Arc::clone(job),
             destination,
@@ -277,7 +277,7 @@ impl SourceDriver {
             Stage::Offered | Stage::Preparing | Stage::Ready | Stage::Declined => {}
         }
         let mut store =
-            Durable { store: &self.migrations.host.store, migration: &mut inner.record, vm };
+            Durable { store: &self.context.host.store, migration: &mut inner.record, vm };
         match persist(&mut store, record) {
             Ok(receipt) => On::Recorded(receipt),
             Err(error) => {
@@ -331,7 +331,7 @@ impl SourceDriver {
         let qemu = inner.qemu.take();
         let left = match end_unanswering(qemu.as_ref(), of_vm.record.run.as_ref()).await {
             Ok(()) => {
-                free_source(&self.migrations.host.folders, &of_vm.definition, qemu.as_ref(), plan)
+                free_source(&self.context.host.folders, &of_vm.definition, qemu.as_ref(), plan)
                     .await
             }
             // Files of a process that lives are not removed below it.
@@ -358,10 +358,9 @@ impl SourceDriver {
         let mut of_vm = self.vm.lock().await;
         of_vm.lock = None;
         if ended == Ended::Moved {
-            self.migrations.host.vms.remove(&self.vm, &mut of_vm);
+            self.context.host.vms.remove(&self.vm, &mut of_vm);
         }
         drop(of_vm);
-        self.migrations.forget(self.job.id());
     }
 
     /// The VM is an operator's again; the other host is asked on beside it.
