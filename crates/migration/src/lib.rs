@@ -13,6 +13,7 @@
 //! **Invariant.** [`source`] and [`destination`] bring the VM's contents across;
 //! who may run it is decided by [`handover`] alone.
 
+mod admission;
 mod answer;
 mod context;
 mod destination;
@@ -25,8 +26,8 @@ mod queue;
 pub mod settings;
 mod source;
 
+pub use admission::{request_move, run as run_queue};
 pub use answer::FilePart;
 pub use destination::accept_channel;
 pub use handover::{Restored, force_owner, recovery, restore, settle};
 pub use migrations::{Migrations, delete_vm, start_vm};
-pub use queue::{request_move, run as run_queue};

@@ -1,4 +1,5 @@
 //! Moves that wait for room: the queue between an operator's request and the driver.
+//! [`super::admission`] starts them.
 //!
 //! ```text
 //! request ─► preflight ─┬─ room at both hosts ─────────────► begin
@@ -13,31 +14,24 @@
 //! outlives the migrations. An id is never both in the queue and under way after a restart: the
 //! migration's own record comes first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use limosa_protocol::id::{HostName, MigrationId, VmName};
 use limosa_protocol::migration::{
-    Migration, MoveRequest, Note, Outcome as End, ProblemCode, QueueReason, Queued, Role,
+    Migration, MoveRequest, Note, Outcome as End, QueueReason, Queued,
 };
 use tokio::sync::Notify;
-use uuid::Uuid;
 
 use super::job::Job;
-use super::{preflight, source};
-use crate::migrations::Migrations;
 use limosa_host::clock::now_unix_ms;
 use limosa_host::failure::{Failure, Result};
 use limosa_host::store::{MigrationRecord, QueueRecord, Store, StoreError};
-use limosa_host::vm::Vm;
 
 /// Most moves that wait on a host.
 const WAITING_COUNT_MAX: usize = 256;
 /// Most moves that ended while they waited and are remembered; the oldest go first.
 const ENDED_KEPT_MAX: usize = 50;
-/// How often waiting moves are tried. A destination does not report that it has room.
-const TRY_EVERY: Duration = Duration::from_secs(2);
 
 /// The moves that wait on this host.
 #[derive(Default)]
@@ -48,9 +42,9 @@ pub(crate) struct Queue {
 }
 
 #[derive(Clone)]
-struct Entry {
-    request: MoveRequest,
-    job: Arc<Job>,
+pub(crate) struct Entry {
+    pub(crate) request: MoveRequest,
+    pub(crate) job: Arc<Job>,
     state: State,
 }
 
@@ -59,12 +53,6 @@ enum State {
     Waiting,
     /// It has passed preflight and becomes a migration.
     Starting,
-}
-
-/// What became of an attempt to start a waiting move.
-enum Attempt {
-    Left,
-    Waits(Note),
 }
 
 impl Queue {
@@ -86,8 +74,18 @@ impl Queue {
         Ok(())
     }
 
+    /// Fails if a VM waits already.
+    pub(crate) fn expect_free(&self, vm: &VmName) -> Result<()> {
+        expect_no_entry(&self.lock(), vm)
+    }
+
+    /// Waits until a migration has ended, or a move was added.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
     /// Puts a move at the end, durably.
-    fn push(
+    pub(crate) fn push(
         &self,
         store: &Store,
         job: &Arc<Job>,
@@ -111,7 +109,7 @@ impl Queue {
     }
 
     /// Why a new move to a host has to wait for those before it.
-    fn behind(&self, to: &HostName) -> Option<Note> {
+    pub(crate) fn behind(&self, to: &HostName) -> Option<Note> {
         let entries = self.lock();
         let mut reasons = entries.values().filter_map(|entry| {
             let queued = entry.job.view().queued?;
@@ -122,14 +120,14 @@ impl Queue {
     }
 
     /// Waiting entries, oldest first.
-    fn waiting(&self) -> Vec<Entry> {
+    pub(crate) fn waiting(&self) -> Vec<Entry> {
         let entries = self.lock();
         let waiting = entries.values().filter(|entry| entry.state == State::Waiting);
         waiting.cloned().collect()
     }
 
     /// Changes the reason of a waiting entry; its time of waiting goes on.
-    fn keep_waiting(&self, store: &Store, id: MigrationId, why: Note) -> Result<()> {
+    pub(crate) fn keep_waiting(&self, store: &Store, id: MigrationId, why: Note) -> Result<()> {
         let entries = self.lock();
         let Some(entry) = entries.get(&id) else { return Ok(()) };
         let before = entry.job.view().queued;
@@ -142,7 +140,7 @@ impl Queue {
     }
 
     /// Marks an entry as starting, unless it was cancelled meanwhile.
-    fn start(&self, id: MigrationId) -> bool {
+    pub(crate) fn start(&self, id: MigrationId) -> bool {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(&id) else { return false };
         entry.state = State::Starting;
@@ -150,13 +148,13 @@ impl Queue {
     }
 
     /// Forgets an entry that has become a migration.
-    fn forget(&self, store: &Store, id: MigrationId) -> Result<()> {
+    pub(crate) fn forget(&self, store: &Store, id: MigrationId) -> Result<()> {
         self.lock().remove(&id);
         Ok(store.remove::<QueueRecord>(&id.to_string())?)
     }
 
     /// Ends an entry that does not begin; the VM stays.
-    fn end(&self, store: &Store, id: MigrationId, why: String) -> Result<()> {
+    pub(crate) fn end(&self, store: &Store, id: MigrationId, why: String) -> Result<()> {
         let mut entries = self.lock();
         let Some(entry) = entries.get(&id) else { return Ok(()) };
         let mut view = entry.job.ended_view(End::Stayed, Some(why), None, Vec::new());
@@ -226,106 +224,13 @@ fn forget_ended(store: &Store) -> Result<(), StoreError> {
     ended.into_iter().take(surplus).try_for_each(|(key, _)| store.remove::<QueueRecord>(key))
 }
 
-/// Moves a VM: begins at once if both hosts have room and nothing waits before it.
-pub async fn request_move(
-    migrations: &Arc<Migrations>,
-    vm: &Arc<Vm>,
-    request: MoveRequest,
-) -> Result<Migration> {
-    let queue = &migrations.queue;
-    expect_no_entry(&queue.lock(), &vm.name)?;
-    let preflight = preflight::preflight(migrations, vm, &request).await?;
-    preflight.expect_possible(vm, &request)?;
-    let id = MigrationId(Uuid::now_v7());
-    let to = request.to.clone();
-    let job = Job::new(
-        id,
-        vm.name.clone(),
-        Role::Source,
-        migrations.context.host.name.clone(),
-        to.clone(),
-    );
-    let job = Arc::new(job);
-    let why = preflight.notes.into_iter().next().or_else(|| queue.behind(&to));
-    let slot = if why.is_none() { migrations.reserve() } else { None };
-    match slot {
-        Some(slot) => source::begin(migrations, vm, request, &job, slot).await,
-        None => {
-            let why = why.unwrap_or_else(|| migrations.source_full());
-            queue.push(&migrations.context.host.store, &job, request, why)
-        }
-    }
-}
-
-/// Starts waiting moves as room comes, for as long as the agent runs.
-pub async fn run(migrations: Arc<Migrations>) {
-    let queue = &migrations.queue;
-    loop {
-        if queue.waiting().is_empty() {
-            queue.changed.notified().await;
-        } else {
-            tokio::time::timeout(TRY_EVERY, queue.changed.notified()).await.ok();
-        }
-        if let Err(failure) = try_all(&migrations).await {
-            tracing::error!(%failure, "the queue of moves is not worked on");
-        }
-    }
-}
-
-/// Tries each waiting move once, oldest first.
-async fn try_all(migrations: &Arc<Migrations>) -> Result<()> {
-    let queue = &migrations.queue;
-    let mut held_up = BTreeSet::new();
-    for entry in queue.waiting() {
-        if migrations.is_full() {
-            return Ok(());
-        }
-        if held_up.contains(&entry.request.to) {
-            continue;
-        }
-        let id = entry.job.id();
-        match try_one(migrations, &entry).await {
-            Ok(Attempt::Left) => {}
-            Ok(Attempt::Waits(why)) => {
-                queue.keep_waiting(&migrations.context.host.store, id, why)?;
-                held_up.insert(entry.request.to);
-            }
-            Err(failure) => queue.end(&migrations.context.host.store, id, failure.to_string())?,
-        }
-    }
-    Ok(())
-}
-
-/// Starts a waiting move if it can; an error ends it.
-async fn try_one(migrations: &Arc<Migrations>, entry: &Entry) -> Result<Attempt> {
-    let (queue, id) = (&migrations.queue, entry.job.id());
-    let vm = migrations.context.host.vm(&entry.job.view().vm)?;
-    let preflight = preflight::preflight(migrations, &vm, &entry.request).await?;
-    if let Some(problem) = preflight.only_problem(ProblemCode::Unreachable) {
-        // After a restart of both hosts one is up before the other.
-        let message = problem.message.clone();
-        return Ok(Attempt::Waits(Note { code: QueueReason::DestinationUnreachable, message }));
-    }
-    preflight.expect_possible(&vm, &entry.request)?;
-    if let Some(why) = preflight.notes.into_iter().next() {
-        return Ok(Attempt::Waits(why));
-    }
-    let Some(slot) = migrations.reserve() else {
-        return Ok(Attempt::Waits(migrations.source_full()));
-    };
-    if queue.start(id) {
-        source::begin(migrations, &vm, entry.request.clone(), &entry.job, slot).await?;
-        queue.forget(&migrations.context.host.store, id)?;
-    }
-    Ok(Attempt::Left)
-}
-
 #[cfg(test)]
 mod tests {
     use limosa_protocol::handover::{Record, Stage};
     use limosa_protocol::id::Epoch;
-    use limosa_protocol::migration::Verify;
+    use limosa_protocol::migration::{Role, Verify};
     use limosa_protocol::plan::{MemoryCarrier, MemoryItem, MigrationPlan, Policy};
+    use uuid::Uuid;
 
     use super::*;
 
