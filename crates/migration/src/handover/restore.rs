@@ -32,8 +32,8 @@ enum RestoredDriver {
 /// The migrations that a restart found unsettled, before anything is done about them.
 pub struct Restored(Vec<RestoredDriver>);
 
-/// Makes the machines of all unsettled migrations, and fills the queue. The machines' VMs are fenced from
-/// here on; nothing is done yet.
+/// Makes the machines of all unsettled migrations, whose VMs are fenced from here on, and fills
+/// the queue; nothing is done yet.
 pub async fn restore(migrations: &Arc<Migrations>) -> anyhow::Result<Restored> {
     let mut all = Vec::new();
     for (id, record) in migrations.context.host.store.all::<MigrationRecord>()? {
